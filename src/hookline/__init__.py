@@ -1,0 +1,45 @@
+"""A training framework for PyTorch: a small loop that speaks through hooks, and plugins for all the rest."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hookline import hookspecs as hookspecs
+    from hookline.interfaces import CallbackInterface as CallbackInterface
+    from hookline.interfaces import ModuleInterface as ModuleInterface
+    from hookline.interfaces import Stage as Stage
+    from hookline.marks import event as event
+    from hookline.marks import hookimpl as hookimpl
+    from hookline.marks import verb as verb
+    from hookline.schedule import every as every
+    from hookline.state import set_seed as set_seed
+    from hookline.trainer import Trainer as Trainer
+
+__version__ = "0.1.0"
+
+_HOMES = {  # public name: module; imported when first asked for, so that `hookline --help` needs no torch
+    "CallbackInterface": "interfaces",
+    "ModuleInterface": "interfaces",
+    "Stage": "interfaces",
+    "Trainer": "trainer",
+    "event": "marks",
+    "every": "schedule",
+    "hookimpl": "marks",
+    "hookspecs": "hookspecs",
+    "set_seed": "state",
+    "verb": "marks",
+}
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hookline' has no attribute {name!r}")
+    module = importlib.import_module(f"hookline.{_HOMES[name]}")
+    return module if name == _HOMES[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,295 @@
+"""Data: the resumable sampler, the place in the epoch, the randomness of loading, batches to the device."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import get_worker_info
+
+CHUNK = 4096  # indices turned into Python integers at a time
+
+
+def mix(*parts: object) -> int:
+    """Return one seed that depends on all parts, the same on every machine; 63 bits."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclasses.dataclass
+class Cursor:
+    """The place in the data: which epoch, and how much of it has been trained on."""
+
+    seed: int = 0
+    epoch: int = 0
+    position: int = 0
+    """Batches of this epoch trained on, by each rank (not batches fetched)."""
+    consumed: int = 0
+    """Samples of this epoch drawn for them, over all ranks."""
+    draw: int = 0
+    """Samples that one batch draws over all ranks; 0 where the loader does not say."""
+    warned: bool = False
+
+    def advance(self, batches: int) -> None:
+        """Count batches that have been trained on."""
+        self.position += batches
+        self.consumed += batches * self.draw
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        self.epoch, self.position, self.consumed = epoch, 0, 0
+
+
+class ResumableSampler(Sampler[int]):
+    """Samples a data set in an order that depends on nothing but (seed, epoch).
+
+    The order is one stateless permutation; ranks take strided shares of what lies behind
+    the cursor, so a resumed epoch skips by index, loads nothing, and may run on another
+    number of ranks. A subclass bound to a run (`sampler_class`) is handed to the module's
+    `get_*_dataloader`, where `sampler(dataset)` is all that is needed.
+    """
+
+    cursor: Cursor
+    shuffle: bool
+    rank: int
+    world_size: int
+
+    def __init__(self, data_source: Any) -> None:
+        self.length = len(data_source)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.cursor.seed, self.cursor.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.arange(self.length)
+        share = order[self.cursor.consumed + self.rank :: self.world_size]
+        for chunk in share.split(CHUNK):
+            yield from chunk.tolist()
+
+    def __len__(self) -> int:
+        """Samples of a whole epoch on this rank, wherever the cursor stands."""
+        return len(range(self.rank, self.length, self.world_size))
+
+
+def sampler_class(cursor: Cursor, shuffle: bool, rank: int, world_size: int) -> type[ResumableSampler]:
+    """Return a sampler class that is bound to the cursor and the ranks of a run."""
+    bound = {"cursor": cursor, "shuffle": shuffle, "rank": rank, "world_size": world_size}
+    return type("RunSampler", (ResumableSampler,), bound)
+
+
+# Loaders ------------------------------------------------------------------------------
+
+
+def length(loader: Any) -> int | None:
+    """Return how many batches a loader gives, or None where it does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def make_resumable(loader: Any, cursor: Cursor, world_size: int) -> Any:
+    """Prepare a training loader so that iterating it begins at the cursor.
+
+    A `DataLoader` of a map-style data set is prepared in place: it skips by index, and what
+    its data set and its collation draw at random is seeded by (seed, epoch, first index of
+    the batch), so that it neither disturbs the run nor depends on the number of workers.
+    Anything else is iterated from its beginning, and the batches before the cursor dropped.
+    """
+    cursor.draw = 0
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return _Dropping(loader, cursor)
+    seed_loading(loader, cursor)
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if isinstance(sampler, _SkippingBatches):
+        return loader
+    plain = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
+    if plain and isinstance(loader.sampler, ResumableSampler):
+        cursor.draw = (loader.batch_size or 1) * world_size
+        cursor.position = cursor.consumed // cursor.draw  # the batches of before may have been of another size
+        return loader
+    if not cursor.warned and not (plain and isinstance(loader.sampler, SequentialSampler)):
+        cursor.warned = True
+        warnings.warn(
+            "the training loader draws its order from a sampler of its own "
+            f"({type(loader.sampler if plain else loader.batch_sampler).__name__}): training works, but the "
+            "order is not a function of (seed, epoch), so after a resume in mid-epoch the rest of that "
+            "epoch comes in another order, and some samples come twice or not at all. Pass "
+            "`sampler=sampler(dataset)` in get_train_dataloader for an exact resume.",
+            stacklevel=2,
+        )
+    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+    vars(loader)[name] = _SkippingBatches(sampler, cursor)
+    return loader
+
+
+def seed_loading(loader: DataLoader[Any], cursor: Cursor) -> None:
+    """Make what happens while a loader loads a function of (seed, epoch, index) alone.
+
+    `iter(loader)` would also draw from the global random state, so the loader gets a
+    generator of its own. The data set stays the user's object behind a view.
+    """
+    if loader.generator is None:
+        loader.generator = torch.Generator().manual_seed(mix(cursor.seed))
+    if isinstance(loader.dataset, IterableDataset):
+        return
+    if not isinstance(loader.dataset, _SeededDataset):
+        collate = loader.collate_fn if loader.batch_sampler is not None else None
+        # DataLoader forbids to set `dataset`; the view answers to all that the data set does.
+        vars(loader)["dataset"] = _SeededDataset(loader.dataset, collate, cursor.seed)
+        if collate is not None:
+            loader.collate_fn = _collated_already
+        if loader.num_workers:
+            loader.dataset.epoch.share_memory_()
+    loader.dataset.epoch.fill_(cursor.epoch)
+
+
+class _SeededDataset:
+    """A view of a map-style data set that loads and collates under a seed of the batch's own."""
+
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int) -> None:
+        self.dataset = dataset
+        self.collate = collate
+        self.seed = seed
+        self.epoch = torch.zeros(1, dtype=torch.int64)  # shared with workers, who may outlive an epoch
+
+    def __getitems__(self, indices: Sequence[Any]) -> Any:
+        with self._seeded(indices):
+            if getattr(self.dataset, "__getitems__", None):
+                loaded = self.dataset.__getitems__(indices)
+            else:
+                loaded = [self.dataset[index] for index in indices]
+            return loaded if self.collate is None else self.collate(loaded)
+
+    def __getitem__(self, index: Any) -> Any:
+        with self._seeded(index):
+            return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":  # not there yet while a worker unpickles it
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def _seeded(self, index: Any) -> contextlib.AbstractContextManager[None]:
+        first = index[0] if isinstance(index, (list, tuple)) and index else index
+        return seeded(mix(self.seed, self.epoch.tolist()[0], first))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, Python and numpy, and put them back; a worker keeps its own for itself."""
+    numpy = sys.modules.get("numpy")
+    alone = get_worker_info() is not None
+    kept = (
+        None
+        if alone
+        else (
+            torch.default_generator.get_state(),
+            random.getstate(),
+            numpy.random.get_state(legacy=False) if numpy else None,
+        )
+    )
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            torch.default_generator.set_state(kept[0])
+            random.setstate(kept[1])
+            if numpy:
+                numpy.random.set_state(kept[2])
+
+
+def _collated_already(batch: Any) -> Any:
+    return batch
+
+
+class _SkippingBatches:
+    """A sampler (of indices or of batches) begun at the cursor: what is skipped is drawn, not loaded."""
+
+    def __init__(self, sampler: Any, cursor: Cursor) -> None:
+        self.sampler = sampler
+        self.cursor = cursor
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.sampler), self.cursor.position, None)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class _Dropping:
+    """Any iterable of batches, begun at the cursor by dropping what lies before it."""
+
+    def __init__(self, loader: Iterable[Any], cursor: Cursor) -> None:
+        self.loader = loader
+        self.cursor = cursor
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.loader), self.cursor.position, None)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]  # TypeError is the answer "unknown"
+
+
+# Batches ------------------------------------------------------------------------------
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch with every tensor in it on a device.
+
+    Goes through dictionaries, lists, tuples, named tuples and dataclasses, and calls the
+    `.to` of whatever has one; leaves the rest alone.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to") and callable(batch.to):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **fields)
+    return batch
+
+
+def count_samples(batch: Any) -> int:
+    """Return how many samples a batch holds: the first dimension of the first tensor in it.
+
+    A batch without a tensor counts its items, an object that has none counts as one.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, Mapping):
+        values: Iterable[Any] = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        values = batch
+    elif dataclasses.is_dataclass(batch):
+        values = vars(batch).values()
+    else:
+        return 1
+    first = next(iter(values), None)
+    if isinstance(first, (torch.Tensor, Mapping, list, tuple)) or dataclasses.is_dataclass(first):
+        return count_samples(first)
+    return len(batch) if isinstance(batch, (list, tuple)) else 1

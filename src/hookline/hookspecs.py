@@ -1,0 +1,520 @@
+"""Every hook, in the order in which the loop reaches it.
+
+A hook is an event or a verb. Events (`on_*`) are told to everyone and their answers dropped.
+Verbs are done once and answer; a verb's body below is how the core does it when nobody
+*performs* it, and may be called by a performer that wants the core's way in the middle of
+its own. Anyone may *wrap* a verb: `@hookimpl(wrapper=True)`, `return (yield)`.
+
+An implementation names any subset of the arguments, in any order. Every hook offers
+`trainer`. The order within a hook: `tryfirst`, plain, `trylast`; within a band the order
+of `plugins:`, the first listed first and outermost, the module's own hooks last.
+
+This module is the public hook API: it is given to pluggy as specifications and as the
+plugin `core` at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline import data
+from hookline.interfaces import Loader, Stage
+from hookline.marks import event, verb
+from hookline.outputs import Collector, Outputs, as_outputs, loss_of
+from hookline.state import get_optimizer_state, get_rng_state, set_optimizer_state
+
+if TYPE_CHECKING:
+    from hookline.trainer import Trainer
+
+# Before a run -------------------------------------------------------------------------
+
+
+@verb
+def get_ranks(trainer: Trainer) -> tuple[int, int, int]:
+    """Answer (rank, local rank, world size). Asked before anything else."""
+    return 0, 0, 1
+
+
+@verb
+def get_device(trainer: Trainer) -> torch.device:
+    """Answer the device of this rank: `trainer.device` of the options, else CUDA where there is one."""
+    name = trainer.options.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@verb
+def adapt_module(trainer: Trainer, module: Any) -> Any:
+    """Answer a `ModuleInterface` for what the user gave.
+
+    An adapter wraps this and bridges only what is its own, so that several may be active:
+    `module = yield; return Bridge(module) if is_mine(module) else module`.
+    """
+    return module
+
+
+@event(historic=True)
+def on_setup(trainer: Trainer) -> None:
+    """Hear that the trainer exists and its module is registered.
+
+    A plugin that is registered later hears it at that moment, then receives its state.
+    """
+
+
+@event
+def on_begin_run(trainer: Trainer, stage: Stage, config: Mapping[str, Any]) -> None:
+    """Hear that a run begins: training, or an evaluation on its own.
+
+    `config` is the resolved configuration with its secrets masked.
+    """
+
+
+@verb
+def run(trainer: Trainer, stage: Stage) -> bool:
+    """Do the whole run; answer True.
+
+    Wrapped by holders of resources that must not leak: process groups, signal handlers,
+    profilers.
+    """
+    if stage is Stage.TRAIN:
+        trainer.run_training()
+    else:
+        trainer.run_evaluation(stage)
+    return True
+
+
+# Setting up ---------------------------------------------------------------------------
+
+
+@verb
+def get_window_size(trainer: Trainer) -> int:
+    """Answer how many micro-batches make one optimizer step."""
+    return 1
+
+
+@verb
+def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler[Any]]:
+    """Answer the sampler class that the module's `get_*_dataloader` of this stage receives."""
+    cursor = trainer.cursor if stage is Stage.TRAIN else data.Cursor(seed=trainer.options.seed)
+    return data.sampler_class(cursor, stage is Stage.TRAIN, trainer.rank, trainer.world_size)
+
+
+@verb
+def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Loader:
+    """Answer the loader to iterate; a training loader then begins at `trainer.position`."""
+    if stage is Stage.TRAIN:
+        loader = data.make_resumable(loader, trainer.cursor, trainer.world_size)
+    elif isinstance(loader, torch.utils.data.DataLoader):
+        data.seed_loading(loader, data.Cursor(seed=trainer.options.seed))
+    return loader
+
+
+@verb
+def convert_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
+    """Answer the model with parts of it replaced.
+
+    trylast is innermost (low-rank adapters), plain in the middle (other number formats),
+    tryfirst outermost (activation checkpointing).
+    """
+    return model
+
+
+@verb
+def split_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
+    """Answer the model with single layers split over ranks."""
+    return model
+
+
+@verb
+def compile_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
+    """Answer the model compiled; submodules in place keep the names of parameters."""
+    return model
+
+
+@verb
+def shard_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
+    """Answer the model where it shall live: whole on this rank's device, or replicated, or sharded."""
+    return model.to(trainer.device)
+
+
+@verb
+def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], list[Any]]:
+    """Answer (optimizers, schedulers); the model stands, and `trainer.totals` is known."""
+    module, totals = trainer.module, trainer.totals
+    epochs = totals.epochs if totals.epochs is not None else 1
+    optimizers, schedulers = module.get_optimizers_schedulers(totals.steps_per_epoch, epochs)
+    return list(optimizers), list(schedulers)
+
+
+@verb
+def restore(trainer: Trainer, stage: Stage) -> bool:
+    """Bring back the state that `trainer.options.resume` asks for; answer whether there was one.
+
+    Asked once, after all of the above. For stages other than training only module and
+    plugins are wanted. A performer reads its storage and calls `trainer.set_run_state`.
+    """
+    if trainer.options.resume:
+        raise ValueError(
+            "resume is asked for, but no plugin can restore a run: name one that performs `restore`, "
+            "e.g. `plugins: {checkpoint: {}}` from the distribution hookline-checkpoint"
+        )
+    return False
+
+
+@verb
+def get_run_state(trainer: Trainer) -> dict[str, Any]:
+    """Answer the whole state of the run in named sections; whole only in `on_boundary` and `save`."""
+    names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
+    plugins = {name: plugin.get_state() for name, plugin in trainer.plugins.stateful()}
+    return {
+        "trainer": trainer.get_state(),
+        "module": trainer.module.get_state(),
+        "optimizers": [get_optimizer_state(optimizer, names) for optimizer in trainer.optimizers],
+        "schedulers": [scheduled.scheduler.state_dict() for scheduled in trainer.schedulers],
+        "plugins": {name: state for name, state in plugins.items() if state},
+        "rng": get_rng_state(),
+    }
+
+
+@verb
+def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> bool:
+    """Put a state back; answer True. Stages other than training take module and plugins alone."""
+    trainer.module.update_state(state["module"])
+    trainer.plugins.receive(state["plugins"])
+    if stage is not Stage.TRAIN:
+        return True
+    trainer.update_state(state["trainer"])
+    if not trainer.options.reset_optimizers_schedulers:
+        names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
+        for optimizer, kept in zip(trainer.optimizers, state["optimizers"], strict=True):
+            set_optimizer_state(optimizer, names, kept)
+        for scheduled, kept in zip(trainer.schedulers, state["schedulers"], strict=True):
+            scheduled.scheduler.load_state_dict(kept)
+    trainer.restored_rng = state["rng"]
+    return True
+
+
+# Training -----------------------------------------------------------------------------
+
+
+@event
+def on_begin_train(trainer: Trainer, global_step: int) -> None:
+    """Hear that all is built and restored, and training begins.
+
+    `update_state` may already have come: create only what is missing.
+    """
+
+
+@event
+def on_begin_train_epoch(trainer: Trainer, global_step: int, epoch: int) -> None:
+    """Hear that an epoch begins; also that a resumed run goes on in the middle of one."""
+
+
+@verb
+def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
+    """Train on the batches that are left of this epoch; answer False if a stop cut it short.
+
+    A performer that does not take each batch once keeps `trainer.position` himself.
+    """
+    hook = trainer.hook
+    while window := hook.take_window(trainer=trainer, batches=batches):
+        if not trainer.advance(window):
+            return False
+    return True
+
+
+@verb
+def take_window(trainer: Trainer, batches: Iterator[Any]) -> list[Any]:
+    """Answer the micro-batches of one optimizer step, none at the end; they stay where they are.
+
+    The last window of an epoch may be short, and is known to be before its first backward.
+    """
+    return list(itertools.islice(batches, trainer.window_size))
+
+
+@verb
+def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
+    """Do one optimizer step, whole; answer each micro-batch's outputs, the loss first.
+
+    Performed by a module with a way of its own (two optimizers in turn, a closure, manual
+    optimisation): it calls `trainer.step` for which optimizers and when.
+    """
+    outputs = trainer.hook.run_window(trainer=trainer, window=window)
+    trainer.step()
+    return outputs  # type: ignore[no-any-return]
+
+
+@verb
+def run_window(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
+    """Take the micro-batches of a window forward and backward; answer their outputs."""
+    forward_backward, size = trainer.hook.forward_backward, len(window)
+    return [
+        forward_backward(trainer=trainer, batch=batch, index=index, size=size) for index, batch in enumerate(window)
+    ]
+
+
+@verb
+def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Outputs:
+    """Take one micro-batch, the `index`-th of `size`, forward and backward; answer its outputs."""
+    hook = trainer.hook
+    batch = hook.prepare_batch(trainer=trainer, batch=batch, stage=Stage.TRAIN)
+    outputs = as_outputs(hook.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN), "train_step")
+    loss = hook.scale_loss(trainer=trainer, loss=loss_of(outputs), batch=batch, size=size)
+    hook.run_backward(trainer=trainer, loss=loss)
+    hook.on_end_backward(trainer=trainer, global_step=trainer.global_step, loss_tensor=loss)
+    return outputs
+
+
+@verb
+def prepare_batch(trainer: Trainer, batch: Any, stage: Stage) -> Any:
+    """Answer the batch on the device; on the CPU there is nowhere to move it."""
+    return batch if trainer.device.type == "cpu" else data.to_device(batch, trainer.device)
+
+
+@verb
+def call_model(trainer: Trainer, batch: Any, stage: Stage) -> Any:
+    """Answer what the module's step for this stage returns for a batch."""
+    step = trainer.global_step + 1 if stage is Stage.TRAIN else trainer.global_step
+    return trainer.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
+
+
+@verb
+def scale_loss(trainer: Trainer, loss: torch.Tensor, batch: Any, size: int) -> torch.Tensor:
+    """Answer the loss that goes backward: a window's mean, hence divided by the window's own size."""
+    return loss if size == 1 else loss / size
+
+
+@verb
+def run_backward(trainer: Trainer, loss: torch.Tensor) -> bool:
+    """Compute the gradients; answer True."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    return True
+
+
+@event
+def on_end_backward(trainer: Trainer, global_step: int, loss_tensor: torch.Tensor) -> None:
+    """Hear that a micro-batch has been through backward; see `CallbackInterface`."""
+
+
+@event
+def on_begin_optimizer_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Hear that the gradients are complete.
+
+    tryfirst makes them true (unscaling), plain changes them (clipping), trylast looks (norms).
+    """
+
+
+@verb
+def should_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Answer whether to step. A gate wraps it: `return (yield) and fine`, always yielding, so ranks agree."""
+    return True
+
+
+@verb
+def step_optimizer(trainer: Trainer, optimizer: torch.optim.Optimizer, closure: Any) -> bool:
+    """Step one optimizer; answer whether the weights moved."""
+    optimizer.step() if closure is None else optimizer.step(closure)
+    return True
+
+
+@event
+def on_end_optimizer_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer], stepped: bool) -> None:
+    """Hear that the optimizers have stepped, or were refused to; the gradients are still there."""
+
+
+@verb
+def step_schedulers(
+    trainer: Trainer,
+    when: str,
+    optimizers: Sequence[torch.optim.Optimizer],
+    metrics: Mapping[str, float],
+) -> bool:
+    """Move the schedulers of these optimizers that move after a "step", "epoch" or "validation"; answer True."""
+    for scheduler, moves in trainer.schedulers:
+        if moves == when and getattr(scheduler, "optimizer", trainer.optimizers[0]) in optimizers:
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                scheduler.step(metrics[trainer.options.val_loss_metric_name])
+            else:
+                scheduler.step()
+    return True
+
+
+@event
+def on_end_train_step(
+    trainer: Trainer, global_step: int, train_step_collated_outputs: list[Any], stepped: bool
+) -> None:
+    """Hear that one optimizer step is complete; `stepped` is False where it was refused."""
+
+
+# Evaluation ---------------------------------------------------------------------------
+
+
+@verb
+def evaluate(trainer: Trainer, stage: Stage, loaders: Mapping[str, Loader], limit: int | None) -> dict[str, float]:
+    """Evaluate all loaders of a stage, `limit` batches of each; answer the metrics.
+
+    Wrapped by whoever evaluates other weights than it trains.
+    """
+    hook, word = trainer.hook, stage.value
+    totals = {key: trainer.limited(data.length(loader), limit) for key, loader in loaders.items()}
+    hook.on_begin_evaluation(trainer=trainer, stage=stage, totals=totals)
+    with trainer.evaluating(stage):
+        for key, loader in loaders.items():
+            trainer.log_suffix = f"/{key}" if len(loaders) > 1 else ""
+            getattr(hook, f"on_begin_{word}_epoch")(trainer=trainer, key=key)
+            trainer.evaluate_batches(stage, key, itertools.islice(loader, limit))
+        return trainer.collect_metrics()
+
+
+@event
+def on_begin_evaluation(trainer: Trainer, stage: Stage, totals: Mapping[str, int | None]) -> None:
+    """Hear that an evaluation begins; `totals` are the batches to come by loader, None where unknown."""
+
+
+@event
+def on_begin_val_epoch(trainer: Trainer, key: str) -> None:
+    """Hear that one validation loader begins."""
+
+
+@event
+def on_end_val_step(trainer: Trainer, outputs: Outputs, batch: Any, key: str, index: int) -> None:
+    """Hear of one validation batch: what `val_step` returned, on the device."""
+
+
+@verb
+def gather_outputs(trainer: Trainer, outputs: list[Any], stage: Stage, key: str) -> list[Any]:
+    """Answer the collated outputs of all ranks, in the order of the data set, padding dropped."""
+    return outputs
+
+
+@event
+def on_end_val_epoch(trainer: Trainer, global_step: int, val_step_collated_outputs: list[Any], key: str) -> None:
+    """Hear that one validation loader is through; see `CallbackInterface`."""
+
+
+@event
+def on_begin_test_epoch(trainer: Trainer, key: str) -> None:
+    """Hear that one test loader begins."""
+
+
+@event
+def on_end_test_step(trainer: Trainer, outputs: Outputs, batch: Any, key: str, index: int) -> None:
+    """Hear of one test batch: what `test_step` returned, on the device."""
+
+
+@event
+def on_end_test_epoch(trainer: Trainer, global_step: int, test_step_collated_outputs: list[Any], key: str) -> None:
+    """Hear that one test loader is through, with its collated outputs."""
+
+
+@event
+def on_begin_predict_epoch(trainer: Trainer, key: str) -> None:
+    """Hear that one loader of what shall be predicted begins."""
+
+
+@event
+def on_end_predict_step(trainer: Trainer, outputs: Any, batch: Any, key: str, index: int) -> None:
+    """Hear of one prediction, exactly what `predict_step` returned; nobody keeps it."""
+
+
+@event
+def on_end_validation(trainer: Trainer, global_step: int, metrics: Mapping[str, float]) -> None:
+    """Hear the metrics of all validation loaders, of all ranks. Not sent after a sanity check."""
+
+
+# The end of things --------------------------------------------------------------------
+
+
+@event
+def on_end_train_epoch(trainer: Trainer, global_step: int, train_step_collated_outputs: list[Any]) -> None:
+    """Hear that an epoch is complete, its validation included; see `CallbackInterface`."""
+
+
+@event
+def on_boundary(trainer: Trainer, global_step: int) -> None:
+    """Hear that a step, its evaluation and, where due, its epoch's end are complete: state is whole.
+
+    The only place to save, vote, roll back or stop. Told before the next update, or after
+    the epoch's end, so nobody needs to know which step is the last.
+    """
+
+
+@verb
+def save(trainer: Trainer, reason: str) -> bool:
+    """Store the run's state (`trainer.get_run_state()`); answer whether it was stored.
+
+    Called at a boundary, when somebody has asked by `trainer.save(reason)` or training ends.
+    """
+    return False
+
+
+@event
+def on_end_train(trainer: Trainer, global_step: int) -> None:
+    """Hear that training has come to its end; not sent when it was interrupted or raised."""
+
+
+@verb
+def export_model(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Answer the portable weights of the model alone."""
+    return trainer.module.state_dict()
+
+
+@event
+def on_checkpoint(trainer: Trainer, path: Path, kind: str) -> None:
+    """Hear that something is complete on disk; `kind` says what: a whole run's state, or a model."""
+
+
+# Logging ------------------------------------------------------------------------------
+
+
+@verb
+def filter_log(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
+    """Answer what shall be logged of one flush; wrapped by whoever changes it."""
+    return metrics
+
+
+@event
+def on_log(trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
+    """Hear the values of one flush. Other axes than the step stand in `trainer.counters`."""
+
+
+@event
+def on_log_object(trainer: Trainer, name: str, value: Any, global_step: int) -> None:
+    """Hear of something that is no number: a text, a figure, an image, a table."""
+
+
+# Ranks --------------------------------------------------------------------------------
+
+
+@verb
+def all_reduce(trainer: Trainer, value: torch.Tensor, op: str) -> torch.Tensor:
+    """Answer a small tensor reduced over all ranks; `op` is sum, min or max."""
+    return value
+
+
+@verb
+def all_gather(trainer: Trainer, value: Any) -> list[Any]:
+    """Answer every rank's object, in the order of ranks."""
+    return [value]
+
+
+# When it ends -------------------------------------------------------------------------
+
+
+@event
+def on_exception(trainer: Trainer, exception: BaseException) -> None:
+    """Hear that something was raised; it is raised again afterwards."""
+
+
+@event
+def on_end_run(trainer: Trainer, stage: Stage, status: str, reason: str) -> None:
+    """Hear that a run is over; this reaches every plugin, whatever happened. Teardown is here.
+
+    `status` is "finished", "stopped", "preempted" or "failed".
+    """

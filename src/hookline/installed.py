@@ -1,0 +1,117 @@
+"""The plugins that are installed, known from metadata alone: nothing of them is imported before it is named."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import re
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Any
+
+GROUP = "hookline.plugins"
+
+
+@functools.cache
+def installed() -> dict[str, metadata.EntryPoint]:
+    """Return the entry points of the group by plugin name.
+
+    Raises:
+        ValueError: two distributions claim one name.
+    """
+    found: dict[str, metadata.EntryPoint] = {}
+    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
+        other = found.setdefault(point.name, point)
+        if _distribution(other) != _distribution(point):
+            raise ValueError(
+                f"two distributions bring a plugin named {point.name!r}: {_distribution(other)} and "
+                f"{_distribution(point)}; uninstall one of them"
+            )
+    return found
+
+
+def load(name: str) -> type:
+    """Import the class of a plugin, by its installed name or by a dotted path.
+
+    Raises:
+        ValueError: no such plugin is installed (with the nearest name), or it needs other
+            versions than are installed, or it cannot be imported.
+    """
+    if "." in name:
+        return load_path(name)
+    point = installed().get(name)
+    if point is None:
+        raise ValueError(
+            f"no plugin named {name!r} is installed{nearest(name, installed())}; installed are "
+            f"{', '.join(installed()) or 'none'}. `pip install hookline-{name}` may bring it"
+        )
+    _check_requirements(point)
+    try:
+        loaded: type = point.load()
+    except Exception as error:
+        raise ValueError(
+            f"plugin {name!r} of {_distribution(point)} cannot be imported ({point.value}): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return loaded
+
+
+def load_path(path: str) -> Any:
+    """Import what a dotted path names.
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def name_of(plugin_class: type) -> str:
+    """Return the name a plugin class is installed under, else its own in snake_case."""
+    value = f"{plugin_class.__module__}:{plugin_class.__qualname__}"
+    for name, point in installed().items():
+        if point.value == value:
+            return name
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", plugin_class.__name__).lower()
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return ", did you mean …?" with the nearest word, or nothing."""
+    found = difflib.get_close_matches(word, list(words), n=1)
+    return f", did you mean {found[0]!r}?" if found else ""
+
+
+def distribution_of(plugin_class: type) -> str:
+    """Return "name version" of the distribution that brings a plugin class, or where it is from."""
+    point = installed().get(name_of(plugin_class))
+    if point is not None and point.value == f"{plugin_class.__module__}:{plugin_class.__qualname__}":
+        return _distribution(point)
+    return plugin_class.__module__
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+
+
+def _check_requirements(point: metadata.EntryPoint) -> None:
+    """Compare what a distribution needs with what is there; pip lets an environment rot."""
+    from packaging.requirements import Requirement
+
+    for text in (point.dist.requires or []) if point.dist else []:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            have = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            have = "not installed"
+        if have == "not installed" or not requirement.specifier.contains(have, prereleases=True):
+            raise ValueError(
+                f"plugin {point.name!r} of {_distribution(point)} needs {requirement.name}"
+                f"{requirement.specifier}, but {requirement.name} is {have}; "
+                f"`pip install '{requirement.name}{requirement.specifier}'`"
+            )

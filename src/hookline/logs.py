@@ -1,0 +1,152 @@
+"""Values on their way to whoever shows them: kept on their device, reduced, copied once a flush."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+REDUCTIONS = ("mean", "sum", "min", "max", "last")
+FOLD_AT = 256  # values kept before they are folded into one: an interval of any length is flat in memory
+
+Number = float | int | torch.Tensor
+AllReduce = Callable[..., torch.Tensor]
+
+
+class Reduction:
+    """A running mean, sum, minimum, maximum or last value of numbers on any device.
+
+    A tensor is kept as it is until `FOLD_AT` have come: folding then costs a few kernels
+    for all of them. Sums are in float64, except where the device has none.
+    """
+
+    __slots__ = ("_pending", "_value", "_weight", "_weights", "reduce", "sync")
+
+    def __init__(self, reduce: str = "mean", sync: bool = False) -> None:
+        self.reduce = reduce
+        self.sync = sync
+        self._pending: list[Number] = []
+        self._weights: list[float] = []
+        self._value: torch.Tensor | None = None
+        self._weight = 0.0
+
+    def add(self, value: Number, weight: float = 1.0) -> None:
+        """Take one number in; a tensor must be detached and have one element."""
+        self._pending.append(value)
+        self._weights.append(weight)
+        if len(self._pending) >= FOLD_AT:
+            self._fold()
+
+    def _fold(self) -> None:
+        if not self._pending:
+            return
+        values = torch.stack([torch.as_tensor(value).reshape(()) for value in self._pending])
+        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+        weights = self._weights
+        self._pending, self._weights = [], []
+        if self.reduce == "mean":
+            if any(weight != 1.0 for weight in weights):
+                values = values * torch.tensor(weights, dtype=values.dtype, device=values.device)
+            self._weight += sum(weights)
+        if self._value is not None and self.reduce != "last":
+            values = torch.cat([self._value.reshape(1).to(values), values])
+        combine: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+            "mean": torch.sum,
+            "sum": torch.sum,
+            "min": torch.amin,
+            "max": torch.amax,
+            "last": lambda values: values[-1],
+        }
+        self._value = combine[self.reduce](values)
+
+    def value(self, all_reduce: AllReduce | None = None) -> torch.Tensor:
+        """Return the reduced value, a tensor of shape () on its device; of all ranks if `sync` is set."""
+        self._fold()
+        assert self._value is not None
+        value, weight = self._value, torch.full_like(self._value, self._weight)
+        if self.sync and all_reduce is not None and self.reduce != "last":
+            op = "sum" if self.reduce == "mean" else self.reduce
+            value, weight = all_reduce(value=torch.stack([value, weight]), op=op)
+        return value / weight if self.reduce == "mean" else value
+
+    def get_state(self) -> dict[str, Any]:
+        """Return it as data."""
+        self._fold()
+        return {"reduce": self.reduce, "sync": self.sync, "value": self._value, "weight": self._weight}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Reduction:
+        """Bring it back."""
+        reduction = cls(state["reduce"], state["sync"])
+        reduction._value, reduction._weight = state["value"], state["weight"]
+        return reduction
+
+
+class LogBuffer:
+    """Reductions by name, until somebody collects them."""
+
+    def __init__(self) -> None:
+        self.reductions: dict[str, Reduction] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.reductions)
+
+    def reduction(self, name: str, reduce: str = "mean") -> Reduction:
+        """Return the reduction of a name, made at its first value."""
+        found = self.reductions.get(name)
+        if found is None:
+            found = self.reductions[name] = Reduction(reduce)
+        elif found.reduce != reduce:
+            raise ValueError(
+                f"{name!r} is logged with reduce={found.reduce!r} and with reduce={reduce!r} before "
+                "one flush; use one of them, or two names"
+            )
+        return found
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.reductions.clear()
+
+    def collect(self, all_reduce: AllReduce | None = None) -> dict[str, torch.Tensor]:
+        """Return the values by name and start anew."""
+        values = {name: reduction.value(all_reduce) for name, reduction in self.reductions.items()}
+        self.clear()
+        return values
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what has not been collected yet."""
+        return {name: reduction.get_state() for name, reduction in self.reductions.items()}
+
+    def update_state(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.reductions = {name: Reduction.from_state(kept) for name, kept in state.items()}
+
+
+def as_number(name: str, value: Any) -> Number:
+    """Return a value that can be logged, without its graph.
+
+    Raises:
+        TypeError: it is not one number.
+    """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.detach()
+    if isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "size", 0) == 1):
+        return float(value)
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    raise TypeError(
+        f"log({name}=…) takes one number, not a {type(value).__name__}{shape}; reduce it first, or "
+        "hand it to log_object(name, value)"
+    )
+
+
+def to_floats(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Copy values off their devices, in one copy per device."""
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in values.items():
+        by_device.setdefault(value.device, []).append(name)
+    floats: dict[str, float] = {}
+    for names in by_device.values():
+        stacked = torch.stack([values[name] for name in names])
+        floats.update(zip(names, stacked.tolist(), strict=True))
+    return {name: floats[name] for name in values}

@@ -1,0 +1,93 @@
+"""What a step returns: brought into one form, and collected only as far as somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+Outputs = tuple[Any, ...]
+
+
+def as_outputs(returned: Any, step: str) -> Outputs:
+    """Bring what a step returned into a tuple.
+
+    Raises:
+        TypeError: a dictionary, whose order would decide what is the loss.
+    """
+    if isinstance(returned, torch.Tensor):
+        return (returned,)
+    if returned is None:
+        return ()
+    if isinstance(returned, dict):
+        raise TypeError(
+            f"{step} returned a dict with keys {list(returned)}: return the tensors themselves, "
+            "the loss first (and `self.log(name=value)` what only wants to be seen)"
+        )
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def loss_of(outputs: Outputs) -> torch.Tensor:
+    """Return the loss, the first output of `train_step`.
+
+    Raises:
+        TypeError: there is none, or nothing can be propagated back from it.
+    """
+    loss = outputs[0] if outputs else None
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        raise TypeError(
+            "the first output of train_step must be the loss, a tensor of one element that "
+            f"requires grad; it is {_describe(loss)}"
+        )
+    return loss
+
+
+class Collector:
+    """Collects the outputs of many batches, the first `room` of each, without a copy or a sync.
+
+    Tensors are kept detached on their own device; nothing is put together before `collate`.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.rows: list[Outputs] = []
+
+    def add(self, outputs: Outputs) -> None:
+        """Keep one micro-batch's outputs."""
+        self.rows.append(tuple(detached(value) for value in outputs[: self.room]))
+
+    def collate(self) -> list[Any]:
+        """Return one item per output and forget the rows."""
+        rows, self.rows = self.rows, []
+        return collate(rows)
+
+
+def collate(rows: Iterable[Outputs]) -> list[Any]:
+    """Put rows of outputs together, column by column.
+
+    Scalar tensors become a vector, other tensors are concatenated along their first
+    dimension; what is not a tensor, and tensors whose other dimensions differ, become a list.
+    """
+    return [_column(values) for values in zip(*rows, strict=True)]
+
+
+def detached(value: Any) -> Any:
+    """Return a tensor without its graph, anything else as it is."""
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
+def _column(values: Sequence[Any]) -> Any:
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return list(values)
+    if all(value.ndim == 0 for value in values):
+        return torch.stack(list(values))
+    if len({(value.ndim, value.shape[1:]) for value in values}) > 1:
+        return list(values)
+    return torch.cat(list(values))
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+    return "missing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,476 @@
+"""The plugin manager: build, check, order, route, plan, blame.
+
+pluggy keeps the table of who implements what and in which order. This module stands
+around it: it refuses at registration what pluggy would let pass in silence, leads each hook
+the shortest way (a hook that nobody plugged into is a plain Python call), and says
+who was it when something was raised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pluggy
+from pluggy import HookCaller, HookImpl
+from pluggy._callers import _multicall
+
+from hookline import hookspecs
+from hookline.installed import distribution_of, load, name_of, nearest
+from hookline.interfaces import CallbackInterface, ModuleInterface, seed_call
+from hookline.marks import PROJECT
+
+CORE = "core"
+MODULE = "module"
+SEED = {  # the seed's events: how many arguments each is sure to give, and its collated outputs
+    "on_begin_train_epoch": (2, None),
+    "on_end_backward": (2, None),
+    "on_end_train_step": (1, "train_step_collated_outputs"),
+    "on_end_val_epoch": (1, "val_step_collated_outputs"),
+    "on_end_train_epoch": (1, "train_step_collated_outputs"),
+    "on_end_train": (1, None),
+}
+COLLECTING = {hook: outputs for hook, (_, outputs) in SEED.items() if outputs} | {
+    "on_end_test_epoch": "test_step_collated_outputs"
+}
+FAILURES_ALLOWED = 3  # of an observer, before it is switched off
+
+log = logging.getLogger(PROJECT)
+
+
+# Build --------------------------------------------------------------------------------
+
+
+def build(plugins: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """Return plugin objects by name, in order, with what they require before them.
+
+    Args:
+        plugins: objects and names; or a mapping of name to an object, to a mapping of
+            options, or to None for a plugin that is turned off.
+
+    Raises:
+        ValueError: two of one name, an unknown name, a circle of requirements.
+        TypeError: something that is no plugin.
+    """
+    if isinstance(plugins, Mapping):
+        named = {name: _build_one(name, given) for name, given in plugins.items() if given is not None}
+        blocked = {name for name, given in plugins.items() if given is None}
+    else:
+        named, blocked = {}, set()
+        for given in plugins:
+            plugin = load(given)() if isinstance(given, str) else given
+            if isinstance(plugin, type):
+                raise TypeError(f"plugins=[{plugin.__name__}] is a class; give an object: {plugin.__name__}(…)")
+            name = name_of(type(plugin))
+            if name in named:
+                raise ValueError(
+                    f'two plugins are named {name!r}; name them yourself: plugins={{"{name}": …, "another_{name}": …}}'
+                )
+            named[name] = plugin
+    ordered: dict[str, Any] = {}
+    for name in list(named):
+        _place(name, named, blocked, ordered, ())
+    return ordered
+
+
+def _build_one(name: str, given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        if isinstance(given, type):
+            raise TypeError(f"plugins[{name!r}] is the class {given.__name__}; give an object: {given.__name__}(…)")
+        return given
+    options = dict(given)
+    plugin_class = load(options.pop("_plugin_", name))
+    try:
+        return plugin_class(**options)
+    except TypeError as error:
+        raise ValueError(f"plugins.{name}: {error}") from error
+
+
+def _place(name: str, named: dict[str, Any], blocked: set[str], ordered: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Put a plugin into the order, what it requires just before it."""
+    if name in path:
+        raise ValueError(f"plugins require each other in a circle: {' -> '.join([*path, name])}")
+    if name in ordered:
+        return
+    plugin = named[name] if name in named else load(name)()
+    for required in getattr(plugin, "requires", ()):
+        if required in blocked:
+            raise ValueError(f"plugin {name!r} requires {required!r}, which is turned off")
+        _place(required, named, blocked, ordered, (*path, name))
+    ordered[name] = plugin
+
+
+# Register and route -------------------------------------------------------------------
+
+
+class PluginManager(pluggy.PluginManager):
+    """pluggy's manager, strict at registration, with a second namespace of shortest ways."""
+
+    def __init__(self) -> None:
+        super().__init__(PROJECT)
+        self.routes: Any = types.SimpleNamespace()
+        """What the loop calls: one attribute per hook, rebuilt whenever a plugin comes or goes."""
+        self.rooms: dict[str, int] = {}
+        """How many outputs of each collecting event somebody asks for; 0 if nobody does."""
+        self.cost: dict[str, float] = {}
+        """Seconds spent in each observer."""
+        self._failures: dict[str, int] = {}
+        self._pending: dict[str, Any] = {}
+        self._specs: dict[str, Any] = {}
+        self.add_contract(hookspecs, CORE)
+
+    def add_contract(self, specs: Any, name: str) -> None:
+        """Add hook specifications, and with them how their verbs are done when nobody performs them."""
+        if specs not in self._specs.values():
+            self.add_hookspecs(specs)
+            super().register(specs, name)
+            self._specs[name] = specs
+            self._route()
+
+    def register(self, plugin: Any, name: str | None = None) -> str | None:
+        """Register a plugin after refusing what pluggy would let pass in silence.
+
+        Raises:
+            TypeError: a class, an object without identity, or a method that could not be
+                called as its author means; the message names plugin, method and cure.
+            ValueError: a name or an object that is registered already.
+        """
+        name = name or name_of(type(plugin))
+        self._check(plugin, name)
+        registered = super().register(plugin, name)
+        self._route()
+        if name in self._pending and hasattr(plugin, "update_state"):
+            plugin.update_state(self._pending.pop(name))
+        return registered
+
+    def unregister(self, plugin: Any = None, name: str | None = None) -> Any:
+        """Unregister a plugin; the loop no longer calls it from its next hook on."""
+        unregistered = super().unregister(plugin, name)
+        self._route()
+        return unregistered
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        """Say which methods implement hooks: the marked ones, and overrides of the seed's events.
+
+        Of an overridden event pluggy gets the bridge that spreads outputs, or the one
+        that does without where the override has no room for them; of an untouched or a
+        marked one it gets no bridge.
+        """
+        opts = super().parse_hookimpl_opts(plugin, name)
+        bridged = opts and opts["specname"]
+        if not isinstance(plugin, CallbackInterface) or not (name.startswith("_") and bridged in SEED):
+            return opts
+        override = getattr(type(plugin), bridged)
+        if override is getattr(CallbackInterface, bridged) or hasattr(override, f"{PROJECT}_impl"):
+            return None
+        spread = SEED[bridged][1] is not None and seed_call(override)[0] > 0
+        return opts if name == f"{'_spread_' if spread else '_call_'}{bridged}" else None
+
+    def _room(self, hook: str, outputs: str) -> int:
+        rooms = [
+            seed_call(getattr(type(impl.plugin), hook))[0]
+            if impl.function.__name__.startswith("_spread_")
+            else sys.maxsize
+            for impl in self._plugged(hook)
+            if outputs in impl.argnames
+        ]
+        return max(rooms, default=0)
+
+    def heard(self, hook: str) -> bool:
+        """Tell whether anybody but the core implements a hook."""
+        return bool(self._plugged(hook))
+
+    def stateful(self) -> Iterator[tuple[str, Any]]:
+        """Give name and object of the plugins that may have a state, in order."""
+        for name, plugin in self.listed():
+            if hasattr(plugin, "get_state"):
+                yield name, plugin
+
+    def receive(self, states: Mapping[str, Any]) -> None:
+        """Hand states to the plugins of these names; one that is not there yet gets its own when it comes."""
+        plugins = dict(self.listed())
+        for name, state in states.items():
+            if name in plugins:
+                plugins[name].update_state(state)
+            else:
+                self._pending[name] = state
+
+    def listed(self) -> list[tuple[str, Any]]:
+        """Return the plugins by name in the order in which they are called, without core and module."""
+        return [pair for pair in reversed(self.list_name_plugin()) if pair[0] != MODULE and pair[0] not in self._specs]
+
+    def tell_each(self, hook: str, **arguments: Any) -> list[Exception]:
+        """Tell an event to every plugin, each on its own; return what they raised, with blame."""
+        errors = []
+        for impl in reversed(self._plugged(hook)):
+            try:
+                _call(impl, arguments)
+            except Exception as error:
+                error.add_note(self._note(hook, impl))
+                errors.append(error)
+        return errors
+
+    # Routing
+
+    def _plugged(self, hook: str) -> list[HookImpl]:
+        return [impl for impl in self._caller(hook).get_hookimpls() if impl.plugin_name not in self._specs]
+
+    def _caller(self, hook: str) -> HookCaller:
+        return getattr(self.hook, hook)  # type: ignore[no-any-return]
+
+    def _route(self) -> None:
+        """Lead each hook the shortest way: one that nobody plugged into is a plain Python call."""
+        for name, caller in vars(self.hook).items():
+            setattr(self.routes, name, self._way(name, caller))
+        self.rooms = {hook: self._room(hook, outputs) for hook, outputs in COLLECTING.items()}
+
+    def _way(self, name: str, caller: HookCaller) -> Callable[..., Any]:
+        plugged = self._plugged(name)
+        if caller.is_historic() or caller.spec is None:
+            return caller
+        if not caller.spec.opts.get("firstresult"):
+            observers = [impl for impl in plugged if is_observer(impl.plugin)]
+            if not plugged:
+                return _nobody
+            return self._tell(name, caller, plugged, observers) if observers else caller
+        if not plugged:
+            return caller.spec.function
+        performed = any(not impl.wrapper for impl in plugged)
+        # A performer that answers None must not fall through to the core's way of doing it.
+        return _answer(name, self.subset_hook_caller(name, self._specs.values()) if performed else caller, plugged)
+
+    def _tell(
+        self, name: str, caller: HookCaller, plugged: list[HookImpl], observers: list[HookImpl]
+    ) -> Callable[..., None]:
+        """Tell those who matter through pluggy, then each observer on its own, guarded and timed."""
+        matter = self.subset_hook_caller(name, [impl.plugin for impl in observers])
+        if len(observers) == len(plugged):
+            matter = _nobody  # type: ignore[assignment]
+        watchers = [impl for impl in reversed(observers) if self._failures.get(impl.plugin_name, 0) < FAILURES_ALLOWED]
+        cost, clock = self.cost, time.perf_counter
+
+        def tell(**arguments: Any) -> None:
+            matter(**arguments)
+            for impl in watchers:
+                begin = clock()
+                try:
+                    _call(impl, arguments)
+                except Exception as error:
+                    self._failed(name, impl, error)
+                cost[impl.plugin_name] = cost.get(impl.plugin_name, 0.0) + clock() - begin
+
+        return tell
+
+    def _failed(self, hook: str, impl: HookImpl, error: Exception) -> None:
+        failures = self._failures[impl.plugin_name] = self._failures.get(impl.plugin_name, 0) + 1
+        if failures == FAILURES_ALLOWED:
+            log.warning(
+                "plugin %r is switched off after %d failures; the last, in %s: %s: %s",
+                impl.plugin_name, failures, hook, type(error).__name__, error, exc_info=error,
+            )  # fmt: skip
+            self._route()
+
+    # Checks
+
+    def _check(self, plugin: Any, name: str) -> None:
+        if isinstance(plugin, type):
+            raise TypeError(f"plugin {name!r} is the class {plugin.__name__}; register an object: {plugin.__name__}(…)")
+        if type(plugin).__hash__ is None:
+            raise TypeError(
+                f"plugin {name!r}: {type(plugin).__name__} compares by value, so two of them could not be told "
+                "apart; declare it with @dataclass(eq=False)"
+            )
+        for other, registered in self.list_name_plugin():
+            if registered is plugin:
+                raise ValueError(f"plugin {name!r} is the very object that is registered as {other!r}; make another")
+        if self.has_plugin(name):
+            raise ValueError(f"a plugin named {name!r} is registered already; give this one another name")
+        for attribute in dir(plugin):
+            function = inspect.getattr_static(plugin, attribute, None)
+            function = getattr(function, "__func__", function)
+            if callable(function) and not attribute.startswith(("__", "_call_on", "_spread_on")):
+                self._check_method(plugin, name, attribute, function)
+
+    def _check_method(self, plugin: Any, name: str, attribute: str, function: Any) -> None:
+        where = f"plugin {name!r}: {attribute}()"
+        marked = getattr(function, f"{PROJECT}_impl", None)
+        hook = (marked or {}).get("specname") or attribute
+        caller = getattr(self.hook, hook, None)
+        specified = caller is not None and caller.has_spec()
+        if marked is None:
+            if isinstance(plugin, CallbackInterface):
+                self._check_unmarked(plugin, where, attribute, specified)
+            return
+        if not specified:
+            if marked["optionalhook"]:
+                return
+            raise TypeError(f"{where} is marked @hookimpl, but there is no hook {hook!r}{self._nearest(hook)}")
+        assert caller is not None and caller.spec is not None
+        if marked["hookwrapper"]:
+            raise TypeError(f"{where} is an old-style wrapper; write @hookimpl(wrapper=True) and return (yield)")
+        if is_observer(plugin) and caller.spec.opts.get("firstresult"):
+            raise TypeError(
+                f"{where} implements a verb, but the plugin says observer = True; observers hear events only"
+            )
+        if marked["wrapper"] and not inspect.isgeneratorfunction(inspect.unwrap(function)):
+            raise TypeError(f"{where} is a wrapper without a yield; write `result = yield` and return a result")
+        offered = self._arguments(hook)
+        for parameter in list(inspect.signature(function).parameters.values())[1:]:
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                cure = f"ask for {next((a for a in offered if 'outputs' in a), 'arguments')} by name"
+                if hook in SEED:
+                    cure += ", or leave the mark away: an unmarked override gets them spread"
+                raise TypeError(f"{where} takes *{parameter.name}, which {hook} cannot give; {cure}")
+            if parameter.kind is parameter.VAR_KEYWORD:
+                raise TypeError(
+                    f"{where} takes **{parameter.name}, which {hook} cannot give; name what you need of "
+                    f"{', '.join(offered)}"
+                )
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise TypeError(
+                    f"{where} takes {parameter.name} by keyword only, and would never get it; remove the `*`"
+                )
+            if parameter.name not in offered:
+                raise TypeError(
+                    f"{where} asks for {parameter.name!r}{nearest(parameter.name, offered)}, which {hook} cannot "
+                    f"give; it gives {', '.join(offered)}"
+                )
+
+    def _check_unmarked(self, plugin: Any, where: str, attribute: str, specified: bool) -> None:
+        if attribute in SEED:
+            override = getattr(type(plugin), attribute)
+            sure, spread = SEED[attribute]
+            signature = inspect.signature(override)
+            try:  # how many outputs will be spread is known only when they come
+                (signature.bind_partial if spread else signature.bind)(plugin, *range(sure))
+            except TypeError as error:
+                raise TypeError(
+                    f"{where} cannot be called as {attribute}{inspect.signature(getattr(CallbackInterface, attribute))}"
+                    f": {error}; it is called by position"
+                ) from None
+            return
+        if not specified and not attribute.startswith("on_"):
+            return
+        if isinstance(plugin, ModuleInterface):
+            # Methods of a module are its own; but an event that would never be heard is worth a word.
+            if attribute.startswith("on_") and specified:
+                warnings.warn(
+                    f"{where} has the name of a hook and is not marked @hookimpl: it will not be called", stacklevel=4
+                )
+            return
+        if specified:
+            raise TypeError(f"{where} has the name of a hook and would not be called; mark it @hookimpl, or rename it")
+        raise TypeError(
+            f"{where} looks like an event, but there is none of this name{self._nearest(attribute)}; correct the name, "
+            "or one that does not begin with on_ is your own"
+        )
+
+    def _arguments(self, hook: str) -> list[str]:
+        spec = self._caller(hook).spec
+        assert spec is not None
+        return [*spec.argnames, *spec.kwargnames]
+
+    def _nearest(self, hook: str) -> str:
+        return nearest(hook, vars(self.hook))
+
+    def check_conflicts(self) -> None:
+        """Refuse two that perform one verb.
+
+        Raises:
+            ValueError: naming the verb and both.
+        """
+        for hook in self._verbs():
+            performers = [impl.plugin_name for impl in self._plugged(hook) if not impl.wrapper]
+            if len(performers) > 1:
+                one, other, *_ = reversed(performers)
+                raise ValueError(
+                    f"{one!r} and {other!r} both perform {hook!r}, which is done once; turn one of them off "
+                    f"(`plugins.{other}: null`), or let it wrap the verb"
+                )
+
+    def _verbs(self) -> Iterator[str]:
+        for name, caller in vars(self.hook).items():
+            if caller.spec is not None and caller.spec.opts.get("firstresult"):
+                yield name
+
+    # Plan and blame
+
+    def plan(self) -> list[dict[str, Any]]:
+        """Return, for each hook in the loop's order, who wraps it and who does or hears it."""
+        rows = []
+        order = list(vars(hookspecs))
+        names = sorted(vars(self.hook), key=lambda name: order.index(name) if name in order else len(order))
+        verbs = set(self._verbs())
+        for name in names:
+            impls = list(reversed(self._plugged(name)))
+            done_by = [impl.plugin_name for impl in impls if not impl.wrapper]
+            if name in verbs and not done_by:
+                done_by = [CORE]
+            wrapped_by = [impl.plugin_name for impl in impls if impl.wrapper]
+            kind = "verb" if name in verbs else "event"
+            rows.append({"hook": name, "kind": kind, "wrapped_by": wrapped_by, "done_by": done_by})
+        return rows
+
+    def blame(self, error: BaseException) -> None:
+        """Add a note to an exception: in which hook of which plugin of which distribution it was raised.
+
+        Walks the traceback: where pluggy calls on, the next frame runs the code of one of
+        the implementations at hand. Costs nothing until something is raised.
+        """
+        note, traceback = None, error.__traceback__
+        while traceback is not None and traceback.tb_next is not None:
+            frame = traceback.tb_frame
+            if frame.f_code is _multicall.__code__:
+                code = traceback.tb_next.tb_frame.f_code
+                for impl in frame.f_locals["hook_impls"]:
+                    function = inspect.unwrap(impl.function)
+                    if getattr(function, "__code__", None) is code and impl.plugin_name not in self._specs:
+                        note = self._note(frame.f_locals["hook_name"], impl)
+            traceback = traceback.tb_next
+        if note is not None and note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+
+    def _note(self, hook: str, impl: HookImpl) -> str:
+        return f"raised in {hook} by plugin {impl.plugin_name!r} ({distribution_of(type(impl.plugin))})"
+
+
+def is_observer(plugin: Any) -> bool:
+    """Tell whether a plugin says that it only watches."""
+    return getattr(plugin, "observer", False) is True
+
+
+def options_of(plugin: Any) -> dict[str, Any]:
+    """Return a plugin's configuration: its dataclass fields."""
+    if not dataclasses.is_dataclass(plugin):
+        return {}
+    return {field.name: getattr(plugin, field.name) for field in dataclasses.fields(plugin) if field.init}
+
+
+def _call(impl: HookImpl, arguments: Mapping[str, Any]) -> None:
+    known = {name: arguments[name] for name in impl.kwargnames if name in arguments}
+    impl.function(*[arguments[name] for name in impl.argnames], **known)
+
+
+def _nobody(**arguments: Any) -> None:
+    """Hear an event that nobody plugged into."""
+
+
+def _answer(name: str, call: Callable[..., Any], plugged: Sequence[HookImpl]) -> Callable[..., Any]:
+    def answer(**arguments: Any) -> Any:
+        answered = call(**arguments)
+        if answered is None:
+            chain = " around ".join(impl.plugin_name for impl in reversed(plugged))
+            raise TypeError(
+                f"the verb {name!r} got no answer from {chain}: an implementation forgot its `return`, or a "
+                "wrapper its `return (yield)`"
+            )
+        return answered
+
+    return answer

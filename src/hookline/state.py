@@ -1,0 +1,201 @@
+"""What a run is, as data: counters, best values, random states, optimizer states by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """How far a run is. All of them only grow."""
+
+    global_step: int = 0
+    """Optimizer steps completed; an update that was refused counts too."""
+    batches: int = 0
+    """Micro-batches trained on, by each rank."""
+    epochs: int = 0
+    """Epochs completed; while one is under way this is its index."""
+    evaluations: int = 0
+    samples: int = 0
+    """Samples trained on, over all ranks."""
+    skipped_steps: int = 0
+    """Updates that left the weights as they were."""
+    seconds: float = 0.0
+    """Time spent in training, over all sessions of the run."""
+
+    def copy(self) -> Counters:
+        """Return a copy (called every step, hence spelled out)."""
+        return Counters(
+            self.global_step,
+            self.batches,
+            self.epochs,
+            self.evaluations,
+            self.samples,
+            self.skipped_steps,
+            self.seconds,
+        )
+
+    @property
+    def steps(self) -> int:
+        """The unit of cadences that the other counters name themselves."""
+        return self.global_step
+
+
+@dataclasses.dataclass
+class Best:
+    """The best losses so far."""
+
+    train_loss: float = math.inf
+    valid_loss: float = math.inf
+
+    def take(self, name: str, value: float) -> bool:
+        """Keep a value if it is lower than the best; NaN never is."""
+        better = value < getattr(self, name)
+        if better:
+            setattr(self, name, value)
+        return better
+
+
+class Totals(NamedTuple):
+    """How long the run will be; None where nobody can know."""
+
+    batches_per_epoch: int | None
+    steps_per_epoch: int | None
+    steps: int | None
+    epochs: int | None
+
+
+class Scheduled(NamedTuple):
+    """A learning-rate scheduler and when it moves: after a "step", an "epoch" or a "validation"."""
+
+    scheduler: Any
+    when: str
+
+
+def schedule_all(schedulers: Sequence[Any]) -> list[Scheduled]:
+    """Tell when each scheduler moves.
+
+    Raises:
+        ValueError: a pair that says something else than step, epoch or validation.
+    """
+    scheduled = []
+    for entry in schedulers:
+        plateau = isinstance(entry, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        scheduler, when = entry if isinstance(entry, tuple) else (entry, "validation" if plateau else "step")
+        if when not in ("step", "epoch", "validation"):
+            raise ValueError(
+                f"get_optimizers_schedulers pairs {type(scheduler).__name__} with {when!r}; a scheduler "
+                'moves after each "step", "epoch" or "validation"'
+            )
+        scheduled.append(Scheduled(scheduler, when))
+    return scheduled
+
+
+# Randomness ---------------------------------------------------------------------------
+
+
+def set_seed(seed: int) -> None:
+    """Seed torch (every device), Python and, where it is loaded, numpy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def get_rng_state() -> dict[str, Any]:
+    """Return this process's random states as tensors and plain data."""
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
+        state["numpy"] = {
+            "kind": kind,
+            "words": torch.tensor(keys.tolist()),
+            "position": position,
+            "has_gauss": has_gauss,
+            "cached": cached,
+        }
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Put this process's random states back."""
+    torch.set_rng_state(state["torch"])
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state:
+        import numpy
+
+        numpy.random.set_state(
+            (
+                state["numpy"]["kind"],
+                state["numpy"]["words"].numpy().astype("uint32"),
+                state["numpy"]["position"],
+                state["numpy"]["has_gauss"],
+                state["numpy"]["cached"],
+            )
+        )
+
+
+# Optimizers ---------------------------------------------------------------------------
+
+
+def get_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """Return an optimizer's state by the names of its parameters instead of their numbers.
+
+    Args:
+        optimizer: whose state is wanted.
+        names: parameter name by `id` of the parameter.
+    """
+    state = optimizer.state_dict()
+    name_of = _names_in(optimizer, names)
+    return {
+        **state,
+        "state": {name_of[number]: kept for number, kept in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str], state: Mapping[str, Any]) -> None:
+    """Put a state by names back.
+
+    Raises:
+        ValueError: it is of an optimizer over other parameters.
+    """
+    number_of = {name: number for number, name in enumerate(_names_in(optimizer, names))}
+    saved = [name for group in state["param_groups"] for name in group["params"]]
+    if set(saved) != set(number_of):
+        raise ValueError(
+            f"the saved {type(optimizer).__name__} is over other parameters than this one: "
+            f"only saved {sorted(set(saved) - set(number_of))}, only here {sorted(set(number_of) - set(saved))}"
+        )
+    optimizer.load_state_dict(
+        {
+            **state,
+            "state": {number_of[name]: kept for name, kept in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [number_of[name] for name in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+    )
+
+
+def _names_in(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[str]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [names.get(id(parameter), f"parameter {number}") for number, parameter in enumerate(parameters)]

@@ -1,0 +1,826 @@
+"""The trainer: the life of a run, and what everyone in it may ask.
+
+What a step, a window, an epoch and an evaluation are stands in `hookline.hookspecs`, as the
+bodies of its verbs. Here stands what surrounds them: setting up, counting, boundaries,
+logging, stopping, and the end whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import re
+import time
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hookline import data
+from hookline.installed import nearest
+from hookline.interfaces import Loader, ModuleInterface, Stage
+from hookline.logs import REDUCTIONS, LogBuffer, as_number, to_floats
+from hookline.outputs import Collector, Outputs, as_outputs, collate, detached
+from hookline.plugins import MODULE, PluginManager, build, options_of
+from hookline.schedule import Every, every, seconds
+from hookline.state import (
+    Best,
+    Counters,
+    Scheduled,
+    Totals,
+    get_rng_state,
+    schedule_all,
+    set_rng_state,
+    set_seed,
+)
+
+log = logging.getLogger("hookline")
+
+CHECKPOINTS = "checkpoints"  # the subfolder of a run folder that holds what can be resumed from
+
+
+@dataclasses.dataclass
+class Options:
+    """The options of a trainer: keywords of `Trainer`, or the node `trainer:` of a configuration."""
+
+    epochs: int | None = None
+    """Epochs to train; 1 unless `max_steps` or `max_time` says when to end."""
+    train_batch_size: int = 1
+    """Samples of one optimizer step, over all ranks and micro-batches."""
+    val_batch_size: int = 1
+    """Samples of one evaluation batch on one rank."""
+    max_steps: int | None = None
+    """Optimizer steps after which training ends."""
+    max_time: str | None = None
+    """Time of training after which it ends, all sessions of the run together: "90 s", "10 min", "1h"."""
+    max_train_steps_per_epoch: int | None = None
+    """Optimizer steps after which an epoch ends."""
+    max_val_steps_per_epoch: int | None = None
+    """Batches after which an evaluation of one loader ends."""
+    evaluate_every: str | None = "epoch"
+    """Cadence of validation: "epoch", "2 epochs", "500 steps" …; null for none."""
+    eval_when_start: bool = False
+    """Validate before the first step."""
+    eval_when_finish: bool = True
+    """Validate at the end of training, unless that has just been done."""
+    sanity_val_steps: int = 0
+    """Validation batches to try before training; their metrics are dropped."""
+    log_every: str = "50 steps"
+    """Cadence at which interval values are copied off the device and logged."""
+    train_loss_metric_name: str = "train_loss"
+    val_loss_metric_name: str = "val_loss"
+    seed: int = 0
+    """Seed of the order of samples and of all random states."""
+    device: str = "auto"
+    """Device of this rank; auto is CUDA where there is one, else the CPU."""
+    keep_loaders: bool = False
+    """Ask for loaders once instead of every epoch, so that their workers live on."""
+    reset_optimizers_schedulers: bool = False
+    """Resume with fresh optimizers and schedulers."""
+    resume: str | bool = False
+    """Go on with the newest run of this name (true), or with the run or checkpoint at a path."""
+    run_name: str = "run"
+    runs_folder: str = "runs"
+    """Where run folders are made: `<runs_folder>/<run_name>-<number>`."""
+
+
+class Trainer:
+    """Runs a module: `train`, `validate`, `test`, `predict`.
+
+    Args:
+        module: a `ModuleInterface`, or what an adapter among the plugins makes one of.
+        plugins: plugin objects and names in the order in which they shall be called; or a
+            mapping of names to objects, to options, or to None for one that is turned off.
+        config: the configuration this run was built from, already without secrets; it is handed to
+            those who keep records.
+        options: the fields of `Options`, by keyword.
+
+    Raises:
+        TypeError: an unknown option, or a module that nothing can adapt.
+        ValueError: plugins that do not fit together.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        plugins: Sequence[Any] | Mapping[str, Any] = (),
+        *,
+        config: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.options = make_options(options)
+        self.counters = Counters()
+        self.settled = Counters()
+        """The counters at the last boundary; a cadence is due when a multiple lies between the two."""
+        self.cursor = data.Cursor(seed=self.options.seed)
+        self.best = Best()
+        self.metrics: dict[str, float] = {}
+        """The metrics of the last evaluation."""
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.schedulers: list[Scheduled] = []
+        self.totals = Totals(None, None, None, self.options.epochs)
+        self.window_size = 1
+        self.stage = Stage.TRAIN
+        self.sanity_checking = False
+        self.shown: set[str] = set()
+        """Names of values that were logged with `prog=True`."""
+        self.stop_reason: str | None = None
+        self.restored_rng: Mapping[str, Any] | None = None
+        self._stop_status = "stopped"
+        self._save_reasons: list[str] = []
+        self._settling_due = False
+        self._stepped = True
+        self._evaluated_at: int | None = None
+        self._interval = LogBuffer()
+        self._epoch = LogBuffer()
+        self._evaluation: LogBuffer | None = None
+        self.log_suffix = ""
+        """What an evaluation of several loaders appends to the names of logged values."""
+        self._samples = 1
+        self._train_loss = self.options.train_loss_metric_name
+        self._train_loss_epoch = f"{self._train_loss}_epoch"
+        self._loaders: dict[Stage, Any] = {}
+        self._first_loader: Loader | None = None
+        self._epoch_outputs = Collector(0)
+        self._session_began = time.monotonic()
+
+        self.plugins = PluginManager()
+        self.hook = self.plugins.routes
+        named = build(plugins)
+        for name, plugin in named.items():
+            if getattr(plugin, "hookspecs", None) is not None:
+                self.plugins.add_contract(plugin.hookspecs, f"{name}.hookspecs")
+        self._register(named)
+        self.rank, self.local_rank, self.world_size = self.hook.get_ranks(trainer=self)
+        self.device: torch.device = self.hook.get_device(trainer=self)
+        self.module = self._adapt(module)
+        # pluggy calls last whom it met first: the module's own hooks are the innermost.
+        for name in named:
+            self.plugins.unregister(name=name)
+        self.plugins.register(self.module, MODULE)
+        self._register(named)
+        self.plugins.check_conflicts()
+        self.model: torch.nn.Module = self.module
+        self._model_stands = False
+        self.config = dict(config) if config is not None else self._own_config(named)
+        self.plugins.hook.on_setup.call_historic(kwargs={"trainer": self})
+
+    def _register(self, named: Mapping[str, Any]) -> None:
+        for name, plugin in reversed(named.items()):
+            self.plugins.register(plugin, name)
+
+    def _adapt(self, module: Any) -> ModuleInterface:
+        adapted = self.hook.adapt_module(trainer=self, module=module)
+        if not isinstance(adapted, ModuleInterface):
+            given = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+            raise TypeError(
+                f"Trainer got {given}, which is no object of a ModuleInterface, and no plugin adapts it: "
+                "subclass hookline.ModuleInterface, or name the adapter of its framework in plugins"
+            )
+        adapted._trainer = weakref.ref(self)
+        return adapted
+
+    # Doors ----------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train until the epochs, the steps or the time are over, or somebody stops it.
+
+        Raises:
+            Whatever is raised in it, with a note that says by which plugin.
+        """
+        self._run(Stage.TRAIN)
+
+    def validate(self) -> dict[str, float]:
+        """Evaluate the validation loaders; return the metrics."""
+        self._run(Stage.VAL)
+        return self.metrics
+
+    def test(self) -> dict[str, float]:
+        """Evaluate the test loaders; return the metrics."""
+        self._run(Stage.TEST)
+        return self.metrics
+
+    def predict(self) -> None:
+        """Predict; each batch's outputs are handed to `on_end_predict_step` and not kept."""
+        if not self.plugins.heard("on_end_predict_step"):
+            warnings.warn(
+                "nobody hears on_end_predict_step, so the predictions will be dropped: implement it in the module "
+                "or in a plugin, marked @hookimpl",
+                stacklevel=2,
+            )
+        self._run(Stage.PREDICT)
+
+    def stop(self, reason: str, status: str = "stopped") -> None:
+        """Ask for the end of training; it comes at the next boundary. Anyone may ask.
+
+        Args:
+            reason: said to the user and to `on_end_run`.
+            status: "stopped", or "preempted" where the run shall be gone on with later.
+        """
+        if self.stop_reason is None:
+            self.stop_reason, self._stop_status = reason, status
+
+    def save(self, reason: str) -> None:
+        """Ask for the state to be stored; done at the next boundary, once for all who ask."""
+        self._save_reasons.append(reason)
+
+    def export_model(self) -> dict[str, torch.Tensor]:
+        """Return the portable weights of the model alone."""
+        return self.hook.export_model(trainer=self)  # type: ignore[no-any-return]
+
+    # The run --------------------------------------------------------------------------
+
+    def _run(self, stage: Stage) -> None:
+        """Do a run and tell its beginning and its end, the end to every plugin whatever happened."""
+        self.stage = stage
+        self.stop_reason, self._stop_status = None, "stopped"
+        self._session_began = time.monotonic() - self.counters.seconds
+        status, reason, first = "failed", "", None
+        try:
+            for error in self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config):
+                raise error
+            self.hook.run(trainer=self, stage=stage)
+            status, reason = self._verdict()
+        except BaseException as error:
+            first, reason = error, f"{type(error).__name__}: {error}"
+            self.plugins.blame(error)
+            self._add_notes(error, self.plugins.tell_each("on_exception", trainer=self, exception=error))
+            raise
+        finally:
+            ended = {"trainer": self, "stage": stage, "status": status, "reason": reason}
+            errors = self.plugins.tell_each("on_end_run", **ended)
+            if first is not None:
+                self._add_notes(first, errors)
+            elif errors:
+                self._add_notes(errors[0], errors[1:])
+                raise errors[0]
+
+    @staticmethod
+    def _add_notes(error: BaseException, others: Iterable[Exception]) -> None:
+        for other in others:
+            notes = ", ".join(getattr(other, "__notes__", ()))
+            error.add_note(f"and then {type(other).__name__}: {other} ({notes})")
+
+    def _verdict(self) -> tuple[str, str]:
+        if self.stop_reason is not None:
+            return self._stop_status, self.stop_reason
+        return "finished", ""
+
+    def run_training(self) -> None:
+        """Train: what the verb `run` does for `Stage.TRAIN`."""
+        self._set_up_training()
+        if self._finished():
+            log.warning("nothing is left to train: the run is at step %d, epoch %d", self.global_step, self.epoch)
+            return
+        self.model.train()
+        self.hook.on_begin_train(trainer=self, global_step=self.global_step)
+        if self.options.sanity_val_steps:
+            self._check_sanity()
+        if self.restored_rng is not None:
+            set_rng_state(self.restored_rng)
+        elif self.options.eval_when_start:
+            self._evaluate()
+        while not self._finished():
+            self._train_one_epoch()
+        self._flush(self._interval)
+        if self._stop_status != "preempted":
+            self.hook.on_end_train(trainer=self, global_step=self.global_step)
+
+    def run_evaluation(self, stage: Stage) -> None:
+        """Evaluate on its own: what the verb `run` does for the other stages."""
+        self._set_up_model()
+        self._restore(stage)
+        metrics = self._measure(stage, self.options.max_val_steps_per_epoch if stage is Stage.VAL else None)
+        if metrics is None:
+            raise ValueError(
+                f"{type(self.module).__name__} has nothing to {stage.value}: get_{stage.value}_dataloaders() returned None"
+            )
+        self._tell_log(metrics)
+
+    # Setting up -----------------------------------------------------------------------
+
+    def _set_up_model(self) -> None:
+        if self._model_stands:
+            return
+        hook, model = self.hook, self.module
+        for change in (hook.convert_model, hook.split_model, hook.compile_model, hook.shard_model):
+            model = change(trainer=self, model=model)
+        self.model = model
+
+    def _set_up_training(self) -> None:
+        """Build what training needs, in the one order that is right; a second `train` goes on with it."""
+        if self._model_stands and self.optimizers:
+            return
+        set_seed(data.mix(self.options.seed, self.rank))
+        self.window_size = self.hook.get_window_size(trainer=self)
+        self._set_up_model()
+        self.totals = self._count_totals()
+        self.optimizers, schedulers = self.hook.setup_optimizers(trainer=self)
+        if not self.optimizers:
+            raise ValueError(f"{type(self.module).__name__}.get_optimizers_schedulers returned no optimizer")
+        self.schedulers = schedule_all(schedulers)
+        self._restore(Stage.TRAIN)
+
+    def _restore(self, stage: Stage) -> None:
+        if not self._model_stands:
+            self._model_stands = True
+            self.hook.restore(trainer=self, stage=stage)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one micro-batch on one rank: what `get_train_dataloader` is asked for."""
+        total, parts = self.options.train_batch_size, self.world_size * self.window_size
+        if total % parts:
+            raise ValueError(
+                f"train_batch_size={total} cannot be shared equally by {self.world_size} rank(s) × "
+                f"{self.window_size} micro-batch(es) = {parts}; it leaves {total % parts} over"
+            )
+        return total // parts
+
+    def _count_totals(self) -> Totals:
+        options = self.options
+        self._first_loader = loader = self._train_loader()
+        batches = self.limited(data.length(loader), self._max_batches_per_epoch)
+        steps_per_epoch = None if batches is None else math.ceil(batches / self.window_size)
+        epochs = options.epochs
+        if epochs is None and options.max_steps is None and options.max_time is None:
+            epochs = 1
+        if epochs is None and options.max_steps is not None and steps_per_epoch:
+            epochs = math.ceil(options.max_steps / steps_per_epoch)
+        steps = None if steps_per_epoch is None or epochs is None else steps_per_epoch * epochs
+        return Totals(batches, steps_per_epoch, self.limited(steps, options.max_steps), epochs)
+
+    @property
+    def _max_batches_per_epoch(self) -> int | None:
+        steps = self.options.max_train_steps_per_epoch
+        return None if steps is None else steps * self.window_size
+
+    @staticmethod
+    def limited(total: int | None, limit: int | None) -> int | None:
+        """Return the lesser of two numbers either of which may be unknown."""
+        return min((number for number in (total, limit) if number is not None), default=None)
+
+    def get_loaders(self, stage: Stage) -> dict[str, Loader]:
+        """Return the loaders of a stage by key, ready to iterate; none where the module has none.
+
+        The module is asked anew each time, unless `keep_loaders` says otherwise.
+        """
+        given = self._loaders.get(stage)
+        if given is None:
+            sampler = self.hook.get_sampler(trainer=self, stage=stage)
+            if stage is Stage.TRAIN:
+                given = self.module.get_train_dataloader(sampler=sampler, batch_size=self.micro_batch_size)
+            else:
+                ask = getattr(self.module, f"get_{stage.value}_dataloaders")
+                given = ask(sampler=sampler, batch_size=self.options.val_batch_size)
+            if given is None:
+                return {}
+            if self.options.keep_loaders:
+                self._loaders[stage] = given
+        named = given if isinstance(given, Mapping) else {"default": given}
+        setup_loader = self.hook.setup_loader
+        return {key: setup_loader(trainer=self, loader=loader, stage=stage, key=key) for key, loader in named.items()}
+
+    def _train_loader(self) -> Loader:
+        loaders = self.get_loaders(Stage.TRAIN)
+        if list(loaders) != ["default"]:
+            raise ValueError(
+                f"{type(self.module).__name__}.get_train_dataloader() must return one loader; it returned "
+                f"{'None' if not loaders else f'loaders by key {list(loaders)}'}"
+            )
+        return loaders["default"]
+
+    # Training -------------------------------------------------------------------------
+
+    def _train_one_epoch(self) -> None:
+        hook, counters = self.hook, self.counters
+        if self.cursor.epoch != counters.epochs:
+            self.cursor.begin_epoch(counters.epochs)
+        resumed = self.cursor.position > 0
+        hook.on_begin_train_epoch(trainer=self, global_step=self.global_step, epoch=self.epoch)
+        loader, self._first_loader = self._first_loader, None
+        if loader is None or resumed or self.epoch:
+            loader = self._train_loader()
+        limit = self._max_batches_per_epoch
+        batches = itertools.islice(loader, None if limit is None else max(limit - self.cursor.position, 0))
+        if resumed and self.restored_rng is not None:
+            set_rng_state(self.restored_rng)  # on_begin_train_epoch was told again, and may have drawn
+        self.restored_rng = None
+        self._epoch_outputs = Collector(self.plugins.rooms["on_end_train_epoch"])
+        complete = hook.train_epoch(trainer=self, batches=batches)
+        if complete:
+            self._end_epoch()
+        self.settle()
+
+    def _end_epoch(self) -> None:
+        hook, counters = self.hook, self.counters
+        if self.cursor.position == 0:
+            raise ValueError(
+                f"the training loader gave no batch: {type(self.module).__name__}.get_train_dataloader() was asked "
+                f"for batches of {self.micro_batch_size}; is the data set empty, or smaller than one batch with drop_last?"
+            )
+        cadence = self._evaluation_cadence
+        if cadence is not None and cadence.unit == "epochs" and cadence.crossed(self.epoch, self.epoch + 1):
+            self._evaluate()
+        train_loss = self._epoch.reductions.get(self._train_loss_epoch)
+        if train_loss is not None:
+            self.best.take("train_loss", float(train_loss.value()))
+        hook.step_schedulers(trainer=self, when="epoch", optimizers=self.optimizers, metrics=self.metrics)
+        self._flush(self._epoch)
+        outputs = self._epoch_outputs.collate()
+        hook.on_end_train_epoch(trainer=self, global_step=self.global_step, train_step_collated_outputs=outputs)
+        counters.epochs += 1
+        self.cursor.begin_epoch(counters.epochs)
+
+    def advance(self, window: Sequence[Any]) -> bool:
+        """Settle the step before, then take one: update, count, tell; answer False if training stops instead.
+
+        Public for performers of `train_epoch`.
+        """
+        if not self.settle():
+            return False
+        hook, counters = self.hook, self.counters
+        self._stepped = True
+        outputs = hook.update(trainer=self, window=window)
+        counters.global_step += 1
+        counters.batches += len(window)
+        for batch in window:
+            counters.samples += data.count_samples(batch) * self.world_size
+        if not self._stepped:
+            counters.skipped_steps += 1
+        self.cursor.advance(len(window))
+        self._settling_due = True
+        self._take_outputs(outputs)
+        if self._evaluates_by_counter and self.due(self.options.evaluate_every):
+            self._evaluate()
+        if self.due(self.options.log_every):
+            self._flush(self._interval)
+        return True
+
+    def _take_outputs(self, outputs: Sequence[Outputs]) -> None:
+        """Keep the losses, collect what is asked for, and tell the end of the step."""
+        for row in outputs:
+            if row:
+                loss = row[0].detach()
+                self._interval.reduction(self._train_loss).add(loss)
+                self._epoch.reduction(self._train_loss_epoch).add(loss)
+        if self._epoch_outputs.room:
+            for row in outputs:
+                self._epoch_outputs.add(row)
+        collated: list[Any] = []
+        if room := self.plugins.rooms["on_end_train_step"]:
+            collated = collate([tuple(map(detached, row[:room])) for row in outputs])
+        self.hook.on_end_train_step(
+            trainer=self,
+            global_step=self.counters.global_step,
+            train_step_collated_outputs=collated,
+            stepped=self._stepped,
+        )
+
+    def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
+        """Step optimizers, all by default, through every gate; return whether all of them stepped.
+
+        Public for performers of `update`, who say which optimizers step and when. Afterwards
+        the gradients of all optimizers are cleared: one network's backward dirties another's.
+
+        Args:
+            optimizers: those whose gradients are complete.
+            closure: recomputes loss and gradients and returns the loss, for optimizers that want one.
+        """
+        hook = self.hook
+        chosen = self.optimizers if optimizers is None else optimizers
+        hook.on_begin_optimizer_step(trainer=self, optimizers=chosen)
+        stepped = bool(hook.should_step(trainer=self, optimizers=chosen))
+        if stepped:
+            for optimizer in chosen:
+                if not hook.step_optimizer(trainer=self, optimizer=optimizer, closure=closure):
+                    stepped = False
+        hook.on_end_optimizer_step(trainer=self, optimizers=chosen, stepped=stepped)
+        if stepped:
+            hook.step_schedulers(trainer=self, when="step", optimizers=chosen, metrics=self.metrics)
+        else:
+            self._stepped = False
+        self.zero_grad()
+        return stepped
+
+    def zero_grad(self) -> None:
+        """Clear the gradients of all optimizers."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def settle(self) -> bool:
+        """Bring the last step to its boundary, once: tell it, serve what was asked for; return whether to go on.
+
+        Public for performers of `train_epoch` that count their own steps.
+        """
+        if self._settling_due:
+            self._settling_due = False
+            self.counters.seconds = time.monotonic() - self._session_began
+            if self.options.eval_when_finish and self._finished():
+                self._evaluate()
+            self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
+            finished = self._finished()
+            if finished:
+                self._save_reasons.append(self.stop_reason or "end of training")
+            if self._save_reasons:
+                reasons, self._save_reasons = self._save_reasons, []
+                self.hook.save(trainer=self, reason=", ".join(dict.fromkeys(reasons)))
+            self.settled = self.counters.copy()
+            return not finished
+        return self.stop_reason is None
+
+    def _finished(self) -> bool:
+        """Tell whether training is over, by itself or because someone asked for it."""
+        options, counters = self.options, self.counters
+        if self.stop_reason is not None:
+            return True
+        if self.totals.epochs is not None and counters.epochs >= self.totals.epochs:
+            return True
+        if options.max_steps is not None and counters.global_step >= options.max_steps:
+            return True
+        return options.max_time is not None and counters.seconds >= seconds(options.max_time)
+
+    def due(self, cadence: str | None) -> bool:
+        """Tell whether a cadence ("50 steps", "epoch", "10 min") has become due since the last boundary."""
+        if cadence is None:
+            return False
+        count, unit = every(cadence)
+        before, after = getattr(self.settled, unit), getattr(self.counters, unit)
+        return bool(after // count > before // count)
+
+    # Evaluation -----------------------------------------------------------------------
+
+    @functools.cached_property
+    def _evaluation_cadence(self) -> Every | None:
+        return None if self.options.evaluate_every is None else every(self.options.evaluate_every)
+
+    @functools.cached_property
+    def _evaluates_by_counter(self) -> bool:
+        return self._evaluation_cadence is not None and self._evaluation_cadence.unit != "epochs"
+
+    def _evaluate(self) -> None:
+        """Validate during training, once per step."""
+        if self._evaluated_at == self.global_step:
+            return
+        self._evaluated_at = self.global_step
+        metrics = self._measure(Stage.VAL, self.options.max_val_steps_per_epoch)
+        if metrics is None:
+            return
+        self.counters.evaluations += 1
+        self.best.take("valid_loss", metrics.get(self.options.val_loss_metric_name, math.nan))
+        self._tell_log(metrics)
+        self.hook.step_schedulers(trainer=self, when="validation", optimizers=self.optimizers, metrics=metrics)
+        self.hook.on_end_validation(trainer=self, global_step=self.global_step, metrics=metrics)
+
+    def _measure(self, stage: Stage, limit: int | None) -> dict[str, float] | None:
+        """Evaluate a stage; None where the module has no loader for it."""
+        loaders = self.get_loaders(stage)
+        if not loaders:
+            return None
+        self.metrics = self.hook.evaluate(trainer=self, stage=stage, loaders=loaders, limit=limit)
+        return self.metrics
+
+    def _check_sanity(self) -> None:
+        """Try the validation on a few batches and leave no trace: metrics are dropped, randomness is put back."""
+        kept = get_rng_state()
+        self.sanity_checking = True
+        try:
+            self._measure(Stage.VAL, self.options.sanity_val_steps)
+        finally:
+            self.sanity_checking = False
+        self.metrics = {}
+        set_rng_state(kept)
+
+    @contextlib.contextmanager
+    def evaluating(self, stage: Stage) -> Iterator[None]:
+        """Be in an evaluation: no gradients, every submodule in eval mode and back to what it was, logs apart."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        outer, self.stage, self._evaluation = self.stage, stage, LogBuffer()
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            self.stage, self._evaluation = outer, None
+
+    def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
+        """Take one loader's batches through the model and tell of each: the inner loop of `evaluate`."""
+        hook, index = self.hook, -1
+        tell = getattr(hook, f"on_end_{stage.value}_step")
+        collector = Collector(self.plugins.rooms.get(f"on_end_{stage.value}_epoch", 0))
+        for index, batch in enumerate(batches):
+            self._samples = data.count_samples(batch)
+            batch = hook.prepare_batch(trainer=self, batch=batch, stage=stage)
+            outputs = hook.call_model(trainer=self, batch=batch, stage=stage)
+            if stage is not Stage.PREDICT:
+                outputs = as_outputs(outputs, f"{stage.value}_step")
+                self._take_loss(stage, outputs)
+                if collector.room:
+                    collector.add(outputs)
+            tell(trainer=self, outputs=outputs, batch=batch, key=key, index=index)
+        self._samples = 1
+        if index < 0:
+            warnings.warn(f"the {stage.value} loader {key!r} gave no batch, so nothing is known of it", stacklevel=2)
+        if stage is not Stage.PREDICT:
+            outputs = hook.gather_outputs(trainer=self, outputs=collector.collate(), stage=stage, key=key)
+            collated = {f"{stage.value}_step_collated_outputs": outputs}
+            ended = getattr(hook, f"on_end_{stage.value}_epoch")
+            ended(trainer=self, global_step=self.global_step, key=key, **collated)
+
+    def _take_loss(self, stage: Stage, outputs: Outputs) -> None:
+        """Log the loss of an evaluation batch: its first output, where that is a scalar."""
+        if outputs and isinstance(outputs[0], torch.Tensor) and outputs[0].ndim == 0:
+            assert self._evaluation is not None
+            name = self.options.val_loss_metric_name if stage is Stage.VAL else f"{stage.value}_loss"
+            loss = outputs[0].detach()
+            self._evaluation.reduction(name).add(loss, self._samples)
+            if self.log_suffix:  # of all loaders together, and of each
+                self._evaluation.reduction(name + self.log_suffix).add(loss, self._samples)
+
+    def collect_metrics(self) -> dict[str, float]:
+        """Return what this evaluation has logged, over all ranks."""
+        assert self._evaluation is not None
+        all_reduce = functools.partial(self.hook.all_reduce, trainer=self)
+        return to_floats(self._evaluation.collect(all_reduce))
+
+    # Logging --------------------------------------------------------------------------
+
+    def log(
+        self,
+        *,
+        over: str = "interval",
+        reduce: str = "mean",
+        sync: bool = False,
+        prog: bool = False,
+        **values: Any,
+    ) -> None:
+        """Log values by name, from anywhere; tensors stay on their device until the flush.
+
+        In an evaluation the values belong to it: means are weighted by the samples of each
+        batch, and of several loaders each value gets the loader's key into its name.
+
+        Args:
+            over: "interval", until `log_every` is due, or "epoch", until the epoch's end.
+            reduce: "mean", "sum", "min", "max" or "last" of what is logged under one name.
+            sync: reduce over all ranks too (an evaluation always does).
+            prog: have progress displays show it.
+            values: numbers, or tensors of one element.
+
+        Raises:
+            TypeError: a value that is not one number.
+            ValueError: an unknown `over` or `reduce`, or one name with two reductions.
+        """
+        if over not in ("interval", "epoch") or reduce not in REDUCTIONS:
+            raise ValueError(
+                f"log(over={over!r}, reduce={reduce!r}): over is interval or epoch, reduce one of {', '.join(REDUCTIONS)}"
+            )
+        buffer, suffix, weight = self._evaluation, self.log_suffix, float(self._samples)
+        if buffer is None:
+            buffer, suffix, weight = self._epoch if over == "epoch" else self._interval, "", 1.0
+        for name, value in values.items():
+            reduction = buffer.reduction(name + suffix, reduce)
+            reduction.sync = reduction.sync or sync or self._evaluation is not None
+            reduction.add(as_number(name, value), weight)
+            if prog:
+                self.shown.add(name + suffix)
+
+    def log_object(self, name: str, value: Any) -> None:
+        """Hand something that is no number (a text, a figure, an image, a table) to who keeps records."""
+        self.hook.on_log_object(trainer=self, name=name, value=value, global_step=self.global_step)
+
+    def _flush(self, buffer: LogBuffer) -> None:
+        """Copy the values of a buffer off the device, once for all, if anybody wants to see them."""
+        if not buffer:
+            return
+        if not self.plugins.heard("on_log"):
+            buffer.clear()
+            return
+        self._tell_log(to_floats(buffer.collect(functools.partial(self.hook.all_reduce, trainer=self))))
+
+    def _tell_log(self, metrics: dict[str, float]) -> None:
+        metrics = self.hook.filter_log(trainer=self, metrics=dict(metrics))
+        if metrics:
+            self.hook.on_log(trainer=self, metrics=metrics, global_step=self.global_step)
+
+    # State ----------------------------------------------------------------------------
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the trainer's own part of the run's state."""
+        cursor = self.cursor
+        return {
+            "counters": dataclasses.asdict(self.counters),
+            "cursor": {"epoch": cursor.epoch, "position": cursor.position, "consumed": cursor.consumed},
+            "best": dataclasses.asdict(self.best),
+            "evaluated_at": self._evaluated_at,
+            "metrics": self.metrics,
+            "interval": self._interval.get_state(),
+            "epoch": self._epoch.get_state(),
+        }
+
+    def update_state(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.counters = Counters(**state["counters"])
+        self.settled = self.counters.copy()
+        for name, value in state["cursor"].items():
+            setattr(self.cursor, name, value)
+        self.best = Best(**state["best"])
+        self._evaluated_at = state["evaluated_at"]
+        self.metrics = dict(state["metrics"])
+        self._interval.update_state(state["interval"])
+        self._epoch.update_state(state["epoch"])
+        self._session_began = time.monotonic() - self.counters.seconds
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps completed."""
+        return self.counters.global_step
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch under way, which is the number of epochs completed."""
+        return self.counters.epochs
+
+    @property
+    def position(self) -> int:
+        """Micro-batches of this epoch trained on."""
+        return self.cursor.position
+
+    @position.setter
+    def position(self, batches: int) -> None:
+        self.cursor.position, self.cursor.consumed = 0, 0
+        self.cursor.advance(batches)
+
+    @functools.cached_property
+    def run_dir(self) -> Path:
+        """The folder of this run, made when it is first asked for: nobody who writes nothing leaves one."""
+        path = self._resumed_run_dir() or self._next_run_dir()
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _resumed_run_dir(self) -> Path | None:
+        resume = self.options.resume
+        if isinstance(resume, str):
+            path = Path(resume)
+            if not path.is_dir():
+                raise ValueError(f"resume={resume!r} is no folder of a run")
+            # A checkpoint may be named as well as its run: the run is the folder above "checkpoints".
+            return next((parent.parent for parent in (path, *path.parents) if parent.name == CHECKPOINTS), path)
+        runs = self._numbered_runs()
+        return runs[max(runs)] if resume and runs else None
+
+    def _next_run_dir(self) -> Path:
+        number = max(self._numbered_runs(), default=0) + 1
+        return Path(self.options.runs_folder) / f"{self.options.run_name}-{number}"
+
+    def _numbered_runs(self) -> dict[int, Path]:
+        pattern = re.compile(re.escape(self.options.run_name) + r"-(\d+)")
+        folder = Path(self.options.runs_folder)
+        found = [(pattern.fullmatch(path.name), path) for path in folder.glob("*")] if folder.is_dir() else []
+        return {int(match[1]): path for match, path in found if match}
+
+    def _own_config(self, plugins: Mapping[str, Any]) -> dict[str, Any]:
+        """Describe a run that was built in Python as a configuration would."""
+        return {
+            "module": {"_target_": f"{type(self.module).__module__}.{type(self.module).__qualname__}"},
+            "trainer": dataclasses.asdict(self.options),
+            "plugins": {name: options_of(plugin) for name, plugin in plugins.items()},
+        }
+
+
+def make_options(given: Mapping[str, Any]) -> Options:
+    """Return the options of a trainer from keywords.
+
+    Raises:
+        TypeError: a keyword that is none, with the nearest that is.
+        ValueError: a value that cannot be.
+    """
+    known = [field.name for field in dataclasses.fields(Options)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"Trainer has no option {name!r}{nearest(name, known)}; it has {', '.join(known)}")
+    options = Options(**given)
+    for cadence in (options.evaluate_every, options.log_every):
+        if cadence is not None:
+            every(cadence)
+    if options.evaluate_every is not None and every(options.evaluate_every).unit == "evaluations":
+        raise ValueError(
+            f"evaluate_every={options.evaluate_every!r} counts evaluations by themselves; count steps or epochs"
+        )
+    if options.max_time is not None:
+        seconds(options.max_time)
+    least = {"epochs": 0, "max_steps": 0, "sanity_val_steps": 0}
+    for name, value in dataclasses.asdict(options).items():
+        if type(value) is int and name != "seed" and value < least.get(name, 1):
+            raise ValueError(f"{name}={value} must be at least {least.get(name, 1)}")
+    if not re.fullmatch(r"[\w.-]+", options.run_name) or options.run_name.startswith("."):
+        raise ValueError(f"run_name={options.run_name!r} must be a plain name of letters, digits, '_', '-' and '.'")
+    return options
