@@ -31,7 +31,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "set_seed": "state",
     "verb": "marks",
 }
-__all__ = [*_HOMES]  # noqa: PLE0604
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import random
@@ -13,8 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
-from torch.utils.data import get_worker_info
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, get_worker_info
 
 CHUNK = 4096  # indices turned into Python integers at a time
 
@@ -37,6 +37,8 @@ class Cursor:
     """Samples of this epoch drawn for them, over all ranks."""
     draw: int = 0
     """Samples that one batch draws over all ranks; 0 where the loader does not say."""
+    generator: torch.Generator = dataclasses.field(default_factory=torch.Generator)
+    """What loaders seed their workers from."""
     warned: bool = False
 
     def advance(self, batches: int) -> None:
@@ -73,11 +75,11 @@ class ResumableSampler(Sampler[int]):
         else:
             order = torch.arange(self.length)
         share = order[self.cursor.consumed + self.rank :: self.world_size]
-        for chunk in share.split(CHUNK):
+        for chunk in torch.split(share, CHUNK):
             yield from chunk.tolist()
 
     def __len__(self) -> int:
-        """Samples of a whole epoch on this rank, wherever the cursor stands."""
+        """Return the samples of a whole epoch on this rank, wherever the cursor stands."""
         return len(range(self.rank, self.length, self.world_size))
 
 
@@ -107,9 +109,10 @@ def make_resumable(loader: Any, cursor: Cursor, world_size: int) -> Any:
     Anything else is iterated from its beginning, and the batches before the cursor dropped.
     """
     cursor.draw = 0
+    if isinstance(loader, DataLoader):
+        seed_loading(loader, cursor)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return _Dropping(loader, cursor)
-    seed_loading(loader, cursor)
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if isinstance(sampler, _SkippingBatches):
         return loader
@@ -140,18 +143,21 @@ def seed_loading(loader: DataLoader[Any], cursor: Cursor) -> None:
     generator of its own. The data set stays the user's object behind a view.
     """
     if loader.generator is None:
-        loader.generator = torch.Generator().manual_seed(mix(cursor.seed))
+        loader.generator = cursor.generator
+    if loader.generator is cursor.generator:
+        cursor.generator.manual_seed(mix(cursor.seed, cursor.epoch))
     if isinstance(loader.dataset, IterableDataset):
         return
-    if not isinstance(loader.dataset, _SeededDataset):
+    view: Any = loader.dataset
+    if not isinstance(view, _SeededDataset):
         collate = loader.collate_fn if loader.batch_sampler is not None else None
         # DataLoader forbids to set `dataset`; the view answers to all that the data set does.
-        vars(loader)["dataset"] = _SeededDataset(loader.dataset, collate, cursor.seed)
+        vars(loader)["dataset"] = view = _SeededDataset(loader.dataset, collate, cursor.seed)
         if collate is not None:
             loader.collate_fn = _collated_already
         if loader.num_workers:
-            loader.dataset.epoch.share_memory_()
-    loader.dataset.epoch.fill_(cursor.epoch)
+            view.epoch.share_memory_()
+    view.epoch.fill_(cursor.epoch)
 
 
 class _SeededDataset:
@@ -190,18 +196,17 @@ class _SeededDataset:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, Python and numpy, and put them back; a worker keeps its own for itself."""
+    """Seed torch's CPU generator, Python and numpy, and put them back afterwards.
+
+    About 20 us, most of it Python's own. A worker has its random states to itself, and puts nothing back.
+    """
     numpy = sys.modules.get("numpy")
     alone = get_worker_info() is not None
-    kept = (
-        None
-        if alone
-        else (
-            torch.default_generator.get_state(),
-            random.getstate(),
-            numpy.random.get_state(legacy=False) if numpy else None,
-        )
-    )
+    if not alone:
+        kept = torch.default_generator.get_state(), random.getstate()
+        if numpy:  # exchanging the generator is 15 times cheaper than reading and writing its state
+            kept_bits = numpy.random.get_bit_generator()
+            numpy.random.set_bit_generator(_bits_of_loading(numpy))
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if numpy:
@@ -209,11 +214,16 @@ def seeded(seed: int) -> Iterator[None]:
     try:
         yield
     finally:
-        if kept is not None:
+        if not alone:
             torch.default_generator.set_state(kept[0])
             random.setstate(kept[1])
             if numpy:
-                numpy.random.set_state(kept[2])
+                numpy.random.set_bit_generator(kept_bits)
+
+
+@functools.cache
+def _bits_of_loading(numpy: Any) -> Any:
+    return numpy.random.MT19937()
 
 
 def _collated_already(batch: Any) -> Any:
@@ -281,15 +291,15 @@ def count_samples(batch: Any) -> int:
     """
     if isinstance(batch, torch.Tensor):
         return batch.shape[0] if batch.ndim else 1
-    if isinstance(batch, Mapping):
-        values: Iterable[Any] = batch.values()
-    elif isinstance(batch, (list, tuple)):
-        values = batch
+    if isinstance(batch, (list, tuple)):
+        values: Iterable[Any] = batch
+    elif isinstance(batch, Mapping):
+        values = batch.values()
     elif dataclasses.is_dataclass(batch):
         values = vars(batch).values()
     else:
         return 1
     first = next(iter(values), None)
-    if isinstance(first, (torch.Tensor, Mapping, list, tuple)) or dataclasses.is_dataclass(first):
+    if isinstance(first, (torch.Tensor, list, tuple, Mapping)) or dataclasses.is_dataclass(first):
         return count_samples(first)
     return len(batch) if isinstance(batch, (list, tuple)) else 1

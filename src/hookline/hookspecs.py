@@ -25,7 +25,7 @@ import torch
 from hookline import data
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
-from hookline.outputs import Collector, Outputs, as_outputs, loss_of
+from hookline.outputs import Outputs, as_outputs, loss_of
 from hookline.state import get_optimizer_state, get_rng_state, set_optimizer_state
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Out
     outputs = as_outputs(hook.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN), "train_step")
     loss = hook.scale_loss(trainer=trainer, loss=loss_of(outputs), batch=batch, size=size)
     hook.run_backward(trainer=trainer, loss=loss)
-    hook.on_end_backward(trainer=trainer, global_step=trainer.global_step, loss_tensor=loss)
+    hook.on_end_backward(trainer=trainer, global_step=trainer.counters.global_step, loss_tensor=loss)
     return outputs
 
 
@@ -280,7 +280,7 @@ def prepare_batch(trainer: Trainer, batch: Any, stage: Stage) -> Any:
 @verb
 def call_model(trainer: Trainer, batch: Any, stage: Stage) -> Any:
     """Answer what the module's step for this stage returns for a batch."""
-    step = trainer.global_step + 1 if stage is Stage.TRAIN else trainer.global_step
+    step = trainer.counters.global_step + (stage is Stage.TRAIN)
     return trainer.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
 
 

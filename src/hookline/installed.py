@@ -39,7 +39,7 @@ def load(name: str) -> type:
             versions than are installed, or it cannot be imported.
     """
     if "." in name:
-        return load_path(name)
+        return load_path(name)  # type: ignore[no-any-return]
     point = installed().get(name)
     if point is None:
         raise ValueError(
@@ -49,12 +49,12 @@ def load(name: str) -> type:
     _check_requirements(point)
     try:
         loaded: type = point.load()
+        return loaded
     except Exception as error:
         raise ValueError(
             f"plugin {name!r} of {_distribution(point)} cannot be imported ({point.value}): "
             f"{type(error).__name__}: {error}"
         ) from error
-    return loaded
 
 
 def load_path(path: str) -> Any:

@@ -52,7 +52,7 @@ def seed_call(function: Callable[..., Any]) -> tuple[int, bool]:
     return sum(p.kind in positional and p.name != "key" for p in parameters), takes_key
 
 
-class CallbackInterface(ABC):  # noqa: B024 - every method may be left as it is
+class CallbackInterface(ABC):
     """What a plugin hears of a run. Override what you need; what you leave costs nothing.
 
     A plugin that only watches (a tracker, a progress bar) says `observer = True`: it then

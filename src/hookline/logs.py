@@ -10,6 +10,14 @@ import torch
 REDUCTIONS = ("mean", "sum", "min", "max", "last")
 FOLD_AT = 256  # values kept before they are folded into one: an interval of any length is flat in memory
 
+_COMBINE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "mean": torch.sum,
+    "sum": torch.sum,
+    "min": torch.amin,
+    "max": torch.amax,
+    "last": lambda values: values[-1],
+}
+
 Number = float | int | torch.Tensor
 AllReduce = Callable[..., torch.Tensor]
 
@@ -32,33 +40,35 @@ class Reduction:
         self._weight = 0.0
 
     def add(self, value: Number, weight: float = 1.0) -> None:
-        """Take one number in; a tensor must be detached and have one element."""
+        """Take one number in; a tensor must be detached and of shape ()."""
         self._pending.append(value)
         self._weights.append(weight)
         if len(self._pending) >= FOLD_AT:
             self._fold()
 
+    def add_all(self, values: torch.Tensor) -> None:
+        """Take many numbers in, each of weight 1; shape (n,)."""
+        self._fold()
+        self._combine(values, float(len(values)))
+
     def _fold(self) -> None:
         if not self._pending:
             return
-        values = torch.stack([torch.as_tensor(value).reshape(()) for value in self._pending])
-        values = values.to(torch.float32 if values.device.type == "mps" else torch.float64)
-        weights = self._weights
+        tensors = [v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64) for v in self._pending]
+        values = torch.stack(tensors)
+        weight = sum(self._weights)
+        if self.reduce == "mean" and weight != len(tensors):
+            values = _wide(values)
+            values = values * torch.tensor(self._weights, dtype=values.dtype, device=values.device)
         self._pending, self._weights = [], []
-        if self.reduce == "mean":
-            if any(weight != 1.0 for weight in weights):
-                values = values * torch.tensor(weights, dtype=values.dtype, device=values.device)
-            self._weight += sum(weights)
+        self._combine(values, weight)
+
+    def _combine(self, values: torch.Tensor, weight: float) -> None:
+        values = _wide(values)
         if self._value is not None and self.reduce != "last":
             values = torch.cat([self._value.reshape(1).to(values), values])
-        combine: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-            "mean": torch.sum,
-            "sum": torch.sum,
-            "min": torch.amin,
-            "max": torch.amax,
-            "last": lambda values: values[-1],
-        }
-        self._value = combine[self.reduce](values)
+        self._value = _COMBINE[self.reduce](values)
+        self._weight += weight
 
     def value(self, all_reduce: AllReduce | None = None) -> torch.Tensor:
         """Return the reduced value, a tensor of shape () on its device; of all ranks if `sync` is set."""
@@ -81,6 +91,10 @@ class Reduction:
         reduction = cls(state["reduce"], state["sync"])
         reduction._value, reduction._weight = state["value"], state["weight"]
         return reduction
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 class LogBuffer:
@@ -130,7 +144,7 @@ def as_number(name: str, value: Any) -> Number:
         TypeError: it is not one number.
     """
     if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.detach()
+        return value.detach().reshape(())
     if isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "size", 0) == 1):
         return float(value)
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""

@@ -119,6 +119,8 @@ class PluginManager(pluggy.PluginManager):
         """What the loop calls: one attribute per hook, rebuilt whenever a plugin comes or goes."""
         self.rooms: dict[str, int] = {}
         """How many outputs of each collecting event somebody asks for; 0 if nobody does."""
+        self.heard: dict[str, bool] = {}
+        """Whether anybody but the core implements a hook."""
         self.cost: dict[str, float] = {}
         """Seconds spent in each observer."""
         self._failures: dict[str, int] = {}
@@ -183,10 +185,6 @@ class PluginManager(pluggy.PluginManager):
         ]
         return max(rooms, default=0)
 
-    def heard(self, hook: str) -> bool:
-        """Tell whether anybody but the core implements a hook."""
-        return bool(self._plugged(hook))
-
     def stateful(self) -> Iterator[tuple[str, Any]]:
         """Give name and object of the plugins that may have a state, in order."""
         for name, plugin in self.listed():
@@ -229,6 +227,7 @@ class PluginManager(pluggy.PluginManager):
         """Lead each hook the shortest way: one that nobody plugged into is a plain Python call."""
         for name, caller in vars(self.hook).items():
             setattr(self.routes, name, self._way(name, caller))
+            self.heard[name] = bool(self._plugged(name))
         self.rooms = {hook: self._room(hook, outputs) for hook, outputs in COLLECTING.items()}
 
     def _way(self, name: str, caller: HookCaller) -> Callable[..., Any]:
@@ -312,7 +311,8 @@ class PluginManager(pluggy.PluginManager):
             if marked["optionalhook"]:
                 return
             raise TypeError(f"{where} is marked @hookimpl, but there is no hook {hook!r}{self._nearest(hook)}")
-        assert caller is not None and caller.spec is not None
+        assert caller is not None
+        assert caller.spec is not None
         if marked["hookwrapper"]:
             raise TypeError(f"{where} is an old-style wrapper; write @hookimpl(wrapper=True) and return (yield)")
         if is_observer(plugin) and caller.spec.opts.get("firstresult"):

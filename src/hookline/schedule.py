@@ -1,4 +1,4 @@
-"""One grammar for every cadence: "epoch", "2 epochs", "50 steps", "eval", "10 min" …"""
+"""One grammar for every cadence: "epoch", "2 epochs", "50 steps", "eval", "10 min" …."""
 
 from __future__ import annotations
 
@@ -26,17 +26,14 @@ _EXAMPLES = '"epoch", "2 epochs", "30ep", "50 steps", "100 batches", "eval", "3 
 
 
 class Every(NamedTuple):
-    """A cadence: every `count` of a counter of the run (`seconds` for clocks)."""
+    """A cadence: every `number` of a counter of the run (`seconds` for clocks)."""
 
-    count: int
+    number: int
     unit: str
 
     def crossed(self, before: float, after: float) -> bool:
-        """Tell whether a multiple of `count` lies in (before, after]."""
-        return after // self.count > before // self.count
-
-    def __str__(self) -> str:
-        return f"{self.count} {self.unit}"
+        """Tell whether a multiple of `number` lies in (before, after]."""
+        return after // self.number > before // self.number
 
 
 @functools.cache
@@ -49,7 +46,7 @@ def every(text: str) -> Every:
     match = re.fullmatch(r"\s*(\d+)?\s*([a-z]+)\s*", text.lower()) if isinstance(text, str) else None
     word = match[2] if match else ""
     known = _UNIT_OF.get(word) or _UNIT_OF.get(word.removesuffix("s"))
-    if match is None or known is None or match[1] is not None and int(match[1]) == 0:
+    if match is None or known is None or (match[1] is not None and int(match[1]) == 0):
         raise ValueError(f"{text!r} is not a cadence; write one like {_EXAMPLES}")
     unit, factor = known
     return Every(int(match[1] or 1) * factor, unit)
@@ -64,4 +61,4 @@ def seconds(text: str) -> int:
     duration = every(text)
     if duration.unit != "seconds":
         raise ValueError(f'{text!r} is not a duration; write one like "90 s", "10 min" or "1h"')
-    return duration.count
+    return duration.number

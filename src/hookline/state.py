@@ -30,17 +30,15 @@ class Counters:
     seconds: float = 0.0
     """Time spent in training, over all sessions of the run."""
 
-    def copy(self) -> Counters:
-        """Return a copy (called every step, hence spelled out)."""
-        return Counters(
-            self.global_step,
-            self.batches,
-            self.epochs,
-            self.evaluations,
-            self.samples,
-            self.skipped_steps,
-            self.seconds,
-        )
+    def take(self, other: Counters) -> None:
+        """Become equal to other counters (done every step, hence spelled out)."""
+        self.global_step = other.global_step
+        self.batches = other.batches
+        self.epochs = other.epochs
+        self.evaluations = other.evaluations
+        self.samples = other.samples
+        self.skipped_steps = other.skipped_steps
+        self.seconds = other.seconds
 
     @property
     def steps(self) -> int:
@@ -57,7 +55,7 @@ class Best:
 
     def take(self, name: str, value: float) -> bool:
         """Keep a value if it is lower than the best; NaN never is."""
-        better = value < getattr(self, name)
+        better: bool = value < getattr(self, name)
         if better:
             setattr(self, name, value)
         return better

@@ -26,7 +26,7 @@ import torch
 from hookline import data
 from hookline.installed import nearest
 from hookline.interfaces import Loader, ModuleInterface, Stage
-from hookline.logs import REDUCTIONS, LogBuffer, as_number, to_floats
+from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, as_number, to_floats
 from hookline.outputs import Collector, Outputs, as_outputs, collate, detached
 from hookline.plugins import MODULE, PluginManager, build, options_of
 from hookline.schedule import Every, every, seconds
@@ -131,6 +131,8 @@ class Trainer:
         self.sanity_checking = False
         self.shown: set[str] = set()
         """Names of values that were logged with `prog=True`."""
+        self.status = "not started"
+        """How the last run ended: "finished", "stopped", "preempted" or "failed"; "running" until then."""
         self.stop_reason: str | None = None
         self.restored_rng: Mapping[str, Any] | None = None
         self._stop_status = "stopped"
@@ -145,7 +147,7 @@ class Trainer:
         """What an evaluation of several loaders appends to the names of logged values."""
         self._samples = 1
         self._train_loss = self.options.train_loss_metric_name
-        self._train_loss_epoch = f"{self._train_loss}_epoch"
+        self._losses: list[torch.Tensor] = []
         self._loaders: dict[Stage, Any] = {}
         self._first_loader: Loader | None = None
         self._epoch_outputs = Collector(0)
@@ -173,7 +175,7 @@ class Trainer:
         self.plugins.hook.on_setup.call_historic(kwargs={"trainer": self})
 
     def _register(self, named: Mapping[str, Any]) -> None:
-        for name, plugin in reversed(named.items()):
+        for name, plugin in reversed(list(named.items())):
             self.plugins.register(plugin, name)
 
     def _adapt(self, module: Any) -> ModuleInterface:
@@ -209,7 +211,7 @@ class Trainer:
 
     def predict(self) -> None:
         """Predict; each batch's outputs are handed to `on_end_predict_step` and not kept."""
-        if not self.plugins.heard("on_end_predict_step"):
+        if not self.plugins.heard["on_end_predict_step"]:
             warnings.warn(
                 "nobody hears on_end_predict_step, so the predictions will be dropped: implement it in the module "
                 "or in a plugin, marked @hookimpl",
@@ -242,19 +244,20 @@ class Trainer:
         self.stage = stage
         self.stop_reason, self._stop_status = None, "stopped"
         self._session_began = time.monotonic() - self.counters.seconds
-        status, reason, first = "failed", "", None
+        self.status, reason, first = "running", "", None
         try:
             for error in self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config):
                 raise error
             self.hook.run(trainer=self, stage=stage)
-            status, reason = self._verdict()
+            self.status, reason = self._verdict()
         except BaseException as error:
+            self.status = "failed"
             first, reason = error, f"{type(error).__name__}: {error}"
             self.plugins.blame(error)
             self._add_notes(error, self.plugins.tell_each("on_exception", trainer=self, exception=error))
             raise
         finally:
-            ended = {"trainer": self, "stage": stage, "status": status, "reason": reason}
+            ended = {"trainer": self, "stage": stage, "status": self.status, "reason": reason}
             errors = self.plugins.tell_each("on_end_run", **ended)
             if first is not None:
                 self._add_notes(first, errors)
@@ -295,16 +298,33 @@ class Trainer:
 
     def run_evaluation(self, stage: Stage) -> None:
         """Evaluate on its own: what the verb `run` does for the other stages."""
-        self._set_up_model()
-        self._restore(stage)
+        if not self.optimizers:  # else this trainer has trained, and what it trained is evaluated
+            set_seed(data.mix(self.options.seed, self.rank))
+            self._set_up_model()
+            self.hook.restore(trainer=self, stage=stage)
         metrics = self._measure(stage, self.options.max_val_steps_per_epoch if stage is Stage.VAL else None)
         if metrics is None:
             raise ValueError(
-                f"{type(self.module).__name__} has nothing to {stage.value}: get_{stage.value}_dataloaders() returned None"
+                f"{type(self.module).__name__} has no data for this: get_{stage.value}_dataloaders() returned None"
             )
         self._tell_log(metrics)
 
     # Setting up -----------------------------------------------------------------------
+
+    def _set_up_training(self) -> None:
+        """Build what training needs, in the one order that is right; a second `train` goes on with it."""
+        hook = self.hook
+        self.window_size = hook.get_window_size(trainer=self)
+        self.totals = self._count_totals()
+        if self.optimizers:
+            return
+        set_seed(data.mix(self.options.seed, self.rank))
+        self._set_up_model()
+        self.optimizers, schedulers = hook.setup_optimizers(trainer=self)
+        if not self.optimizers:
+            raise ValueError(f"{type(self.module).__name__}.get_optimizers_schedulers returned no optimizer")
+        self.schedulers = schedule_all(schedulers)
+        hook.restore(trainer=self, stage=Stage.TRAIN)
 
     def _set_up_model(self) -> None:
         if self._model_stands:
@@ -312,26 +332,7 @@ class Trainer:
         hook, model = self.hook, self.module
         for change in (hook.convert_model, hook.split_model, hook.compile_model, hook.shard_model):
             model = change(trainer=self, model=model)
-        self.model = model
-
-    def _set_up_training(self) -> None:
-        """Build what training needs, in the one order that is right; a second `train` goes on with it."""
-        if self._model_stands and self.optimizers:
-            return
-        set_seed(data.mix(self.options.seed, self.rank))
-        self.window_size = self.hook.get_window_size(trainer=self)
-        self._set_up_model()
-        self.totals = self._count_totals()
-        self.optimizers, schedulers = self.hook.setup_optimizers(trainer=self)
-        if not self.optimizers:
-            raise ValueError(f"{type(self.module).__name__}.get_optimizers_schedulers returned no optimizer")
-        self.schedulers = schedule_all(schedulers)
-        self._restore(Stage.TRAIN)
-
-    def _restore(self, stage: Stage) -> None:
-        if not self._model_stands:
-            self._model_stands = True
-            self.hook.restore(trainer=self, stage=stage)
+        self.model, self._model_stands = model, True
 
     @property
     def micro_batch_size(self) -> int:
@@ -342,7 +343,7 @@ class Trainer:
                 f"train_batch_size={total} cannot be shared equally by {self.world_size} rank(s) × "
                 f"{self.window_size} micro-batch(es) = {parts}; it leaves {total % parts} over"
             )
-        return total // parts
+        return int(total // parts)
 
     def _count_totals(self) -> Totals:
         options = self.options
@@ -423,15 +424,16 @@ class Trainer:
         hook, counters = self.hook, self.counters
         if self.cursor.position == 0:
             raise ValueError(
-                f"the training loader gave no batch: {type(self.module).__name__}.get_train_dataloader() was asked "
-                f"for batches of {self.micro_batch_size}; is the data set empty, or smaller than one batch with drop_last?"
+                f"the training loader gave no batch: {type(self.module).__name__}.get_train_dataloader() was asked for "
+                f"batches of {self.micro_batch_size}; is the data set empty, or smaller than one batch with drop_last?"
             )
         cadence = self._evaluation_cadence
         if cadence is not None and cadence.unit == "epochs" and cadence.crossed(self.epoch, self.epoch + 1):
             self._evaluate()
-        train_loss = self._epoch.reductions.get(self._train_loss_epoch)
+        self._fold_losses()
+        train_loss = self._epoch.reductions.get(f"{self._train_loss}_epoch")
         if train_loss is not None:
-            self.best.take("train_loss", float(train_loss.value()))
+            self.best.take("train_loss", train_loss.value().item())
         hook.step_schedulers(trainer=self, when="epoch", optimizers=self.optimizers, metrics=self.metrics)
         self._flush(self._epoch)
         outputs = self._epoch_outputs.collate()
@@ -460,7 +462,7 @@ class Trainer:
         self._take_outputs(outputs)
         if self._evaluates_by_counter and self.due(self.options.evaluate_every):
             self._evaluate()
-        if self.due(self.options.log_every):
+        if self.plugins.heard["on_log"] and self.due(self.options.log_every):
             self._flush(self._interval)
         return True
 
@@ -468,9 +470,9 @@ class Trainer:
         """Keep the losses, collect what is asked for, and tell the end of the step."""
         for row in outputs:
             if row:
-                loss = row[0].detach()
-                self._interval.reduction(self._train_loss).add(loss)
-                self._epoch.reduction(self._train_loss_epoch).add(loss)
+                self._losses.append(row[0].detach())
+        if len(self._losses) >= FOLD_AT:
+            self._fold_losses()
         if self._epoch_outputs.room:
             for row in outputs:
                 self._epoch_outputs.add(row)
@@ -483,6 +485,13 @@ class Trainer:
             train_step_collated_outputs=collated,
             stepped=self._stepped,
         )
+
+    def _fold_losses(self) -> None:
+        """Hand the losses of the last steps to the log buffers: a few kernels for all of them."""
+        if self._losses:
+            losses, self._losses = torch.stack(self._losses), []
+            self._interval.reduction(self._train_loss).add_all(losses)
+            self._epoch.reduction(f"{self._train_loss}_epoch").add_all(losses)
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
         """Step optimizers, all by default, through every gate; return whether all of them stepped.
@@ -523,16 +532,17 @@ class Trainer:
         if self._settling_due:
             self._settling_due = False
             self.counters.seconds = time.monotonic() - self._session_began
-            if self.options.eval_when_finish and self._finished():
+            finished = self._finished()
+            if finished and self.options.eval_when_finish:
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
-            finished = self._finished()
-            if finished:
+            if finished or self.stop_reason is not None:
+                finished = True
                 self._save_reasons.append(self.stop_reason or "end of training")
             if self._save_reasons:
                 reasons, self._save_reasons = self._save_reasons, []
                 self.hook.save(trainer=self, reason=", ".join(dict.fromkeys(reasons)))
-            self.settled = self.counters.copy()
+            self.settled.take(self.counters)
             return not finished
         return self.stop_reason is None
 
@@ -589,14 +599,14 @@ class Trainer:
 
     def _check_sanity(self) -> None:
         """Try the validation on a few batches and leave no trace: metrics are dropped, randomness is put back."""
-        kept = get_rng_state()
+        rng, metrics = get_rng_state(), self.metrics
         self.sanity_checking = True
         try:
             self._measure(Stage.VAL, self.options.sanity_val_steps)
         finally:
             self.sanity_checking = False
-        self.metrics = {}
-        set_rng_state(kept)
+        self.metrics = metrics
+        set_rng_state(rng)
 
     @contextlib.contextmanager
     def evaluating(self, stage: Stage) -> Iterator[None]:
@@ -681,7 +691,7 @@ class Trainer:
         """
         if over not in ("interval", "epoch") or reduce not in REDUCTIONS:
             raise ValueError(
-                f"log(over={over!r}, reduce={reduce!r}): over is interval or epoch, reduce one of {', '.join(REDUCTIONS)}"
+                f"log(over={over!r}, reduce={reduce!r}): over is interval or epoch, reduce is {', '.join(REDUCTIONS)}"
             )
         buffer, suffix, weight = self._evaluation, self.log_suffix, float(self._samples)
         if buffer is None:
@@ -699,12 +709,11 @@ class Trainer:
 
     def _flush(self, buffer: LogBuffer) -> None:
         """Copy the values of a buffer off the device, once for all, if anybody wants to see them."""
-        if not buffer:
-            return
-        if not self.plugins.heard("on_log"):
+        self._fold_losses()
+        if not self.plugins.heard["on_log"]:
             buffer.clear()
-            return
-        self._tell_log(to_floats(buffer.collect(functools.partial(self.hook.all_reduce, trainer=self))))
+        if buffer:
+            self._tell_log(to_floats(buffer.collect(functools.partial(self.hook.all_reduce, trainer=self))))
 
     def _tell_log(self, metrics: dict[str, float]) -> None:
         metrics = self.hook.filter_log(trainer=self, metrics=dict(metrics))
@@ -715,6 +724,7 @@ class Trainer:
 
     def get_state(self) -> dict[str, Any]:
         """Return the trainer's own part of the run's state."""
+        self._fold_losses()
         cursor = self.cursor
         return {
             "counters": dataclasses.asdict(self.counters),
@@ -729,7 +739,7 @@ class Trainer:
     def update_state(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         self.counters = Counters(**state["counters"])
-        self.settled = self.counters.copy()
+        self.settled.take(self.counters)
         for name, value in state["cursor"].items():
             setattr(self.cursor, name, value)
         self.best = Best(**state["best"])

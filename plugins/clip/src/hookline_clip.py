@@ -1,0 +1,47 @@
+"""Clip gradients by their total norm or by value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hookline import CallbackInterface, hookimpl
+
+__version__ = "0.1.0"
+
+
+@dataclass(eq=False)
+class Clip(CallbackInterface):
+    """Clip the gradients of the optimizers that are about to step, once per optimizer step.
+
+    Happens when the gradients are complete: after accumulation and after unscaling.
+    """
+
+    max_norm: float | None = 1.0
+    """Scale all gradients down to this total norm; null to leave the norm alone."""
+    norm_type: float = 2.0
+    """The p of the norm; `inf` for the largest absolute value."""
+    max_value: float | None = None
+    """Clamp each gradient element to [-max_value, max_value]; done before the norm is taken."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_norm", "max_value"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"clip.{name}={value} must be above 0, or null to clip no {name.removeprefix('max_')}")
+        if not self.norm_type > 0:
+            raise ValueError(
+                f"clip.norm_type={self.norm_type} must be above 0; 2 is the Euclidean norm, inf the largest absolute value"
+            )
+        if self.max_norm is None and self.max_value is None:
+            raise ValueError("clip has nothing to do: give max_norm, max_value or both")
+
+    @hookimpl
+    def on_begin_optimizer_step(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        if self.max_value is not None:
+            torch.nn.utils.clip_grad_value_(parameters, self.max_value)
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)

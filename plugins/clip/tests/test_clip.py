@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+from hookline_clip import Clip
+
+from hookline import ModuleInterface, Trainer, hookimpl
+
+BATCHES = 6
+
+
+class Regression(ModuleInterface):
+    """A small network on a list of batches, so that a loop by hand sees the very same ones."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        self.batches = [(x, 30 * x.sum(1, keepdim=True)) for x in torch.randn(BATCHES, 5, 4)]
+
+    def train_step(self, global_step, batch, device):
+        inputs, references = batch
+        return torch.nn.functional.mse_loss(self.net(inputs), references)
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return self.batches
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+        return [torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)], []
+
+
+def train_by_hand(clip):
+    module = Regression()
+    optimizer = torch.optim.SGD(module.parameters(), 0.01, momentum=0.9)
+    for batch in module.batches:
+        module.train_step(0, batch, "cpu").backward()
+        clip(list(module.parameters()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return module
+
+
+def train(plugins):
+    module = Regression()
+    Trainer(module, plugins=plugins, device="cpu").train()
+    return module
+
+
+def assert_same_weights(one, other):
+    for name, weights in one.state_dict().items():
+        assert torch.equal(weights, other.state_dict()[name]), name
+
+
+def clip_by_norm(max_norm, norm_type=2.0):
+    return lambda parameters: torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+
+
+def clip_by_both(parameters):
+    torch.nn.utils.clip_grad_value_(parameters, 0.1)
+    torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "by_hand"),
+    [
+        (Clip(), clip_by_norm(1.0)),
+        (Clip(0.5), clip_by_norm(0.5)),
+        (Clip(0.5, norm_type=1.0), clip_by_norm(0.5, 1.0)),
+        (Clip(0.5, norm_type=math.inf), clip_by_norm(0.5, math.inf)),
+        (Clip(None, max_value=0.1), lambda parameters: torch.nn.utils.clip_grad_value_(parameters, 0.1)),
+        (Clip(0.3, max_value=0.1), clip_by_both),
+    ],
+    ids=["default", "norm", "norm 1", "norm inf", "value", "value then norm"],
+)
+def test_gives_the_bits_of_a_loop_by_hand(plugin, by_hand):
+    expected = train_by_hand(by_hand)
+    assert_same_weights(train([plugin]), expected)
+    plain = train([])
+    assert not torch.equal(plain.net[0].weight, expected.net[0].weight)  # there was something to clip
+
+
+def test_norm_is_that_of_all_gradients_together():
+    class Watching(Regression):
+        norms = ()
+
+        @hookimpl(trylast=True)
+        def on_begin_optimizer_step(self, optimizers):
+            norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in self.parameters()])
+            self.norms = (*self.norms, norm)
+
+    module = Watching()
+    Trainer(module, plugins=[Clip(0.5)], device="cpu").train()
+    torch.testing.assert_close(torch.stack(module.norms), torch.full((BATCHES,), 0.5))
+
+
+def test_touches_only_the_optimizers_that_step():
+    class TwoOptimizers(Regression):
+        def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+            return [torch.optim.SGD(self.net[index].parameters(), 0.01) for index in (0, 2)], []
+
+        @hookimpl
+        def update(self, trainer, window):
+            outputs = trainer.hook.run_window(trainer=trainer, window=window)
+            trainer.step(trainer.optimizers[:1])
+            return outputs
+
+        @hookimpl(trylast=True)
+        def on_begin_optimizer_step(self, optimizers):
+            self.first = torch.nn.utils.get_total_norm([p.grad for p in self.net[0].parameters()])
+            self.second = torch.nn.utils.get_total_norm([p.grad for p in self.net[2].parameters()])
+
+    module = TwoOptimizers()
+    Trainer(module, plugins=[Clip(0.5)], device="cpu").train()
+    torch.testing.assert_close(module.first, torch.tensor(0.5))  # their norm alone, without the others' share
+    assert module.second > 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_norm": 0.0}, r"clip\.max_norm=0\.0 must be above 0, or null to clip no norm"),
+        ({"max_norm": math.nan}, r"clip\.max_norm=nan must be above 0"),
+        ({"max_value": -1.0}, r"clip\.max_value=-1\.0 must be above 0, or null to clip no value"),
+        ({"norm_type": 0.0}, r"clip\.norm_type=0\.0 must be above 0; 2 is the Euclidean norm, inf the largest"),
+        ({"max_norm": None}, r"clip has nothing to do: give max_norm, max_value or both"),
+    ],
+)
+def test_refuses_what_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Clip(**options)

@@ -1,0 +1,262 @@
+"""The command line. What needs no torch imports none: help, plugins, hooks and runs answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hookline import __version__
+
+EXAMPLES = """\
+examples:
+  hookline fit examples/digits.yaml                      train
+  hookline fit examples/digits.yaml trainer.epochs=3 plugins.clip.max_norm=0.5
+  hookline fit examples/digits.yaml -p no:progress       without a plugin; -p NAME: with one more
+  hookline fit examples/digits.yaml --resume             go on where the newest run was cut
+  hookline fit runs/digits-1/config.yaml                 do a run once more
+  hookline predict examples/chars.yaml --resume
+  hookline plan examples/digits.yaml                     who does what in which order
+  hookline plugins                                       what is installed
+  hookline hooks on_boundary                             what a hook is told, and when
+  hookline runs show digits-1
+"""
+DOORS = {
+    "fit": ("train", "train a module"),
+    "validate": ("validate", "evaluate the validation loaders"),
+    "test": ("test", "evaluate the test loaders"),
+    "predict": ("predict", "predict; the module or a plugin takes the predictions"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code: 0 only for success, 2 for what the user can mend, 130 for Ctrl-C."""
+    options = _parse(arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # `_target_: examples.digits.Digits` is looked for where the user stands
+    try:
+        code: int = options.command(options)
+        return code
+    except UserError as error:
+        print(f"hookline: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hookline: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; overrides may stand anywhere behind the configuration, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if isinstance(getattr(options, "resume", None), str) and "=" in options.resume:
+        rest, options.resume = [options.resume, *rest], True
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+class UserError(Exception):
+    """Something that the user wrote and can mend: told in one line, without a traceback."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "hookline",
+        description="Train PyTorch modules through a small loop of hooks.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hookline {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, summary: str, command: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        added.set_defaults(command=command)
+        return added
+
+    for name, (door, summary) in DOORS.items():
+        _add_configuration(added := add(name, summary, _run))
+        added.set_defaults(door=door)
+        added.add_argument(
+            "--resume", nargs="?", const=True, default=None, metavar="RUN",
+            help="go on with the newest run of this name, or with the run or checkpoint at a path",
+        )  # fmt: skip
+        added.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    plan = add("plan", "show for each hook who wraps it and who does or hears it", _plan)
+    _add_configuration(plan)
+    plan.add_argument("--json", action="store_true", help="for machines")
+    plugins = add("plugins", "list the installed plugins, or show the hooks of one, or of a configuration's", _plugins)
+    plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
+    hooks = add("hooks", "show the hooks in the order of the loop", _hooks)
+    hooks.add_argument("name", nargs="?", help="one hook, in full")
+    runs = add("runs", "list the runs of a folder, or show one", _runs)
+    runs.add_argument("--folder", default="runs", help="where the runs are (default: runs)")
+    shows = runs.add_subparsers(metavar="")
+    show = shows.add_parser("show", help="show a run's parameters and metrics")
+    show.add_argument("run", help="a run's folder, or its name below --folder")
+    new = add("new", "write the skeleton of something new", _new)
+    new.add_argument("kind", choices=["plugin"])
+    new.add_argument("name", help="name of the plugin, e.g. weight-noise")
+    new.add_argument("--folder", default=".", help="where to write it (default: here)")
+    return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, e.g. trainer.epochs=3")
+    parser.add_argument(
+        "-p", dest="plugins", action="append", default=[], metavar="[no:]NAME", help="turn a plugin on, or off"
+    )
+
+
+def _configuration(options: argparse.Namespace) -> Any:
+    from hookline import config
+
+    overrides = list(options.overrides)
+    if getattr(options, "resume", None) is not None:
+        overrides.append(f"trainer.resume={json.dumps(options.resume)}")
+    try:
+        return config.load_config(options.config, overrides, options.plugins)
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def _trainer(loaded: Any) -> Any:
+    from hookline import config
+
+    try:
+        return config.build_trainer(loaded)
+    except (ValueError, TypeError) as error:
+        if _raised_by_user_code(error):
+            raise
+        raise UserError(error) from error
+
+
+def _raised_by_user_code(error: BaseException) -> bool:
+    """Tell whether an error comes out of the user's module rather than out of what we checked for him."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and not traceback.tb_frame.f_globals.get("__name__", "").startswith("hookline")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from hookline import config
+
+    loaded = _configuration(options)
+    if options.print_config:
+        print(config.to_yaml(config.masked(loaded)), end="")
+        return 0
+    trainer = _trainer(loaded)
+    if options.door == "train":
+        kept = trainer.run_dir / "config.yaml"
+        if not kept.exists():
+            tree = config.masked(loaded)
+            tree["trainer"]["resume"] = False
+            kept.write_text(config.to_yaml(tree), encoding="utf-8")
+    metrics = getattr(trainer, options.door)()
+    if metrics:
+        print(json.dumps(metrics, indent=2))
+    return 0 if trainer.status in ("finished", "stopped") else 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    rows = _trainer(_configuration(options)).plugins.plan()
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        heads = ["hook", "kind", "wrapped by", "done or heard by"]
+        print(
+            table([heads, *([r["hook"], r["kind"], ", ".join(r["wrapped_by"]), ", ".join(r["done_by"])] for r in rows)])
+        )
+    return 0
+
+
+def _plugins(options: argparse.Namespace) -> int:
+    from hookline.installed import installed
+
+    if options.what is None:
+        rows = [
+            [name, p.dist.name if p.dist else "", p.dist.version if p.dist else "", p.value]
+            for name, p in installed().items()
+        ]
+        print(table([["plugin", "distribution", "version", "class"], *rows]))
+        return 0
+    if Path(options.what).suffix in (".yaml", ".yml"):
+        options.config, options.overrides, options.plugins = options.what, [], []
+        manager = _trainer(_configuration(options)).plugins
+        names = [name for name, _ in manager.listed()]
+    else:
+        from hookline.installed import load
+        from hookline.plugins import PluginManager
+
+        manager, names = PluginManager(), [options.what]
+        try:
+            manager.register(load(options.what)(), options.what)
+        except ValueError as error:
+            raise UserError(error) from error
+    for name in names:
+        plugin = manager.get_plugin(name)
+        print(f"{name}: {(type(plugin).__doc__ or '').strip().splitlines()[0]}")
+        for row in manager.plan():
+            if name in row["wrapped_by"] + row["done_by"]:
+                does = "wraps" if name in row["wrapped_by"] else "does" if row["kind"] == "verb" else "hears"
+                print(f"  {does:5} {row['hook']}")
+    return 0
+
+
+def _hooks(options: argparse.Namespace) -> int:
+    from hookline.cli.hooks import read_hooks, render
+    from hookline.installed import nearest
+
+    hooks = read_hooks()
+    if options.name is None:
+        print(table([["hook", "kind", "arguments"], *([h.name, h.kind, ", ".join(h.arguments)] for h in hooks)]))
+        return 0
+    for hook in hooks:
+        if hook.name == options.name:
+            print(render(hook))
+            return 0
+    raise UserError(f"there is no hook {options.name!r}{nearest(options.name, [hook.name for hook in hooks])}")
+
+
+def _runs(options: argparse.Namespace) -> int:
+    from hookline.cli import runs
+
+    try:
+        if getattr(options, "run", None) is None:
+            print(runs.render_runs(runs.list_runs(Path(options.folder))))
+        else:
+            below = Path(options.folder) / options.run
+            print(runs.render_run(runs.read_run(below if below.is_dir() else Path(options.run))))
+    except ValueError as error:
+        raise UserError(error) from error
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    from hookline.cli.new import new_plugin
+
+    try:
+        print(f"wrote {new_plugin(options.name, Path(options.folder))}")
+    except ValueError as error:
+        raise UserError(error) from error
+    return 0
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as aligned columns, the first row as their heads."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

@@ -1,0 +1,307 @@
+"""Configuration: defaults, then YAML, then the command line, in one checked OmegaConf tree.
+
+The tree has the nodes `module` (with `_target_`, built with what it nests), `trainer` (the
+options of `Trainer`), `plugins` (by name; null turns one off) and `vars` (yours, to interpolate).
+`trainer` and each plugin are structured by their dataclasses, so a typo or a wrong type is found
+before any work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import omegaconf
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from hookline.installed import load, load_path, nearest
+from hookline.state import set_seed
+from hookline.trainer import Options, Trainer
+
+NODES = ("module", "trainer", "plugins", "vars")
+MASK = "***"
+_SECRET_KEY = re.compile(
+    r"(^|[_-])(password|passwd|secret|credentials?|(api|access|private|secret|auth)[_-]?(key|token)|token)$", re.I
+)
+_SECRET_VALUE = re.compile(r"^(hf_|sk-|ghp_|xox[bap]-)\w{8,}|^\w+://[^/@\s]+:[^/@\s]+@")
+_NO_SECRET = re.compile(r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|special)[_-]?token$", re.I)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A safe loader that refuses a key that is written twice, and reads 1e-3 as a number."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key, _ in node.value:
+        if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+            raise ValueError(
+                f"the key {key.value!r} is written twice, the second time in line {key.start_mark.line + 1}"
+            )
+        seen.add(key.value)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> DictConfig:
+    """Read a configuration.
+
+    Args:
+        file: a YAML file.
+        overrides: `key.of.node=value`, in YAML's syntax of values; later ones win.
+        plugins: `name` turns a plugin on, `no:name` turns it off.
+
+    Raises:
+        ValueError: a file that is missing or no YAML, or an unknown, missing or mistyped key,
+            named in full, with the nearest that exists.
+    """
+    path = Path(file)
+    tree = _read(path)
+    given = OmegaConf.create(tree)
+    assert isinstance(given, DictConfig)
+    for override in overrides:
+        _override(given, override)
+    for plugin in plugins:
+        on, name = (False, plugin[3:]) if plugin.startswith("no:") else (True, plugin)
+        if on and OmegaConf.select(given, f"plugins.{name}") is None:
+            OmegaConf.update(given, f"plugins.{name}", {}, force_add=True)
+        elif not on:
+            OmegaConf.update(given, f"plugins.{name}", None, force_add=True)
+    if OmegaConf.select(given, "trainer.run_name") is None:
+        OmegaConf.update(given, "trainer.run_name", _plain(path.stem), force_add=True)
+    config = _structure(given)
+    _refuse_missing(config)
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is no configuration: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is no configuration: it must be a mapping with the keys {', '.join(NODES)}")
+    return tree
+
+
+def _override(config: DictConfig, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r} is no override; write key.of.node=value, e.g. trainer.epochs=3")
+    try:
+        value = yaml.load(text, _UniqueKeys)
+        OmegaConf.update(config, key, value, force_add=True)
+    except (yaml.YAMLError, ValueError, omegaconf.errors.OmegaConfBaseException) as error:
+        raise ValueError(f"{override!r} cannot be read: {error}") from error
+
+
+def _structure(given: DictConfig) -> DictConfig:
+    """Bring the tree under the schemas of the trainer and of each plugin, key by key."""
+    for key in map(str, given):
+        if key not in NODES:
+            raise ValueError(f"{key}: unknown key{nearest(key, NODES)}; the nodes are {', '.join(NODES)}")
+    plugins = {name: _plugin(f"plugins.{name}", node) for name, node in _items(given.get("plugins"))}
+    return OmegaConf.create(
+        {
+            "vars": given.get("vars") or {},
+            "module": given.get("module") or {},
+            "trainer": merge_schema("trainer", Options, given.get("trainer")),
+            "plugins": plugins,
+        }
+    )
+
+
+def _items(node: DictConfig | None) -> Iterable[tuple[str, Any]]:
+    return [] if node is None else [(str(name), node[name]) for name in node]
+
+
+def _plugin(where: str, node: Any) -> Any:
+    if node is None:
+        return None
+    if not isinstance(node, DictConfig):
+        raise ValueError(f"{where}: a plugin takes a mapping of options ({{}} for none) or null, not {node!r}")
+    options = node.copy()
+    target = options.pop("_plugin_", None)
+    try:
+        plugin_class = load(target or where.removeprefix("plugins."))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    if not dataclasses.is_dataclass(plugin_class):
+        raise ValueError(f"{where}: {plugin_class.__name__} is no dataclass, so nothing can be said of its options")
+    merged = merge_schema(where, plugin_class, options)
+    return merged if target is None else OmegaConf.create({"_plugin_": target, **dict(merged.items_ex(resolve=False))})
+
+
+def merge_schema(where: str, schema: type, node: Any) -> DictConfig:
+    """Merge a node over the defaults of a dataclass, which says what keys and types there may be."""
+    fields = [field for field in dataclasses.fields(schema) if field.init]
+    try:
+        defaults = OmegaConf.structured(
+            dataclasses.make_dataclass(schema.__name__, map(_field, fields, repeat(schema)))
+        )
+        merged = OmegaConf.merge(defaults, node if node is not None else {})
+    except omegaconf.errors.ConfigKeyError as error:
+        known = [field.name for field in fields]
+        key = str(error.key)
+        raise ValueError(
+            f"{where}.{key}: unknown key{nearest(key, known)}; {where} has {', '.join(known) or 'no keys'}"
+        ) from error
+    except omegaconf.errors.OmegaConfBaseException as error:
+        key = ".".join([where, *([str(error.full_key)] if error.full_key else [])])
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _field(field: dataclasses.Field[Any], schema: type) -> tuple[str, Any, Any]:
+    """Return a field as `make_dataclass` wants it; OmegaConf is shown those alone that are options."""
+    kind = field.type
+    if isinstance(kind, str):
+        home = next(base for base in schema.__mro__ if field.name in inspect.get_annotations(base))
+        kind = eval(kind, vars(sys.modules[home.__module__]))
+    if field.default_factory is not dataclasses.MISSING:
+        return field.name, kind, dataclasses.field(default_factory=field.default_factory)
+    default = omegaconf.MISSING if field.default is dataclasses.MISSING else field.default
+    return field.name, kind, dataclasses.field(default=default)
+
+
+def _refuse_missing(config: DictConfig) -> None:
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: this key needs a value" + (f"; so do {', '.join(missing[1:])}" if missing[1:] else "")
+        )
+    if OmegaConf.select(config, "module._target_") is None:
+        raise ValueError("module._target_: this key needs a value, the dotted path of your ModuleInterface class")
+
+
+# Build --------------------------------------------------------------------------------
+
+
+def resolve(config: DictConfig) -> dict[str, Any]:
+    """Return the configuration as plain data, interpolations filled in.
+
+    Raises:
+        ValueError: an interpolation that leads nowhere, or a secret that was masked.
+    """
+    try:
+        tree = OmegaConf.to_container(config, resolve=True)
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(tree, dict)
+    for key, value in _leaves(tree):
+        if value == MASK:
+            raise ValueError(f"{key}: this secret was masked when the configuration was saved; give it: {key}=…")
+    return tree  # type: ignore[return-value]
+
+
+def build_trainer(config: DictConfig) -> Trainer:
+    """Return the trainer of a configuration, its module built under the seed."""
+    tree = resolve(config)
+    set_seed(tree["trainer"]["seed"])
+    module = instantiate(tree["module"], "module")
+    return Trainer(module, plugins=tree["plugins"], config=masked(config), **tree["trainer"])
+
+
+def instantiate(node: Any, where: str) -> Any:
+    """Build what `_target_` names with the other keys as its arguments, and whatever they nest.
+
+    Raises:
+        ValueError: something that cannot be imported, or arguments that it does not take.
+    """
+    if isinstance(node, list):
+        return [instantiate(item, f"{where}.{index}") for index, item in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    arguments = {key: instantiate(value, f"{where}.{key}") for key, value in node.items() if key != "_target_"}
+    if "_target_" not in node:
+        return arguments
+    try:
+        target = load_path(node["_target_"])
+    except ValueError as error:
+        raise ValueError(f"{where}._target_: {error}") from error
+    _check_arguments(target, arguments, where)
+    return target(**arguments)
+
+
+def _check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> None:
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # a builtin does not say
+        return
+    parameters = signature.parameters.values()
+    known = [parameter.name for parameter in parameters]
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        for name in arguments:
+            if name not in known:
+                raise ValueError(
+                    f"{where}.{name}: unknown key{nearest(name, known)}; {target.__name__} takes {', '.join(known)}"
+                )
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{where}: {target.__name__}: {error}") from error
+
+
+# Show and keep ------------------------------------------------------------------------
+
+
+def masked(config: DictConfig) -> dict[str, Any]:
+    """Return the resolved configuration without its secrets.
+
+    What looks like a password or a token becomes `***`, or stays the interpolation it was
+    (`${oc.env:TOKEN}`), so that the saved configuration still runs where the variable is set.
+    """
+    written = OmegaConf.to_container(config, resolve=False)
+    return _mask(resolve(config), written)  # type: ignore[no-any-return]
+
+
+def _mask(value: Any, written: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        sources = written if isinstance(written, dict) else {}
+        return {name: _mask(kept, sources.get(name), str(name)) for name, kept in value.items()}
+    if isinstance(value, list):
+        originals = written if isinstance(written, list) else [None] * len(value)
+        return [_mask(kept, original, key) for kept, original in zip(value, originals, strict=True)]
+    if value is None or not is_secret(key, value):
+        return value
+    return written if isinstance(written, str) and written.startswith("${") else MASK
+
+
+def is_secret(key: str, value: Any) -> bool:
+    """Tell whether a value looks like a secret, by its key or by itself."""
+    if isinstance(value, str) and _SECRET_VALUE.search(value):
+        return True
+    return not isinstance(value, (bool, float)) and bool(_SECRET_KEY.search(key)) and not _NO_SECRET.search(key)
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Return a configuration as YAML."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"

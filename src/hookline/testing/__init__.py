@@ -1,0 +1,17 @@
+"""What a plugin's author needs to test it: a tiny trainer, hand-written loops, budgets, a check of the contract."""
+
+from hookline.testing.budgets import Budget, calls_per_step, count_syncs
+from hookline.testing.check import check_plugin
+from hookline.testing.digest import digest
+from hookline.testing.tiny import TinyModule, hand_written_loop, tiny_trainer
+
+__all__ = [
+    "Budget",
+    "TinyModule",
+    "calls_per_step",
+    "check_plugin",
+    "count_syncs",
+    "digest",
+    "hand_written_loop",
+    "tiny_trainer",
+]
