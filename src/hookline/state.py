@@ -174,21 +174,24 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, st
     """Put a state by names back.
 
     Raises:
-        ValueError: it is of an optimizer over other parameters.
+        ValueError: it is of an optimizer over other parameters, or over the same in other groups.
     """
-    number_of = {name: number for number, name in enumerate(_names_in(optimizer, names))}
+    here = _names_in(optimizer, names)
+    numbers = iter(range(len(here)))
+    groups = [[next(numbers) for _ in group["params"]] for group in optimizer.param_groups]
     saved = [name for group in state["param_groups"] for name in group["params"]]
-    if set(saved) != set(number_of):
+    if [{here[number] for number in group} for group in groups] != [set(g["params"]) for g in state["param_groups"]]:
         raise ValueError(
-            f"the saved {type(optimizer).__name__} is over other parameters than this one: "
-            f"only saved {sorted(set(saved) - set(number_of))}, only here {sorted(set(number_of) - set(saved))}"
+            f"the saved {type(optimizer).__name__} is over other parameters than this one, or groups them otherwise: "
+            f"only saved {sorted(set(saved) - set(here))}, only here {sorted(set(here) - set(saved))}"
         )
+    number_of = {name: number for number, name in enumerate(here)}
     optimizer.load_state_dict(
         {
             **state,
             "state": {number_of[name]: kept for name, kept in state["state"].items()},
             "param_groups": [
-                {**group, "params": [number_of[name] for name in group["params"]]} for group in state["param_groups"]
+                {**group, "params": params} for group, params in zip(state["param_groups"], groups, strict=True)
             ],
         }
     )

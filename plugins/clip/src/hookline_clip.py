@@ -33,7 +33,7 @@ class Clip(CallbackInterface):
                 raise ValueError(f"clip.{name}={value} must be above 0, or null to clip no {name.removeprefix('max_')}")
         if not self.norm_type > 0:
             raise ValueError(
-                f"clip.norm_type={self.norm_type} must be above 0; 2 is the Euclidean norm, inf the largest absolute value"
+                f"clip.norm_type={self.norm_type} must be above 0; 2 is the Euclidean norm, inf the largest value"
             )
         if self.max_norm is None and self.max_value is None:
             raise ValueError("clip has nothing to do: give max_norm, max_value or both")

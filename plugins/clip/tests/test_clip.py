@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
-from hookline_clip import Clip
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookline import ModuleInterface, Trainer, hookimpl
+from hookline_clip import Clip
 
 BATCHES = 6
 
@@ -113,6 +114,26 @@ def test_touches_only_the_optimizers_that_step():
     Trainer(module, plugins=[Clip(0.5)], device="cpu").train()
     torch.testing.assert_close(module.first, torch.tensor(0.5))  # their norm alone, without the others' share
     assert module.second > 0.5
+
+
+class CountingSyncs(TorchDispatchMode):
+    """Counts how often a value is fetched from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("plugin", [Clip(), Clip(None, max_value=1.0)], ids=["norm", "value"])
+def test_waits_for_nothing(plugin):
+    counts = []
+    for plugins in ([], [plugin]):
+        with CountingSyncs() as counting:
+            train(plugins)
+        counts.append(counting.count)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(

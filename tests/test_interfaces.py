@@ -1,0 +1,195 @@
+"""The seed's contract: signatures by position and renamed, outputs spread, steps by keyword."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from hookline import CallbackInterface, ModuleInterface, Stage, Trainer, hookimpl
+from hookline.testing import TinyModule, digest, tiny_trainer
+
+
+def test_the_six_events_are_called_by_position_with_outputs_spread():
+    calls = []
+
+    class Mine(CallbackInterface):
+        def on_begin_train_epoch(self, gs, ep):
+            calls.append(("begin", gs, ep))
+
+        def on_end_backward(self, completed, l):
+            calls.append(("backward", completed, l.shape, l.requires_grad))
+
+        def on_end_train_step(self, gs, loss, *rest):
+            calls.append(("step", gs, tuple(loss.shape), [tuple(r.shape) for r in rest]))
+
+        def on_end_val_epoch(self, gs, *outs, key="default"):
+            calls.append(("val", gs, [tuple(o.shape) for o in outs], key))
+
+        def on_end_train_epoch(self, gs, *outs):
+            calls.append(("epoch", gs, [tuple(o.shape) for o in outs]))
+
+        def on_end_train(self, gs):
+            calls.append(("end", gs))
+
+    tiny_trainer([Mine()], module=TinyModule(samples=20), epochs=1).train()
+    assert calls == [
+        ("begin", 0, 0),
+        ("backward", 0, (), True),
+        ("step", 1, (1,), [(8, 1)]),
+        ("backward", 1, (), True),
+        ("step", 2, (1,), [(8, 1)]),
+        ("backward", 2, (), True),
+        ("step", 3, (1,), [(4, 1)]),
+        ("val", 3, [(3,), (20, 1), (20, 1)], "default"),
+        ("epoch", 3, [(3,), (20, 1)]),
+        ("end", 3),
+    ]
+
+
+def test_an_override_gets_as_many_outputs_as_it_has_room_for_and_others_are_not_collected():
+    class None_(CallbackInterface):
+        def on_end_train_step(self, gs): ...
+
+        def on_end_train_epoch(self, gs): ...
+
+    class One(CallbackInterface):
+        def on_end_train_step(self, gs, loss):
+            assert loss.shape == (1,)
+
+    assert tiny_trainer([None_()]).plugins.rooms == dict.fromkeys(
+        ["on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_test_epoch"], 0
+    )
+    trainer = tiny_trainer([None_(), One()])
+    assert trainer.plugins.rooms["on_end_train_step"] == 1
+    trainer.train()
+
+
+def test_too_few_outputs_are_an_error_that_names_the_plugin():
+    class Greedy(CallbackInterface):
+        def on_end_train_step(self, gs, loss, predictions, attention): ...
+
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'attention'") as caught:
+        tiny_trainer([Greedy()]).train()
+    assert "on_end_train_step by plugin 'greedy'" in caught.value.__notes__[0]
+
+
+def test_a_marked_seed_event_is_called_by_name_and_not_bridged_as_well():
+    calls = []
+
+    class Mine(CallbackInterface):
+        @hookimpl(trylast=True)
+        def on_end_val_epoch(self, key, val_step_collated_outputs, trainer):
+            calls.append((key, len(val_step_collated_outputs), type(trainer)))
+
+    tiny_trainer([Mine()], epochs=1).train()
+    assert calls == [("default", 3, Trainer)]
+
+
+def test_the_key_comes_by_name_in_any_form_of_the_override():
+    keys = []
+
+    class Positional(CallbackInterface):
+        def on_end_val_epoch(self, gs, loss, key):
+            keys.append(key)
+
+    class Keyword(CallbackInterface):
+        def on_end_val_epoch(self, gs, *, key="default"):
+            keys.append(key)
+
+    class Without(CallbackInterface):
+        def on_end_val_epoch(self, gs):
+            keys.append(None)
+
+    class Module(TinyModule):
+        def get_val_dataloaders(self, sampler, batch_size):
+            return {"near": super().get_val_dataloaders(sampler, batch_size), "far": [self[:8], self[8:]]}
+
+        def __getitem__(self, which):
+            ids = torch.arange(len(self.inputs))
+            return self.inputs[which], self.targets[which], ids[which]
+
+    tiny_trainer([Positional(), Keyword(), Without()], module=Module(), epochs=1).train()
+    assert keys == ["near", "near", None, "far", "far", None]
+
+
+def test_steps_are_called_by_keyword_in_any_order():
+    class Module(TinyModule):
+        def train_step(self, device, batch, global_step):
+            self.told = global_step, device
+            return super().train_step(global_step, batch, device)
+
+    trainer = tiny_trainer(module=Module(), epochs=1)
+    trainer.train()
+    assert trainer.module.told == (7, torch.device("cpu"))
+
+
+def test_calling_a_module_directly_is_an_ordinary_call():
+    module = TinyModule()
+    assert module.on_end_val_epoch(5, torch.ones(()), key="a") is None
+    with pytest.raises(AttributeError, match=r"stage must be a hookline.Stage, not 'train'"):
+        module(stage="train", global_step=0, batch=None, device="cpu")
+
+
+def test_what_is_not_written_says_so():
+    class Module(TinyModule):
+        val_step = ModuleInterface.val_step
+
+    with pytest.raises(
+        NotImplementedError, match=r"Module.get_val_dataloaders\(\) gave data, but Module has no val_step"
+    ):
+        tiny_trainer(module=Module(), epochs=1).train()
+
+
+def test_a_module_without_abstract_methods_cannot_be_made():
+    class Module(ModuleInterface): ...
+
+    with pytest.raises(TypeError, match="get_optimizers_schedulers"):
+        Module()
+
+
+def test_a_module_without_a_trainer_says_so():
+    with pytest.raises(RuntimeError, match="TinyModule is with no trainer yet"):
+        TinyModule().log(loss=1.0)
+
+
+def test_a_copy_or_a_pickle_of_a_module_is_with_no_trainer():
+    trainer = tiny_trainer(epochs=1)
+    trainer.train()
+    for copied in (copy.deepcopy(trainer.module), pickle.loads(pickle.dumps(trainer.module))):
+        assert digest(copied.state_dict()) == digest(trainer.module.state_dict())
+        with pytest.raises(RuntimeError):
+            _ = copied.trainer
+
+
+def test_neither_a_module_nor_adapted():
+    with pytest.raises(TypeError, match="Trainer got a Linear, which is no object of a ModuleInterface, and no plugin"):
+        Trainer(torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="Trainer got the class TinyModule"):
+        Trainer(TinyModule)
+
+
+def test_adapters_wrap_and_several_may_be_active():
+    class Foreign:
+        def __init__(self, wraps):
+            self.wraps = wraps
+
+    def adapter(kind):
+        class Adapter(CallbackInterface):
+            @hookimpl(wrapper=True)
+            def adapt_module(self):
+                module = yield
+                return module.wraps if isinstance(module, kind) else module
+
+        return Adapter()
+
+    class Other(Foreign): ...
+
+    plugins = {"one": adapter(Foreign), "two": adapter(Other)}
+    inner = TinyModule()
+    assert Trainer(Other(Foreign(inner)), plugins).module is inner
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+def test_stages_have_words(stage):
+    assert stage.value in ("train", "val", "test", "predict")

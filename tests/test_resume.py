@@ -1,0 +1,265 @@
+"""The run as data: whatever a resume needs is in `get_run_state`, at every step, bit for bit.
+
+A small plugin keeps the states in memory, as a performer of `save` and `restore` would on disk.
+"""
+
+import copy
+
+import numpy
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from hookline import CallbackInterface, hookimpl
+from hookline.testing import TinyModule, digest, tiny_trainer
+
+
+class Memory(CallbackInterface):
+    """Keeps the state of every boundary; restores one."""
+
+    def __init__(self, state=None):
+        self.states = {}
+        self.state = state
+
+    @hookimpl
+    def on_boundary(self, trainer):
+        trainer.save("every step")
+
+    @hookimpl
+    def save(self, trainer):
+        self.states[trainer.global_step] = copy.deepcopy(trainer.hook.get_run_state(trainer=trainer))
+        return True
+
+    @hookimpl
+    def restore(self, trainer, stage):
+        if self.state is None:
+            return False
+        return trainer.hook.set_run_state(trainer=trainer, state=self.state, stage=stage)
+
+
+class Logs(CallbackInterface):
+    def __init__(self):
+        self.logged = {}
+
+    @hookimpl
+    def on_log(self, metrics, global_step):
+        for name, value in metrics.items():
+            self.logged[global_step, name] = value
+
+
+def without_clock(state):
+    trainer = {**state["trainer"], "counters": {**state["trainer"]["counters"], "seconds": 0}}
+    return digest({**state, "trainer": trainer})
+
+
+def windows_of(size):
+    @hookimpl
+    def get_window_size(self):
+        return size
+
+    return type("Windows", (CallbackInterface,), {"get_window_size": get_window_size})()
+
+
+def run(module, state=None, window=1, **options):
+    memory, logs = Memory(state), Logs()
+    plugins = {"memory": memory, "logs": logs, "windows": windows_of(window)}
+    defaults = {"epochs": 3, "train_batch_size": 8 * window, "log_every": "2 steps", "evaluate_every": "3 steps"}
+    trainer = tiny_trainer(plugins, module, **(defaults | options))
+    trainer.train()
+    return trainer, memory, logs
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_resuming_at_any_step_gives_the_same_bits(window):
+    whole, kept, logged = run(TinyModule(), window=window)
+    final = without_clock(kept.states[whole.global_step])
+    for step, state in list(kept.states.items())[:-1]:
+        torch.manual_seed(step)  # a new process knows nothing of the old one's randomness
+        numpy.random.seed(step)
+        resumed, memory, logs = run(TinyModule(), copy.deepcopy(state), window=window)
+        assert without_clock(memory.states[whole.global_step]) == final, step
+        assert resumed.module.seen == whole.module.seen[state["trainer"]["counters"]["batches"] :], step
+        later = {key: value for key, value in logged.logged.items() if key[0] > step}
+        assert later.items() <= logs.logged.items(), step
+
+
+class Augmented(Dataset):
+    """Draws while it loads, from torch and from numpy."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __len__(self):
+        return len(self.module.inputs)
+
+    def __getitem__(self, index):
+        noise = torch.rand(8) * 0.1 + float(numpy.random.rand())
+        return self.module.inputs[index] + noise, self.module.targets[index], torch.tensor(index)
+
+
+class AugmentedModule(TinyModule):
+    workers = 0
+
+    def get_train_dataloader(self, sampler, batch_size):
+        dataset = Augmented(self)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler(dataset), num_workers=self.workers)
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return TinyModule.get_train_dataloader(self, sampler, batch_size)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_randomness_of_loading_survives_a_resume(workers, monkeypatch):
+    monkeypatch.setattr(AugmentedModule, "workers", workers)
+    whole, kept, _ = run(AugmentedModule(), epochs=2)
+    for step in (3, 7, 10):  # in the middle of an epoch, at its end, in the middle of the next
+        _, memory, _ = run(AugmentedModule(), copy.deepcopy(kept.states[step]), epochs=2)
+        assert without_clock(memory.states[14]) == without_clock(kept.states[14])
+
+
+def test_a_resume_loads_nothing_that_it_skips():
+    loaded = []
+
+    class Counting(Augmented):
+        def __getitem__(self, index):
+            loaded.append(index)
+            return super().__getitem__(index)
+
+    class Module(AugmentedModule):
+        def get_train_dataloader(self, sampler, batch_size):
+            dataset = Counting(self)
+            return DataLoader(dataset, batch_size=batch_size, sampler=sampler(dataset))
+
+    _, kept, _ = run(Module(), epochs=1)
+    loaded.clear()
+    run(Module(), kept.states[6], epochs=1)
+    assert len(loaded) == 2
+
+
+def test_drawing_in_events_that_are_told_again_does_no_harm():
+    class Draws(TinyModule):
+        @hookimpl
+        def on_begin_train(self):
+            torch.rand(1)
+
+        def on_begin_train_epoch(self, gs, epoch):
+            torch.rand(1)
+
+    whole, kept, _ = run(Draws())
+    for step in (5, 7):
+        _, memory, _ = run(Draws(), copy.deepcopy(kept.states[step]))
+        assert without_clock(memory.states[21]) == without_clock(kept.states[21])
+
+
+def test_a_run_may_be_resumed_with_another_batch_size():
+    _, kept, _ = run(TinyModule(samples=48), epochs=1)
+    resumed, _, _ = run(TinyModule(samples=48), kept.states[3], epochs=1, train_batch_size=4)
+    seen = [index for batch in resumed.module.seen for index in batch]
+    assert len(seen) == 24
+    assert not set(seen) & {
+        index for batch in run(TinyModule(samples=48), epochs=1)[0].module.seen[:3] for index in batch
+    }
+
+
+def test_a_finished_run_trains_nothing(caplog):
+    whole, kept, _ = run(TinyModule())
+    again, memory, _ = run(TinyModule(), kept.states[21])
+    assert again.module.seen == []
+    assert memory.states == {}
+    assert digest(again.module.state_dict()) == digest(whole.module.state_dict())
+
+
+def test_a_longer_run_goes_on_from_a_finished_one():
+    class Module(TinyModule):
+        def get_optimizers_schedulers(self, steps, epochs):
+            return [torch.optim.Adam(self.parameters())], []
+
+    long, _, _ = run(Module(), epochs=4)
+    _, kept, _ = run(Module(), epochs=2)
+    longer, _, _ = run(Module(), kept.states[14], epochs=4)
+    assert digest(longer.module.state_dict()) == digest(long.module.state_dict())
+
+
+def test_resuming_with_fresh_optimizers():
+    _, kept, _ = run(TinyModule())
+    resumed, _, _ = run(TinyModule(), kept.states[7], reset_optimizers_schedulers=True)
+    assert resumed.global_step == 21
+    assert resumed.schedulers[0].scheduler.last_epoch == 14
+
+
+def test_validation_alone_restores_the_weights():
+    trained, kept, _ = run(TinyModule())
+    memory = Memory(kept.states[21])
+    alone = tiny_trainer({"memory": memory})
+    metrics = alone.validate()
+    assert metrics["val_loss"] == trained.metrics["val_loss"]
+    assert alone.global_step == 0
+
+
+def test_a_loader_that_shuffles_itself_trains_and_resumes_without_repeating_the_count():
+    class Module(TinyModule):
+        def get_train_dataloader(self, sampler, batch_size):
+            dataset = Augmented(self)
+            return DataLoader(dataset, batch_size=batch_size, shuffle=True)
+
+        def get_val_dataloaders(self, sampler, batch_size):
+            return TinyModule.get_train_dataloader(self, sampler, batch_size)
+
+    with pytest.warns(UserWarning, match="the training loader draws its order from a sampler of its own"):
+        whole, kept, _ = run(Module())
+    with pytest.warns(UserWarning, match="sampler of its own"):
+        resumed, _, _ = run(Module(), kept.states[10])
+    assert resumed.global_step == whole.global_step == 21
+    assert len(resumed.module.seen) == 11
+
+
+def test_a_stream_that_repeats_itself_resumes_exactly():
+    class Stream(IterableDataset):
+        def __init__(self, module):
+            self.module = module
+
+        def __iter__(self):
+            yield from zip(self.module.inputs, self.module.targets, torch.arange(50), strict=True)
+
+    class Module(TinyModule):
+        def get_train_dataloader(self, sampler, batch_size):
+            return DataLoader(Stream(self), batch_size=batch_size)
+
+        def get_val_dataloaders(self, sampler, batch_size):
+            return None
+
+        def get_optimizers_schedulers(self, steps, epochs):
+            return [torch.optim.Adam(self.parameters())], []
+
+    whole, kept, _ = run(Module())
+    for step in (4, 7):
+        resumed, memory, _ = run(Module(), copy.deepcopy(kept.states[step]))
+        assert without_clock(memory.states[21]) == without_clock(kept.states[21])
+
+
+def test_the_state_of_a_plugin_that_is_not_there_waits_for_it():
+    class Counts(CallbackInterface):
+        steps = 0
+
+        @hookimpl
+        def on_boundary(self):
+            self.steps += 1
+
+        def get_state(self):
+            return {"steps": self.steps}
+
+        def update_state(self, state):
+            self.steps = state["steps"]
+
+    memory = Memory()
+    tiny_trainer({"memory": memory, "counts": Counts()}, epochs=1).train()
+    late = Counts()
+    trainer = tiny_trainer({"memory": Memory(memory.states[6])}, epochs=1)
+
+    @hookimpl
+    def on_begin_train(self, trainer):
+        trainer.plugins.register(late, "counts")
+
+    trainer.plugins.register(type("Brings", (CallbackInterface,), {"on_begin_train": on_begin_train})(), "brings")
+    trainer.train()
+    assert late.steps == 7

@@ -1,0 +1,643 @@
+"""The trainer through its doors: limits, evaluations, stops, logs, batches of every kind, errors."""
+
+import dataclasses
+import math
+import time
+from collections import namedtuple
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from hookline import CallbackInterface, Stage, Trainer, hookimpl
+from hookline.testing import TinyModule, digest, tiny_trainer
+
+
+class Diary(CallbackInterface):
+    """Writes down what it hears."""
+
+    def __init__(self):
+        self.told = []
+        self.logged = []
+
+    @hookimpl
+    def on_end_train_step(self, global_step):
+        self.told.append(f"step {global_step}")
+
+    @hookimpl
+    def on_end_validation(self, global_step):
+        self.told.append(f"validation {global_step}")
+
+    @hookimpl
+    def on_end_train_epoch(self, trainer):
+        self.told.append(f"epoch {trainer.epoch}")
+
+    @hookimpl
+    def on_boundary(self, global_step):
+        self.told.append(f"boundary {global_step}")
+
+    @hookimpl
+    def on_end_train(self, global_step):
+        self.told.append(f"end {global_step}")
+
+    @hookimpl
+    def on_log(self, metrics, global_step):
+        self.logged.append((global_step, dict(metrics)))
+
+
+def diary_of(module=None, **options):
+    diary = Diary()
+    trainer = tiny_trainer([diary], module or TinyModule(samples=16), **options)
+    trainer.train()
+    return diary.told
+
+
+# The order of things ------------------------------------------------------------------
+
+
+def test_the_order_of_an_epoch():
+    assert diary_of() == [
+        *("step 1", "boundary 1", "step 2", "validation 2", "epoch 0", "boundary 2"),
+        *("step 3", "boundary 3", "step 4", "validation 4", "epoch 1", "boundary 4", "end 4"),
+    ]
+
+
+def test_evaluations_by_steps_and_at_the_ends_once_per_step():
+    told = diary_of(evaluate_every="1 steps", eval_when_start=True, epochs=1)
+    assert told == [
+        "validation 0",
+        "step 1",
+        "validation 1",
+        "boundary 1",
+        "step 2",
+        "validation 2",
+        "epoch 0",
+        "boundary 2",
+        "end 2",
+    ]
+
+
+def test_an_evaluation_when_training_finishes():
+    told = diary_of(evaluate_every="3 steps", epochs=2)
+    assert [line for line in told if "validation" in line] == ["validation 3", "validation 4"]
+    assert told[-2:] == ["boundary 4", "end 4"]
+    assert not [x for x in diary_of(evaluate_every=None, eval_when_finish=False) if "validation" in x]
+    assert [x for x in diary_of(evaluate_every=None) if "validation" in x] == ["validation 4"]
+
+
+def test_evaluations_every_other_epoch():
+    told = diary_of(evaluate_every="2 epochs", epochs=4)
+    assert [line for line in told if "validation" in line] == ["validation 4", "validation 8"]
+
+
+# Limits -------------------------------------------------------------------------------
+
+
+def test_limits_of_epoch_and_run():
+    trainer = tiny_trainer(max_train_steps_per_epoch=3, epochs=2)
+    assert [trainer.train(), trainer.global_step, trainer.epoch, trainer.totals.steps] == [None, 6, 2, 6]
+    trainer = tiny_trainer(max_steps=10, epochs=None)
+    trainer.train()
+    assert (trainer.global_step, trainer.epoch, trainer.totals.epochs, trainer.totals.steps) == (10, 1, 2, 10)
+    assert trainer.status == "finished"
+
+
+def test_a_limit_of_time():
+    class Slow(CallbackInterface):
+        @hookimpl
+        def on_end_train_step(self, global_step):
+            if global_step == 3:
+                time.sleep(1)
+
+    trainer = tiny_trainer([Slow()], max_time="1 s", epochs=None)
+    trainer.train()
+    assert trainer.global_step == 3
+
+
+def test_a_limit_of_validation_batches():
+    indices = []
+
+    class Watch(CallbackInterface):
+        @hookimpl
+        def on_begin_evaluation(self, totals):
+            indices.append(totals)
+
+        @hookimpl
+        def on_end_val_step(self, index, key):
+            indices.append(index)
+
+    tiny_trainer([Watch()], max_val_steps_per_epoch=2, epochs=1).train()
+    assert indices == [{"default": 2}, 0, 1]
+
+
+def test_a_second_train_goes_on_where_the_first_ended():
+    whole = tiny_trainer(epochs=4, module=TinyModule())
+    whole.train()
+    parts = tiny_trainer(epochs=4, module=TinyModule(), max_steps=9)
+    parts.train()
+    parts.options.max_steps = None
+    parts.train()
+    assert digest(parts.module.state_dict()) == digest(whole.module.state_dict())
+    assert parts.module.seen == whole.module.seen
+
+
+def test_nothing_left_to_train(caplog):
+    trainer = tiny_trainer(epochs=1)
+    trainer.train()
+    before = digest(trainer.module.state_dict())
+    trainer.train()
+    assert digest(trainer.module.state_dict()) == before
+    assert "nothing is left to train: the run is at step 7, epoch 1" in caplog.text
+
+
+# Stopping -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("status", "ends"), [("stopped", True), ("preempted", False)])
+def test_a_stop_comes_at_the_next_boundary(status, ends):
+    class Stops(Diary):
+        @hookimpl
+        def on_end_backward(self, trainer, global_step):
+            if global_step == 2:
+                trainer.stop("had enough", status)
+
+        @hookimpl
+        def on_end_run(self, status, reason):
+            self.told.append((status, reason))
+
+    stops = Stops()
+    trainer = tiny_trainer({"stops": stops}, eval_when_finish=False)
+    trainer.train()
+    assert stops.told == [
+        "step 1",
+        "boundary 1",
+        "step 2",
+        "boundary 2",
+        "step 3",
+        "boundary 3",
+        *(["end 3"] if ends else []),
+        (status, "had enough"),
+    ]
+    assert trainer.position == 3
+
+
+def test_saves_are_served_at_the_boundary_once_with_all_reasons():
+    saved = []
+
+    class Saves(CallbackInterface):
+        @hookimpl
+        def on_end_train_step(self, trainer, global_step):
+            if global_step == 2:
+                trainer.save("one")
+                trainer.save("two")
+                trainer.save("one")
+
+        @hookimpl
+        def save(self, trainer, reason):
+            saved.append((trainer.global_step, reason))
+            return True
+
+    tiny_trainer([Saves()], epochs=1).train()
+    assert saved == [(2, "one, two"), (7, "end of training")]
+
+
+# Evaluation ---------------------------------------------------------------------------
+
+
+def test_the_validation_loss_is_the_mean_over_samples():
+    class Module(TinyModule):
+        def val_step(self, global_step, batch, device):
+            return batch[0].float().mean()
+
+        def get_val_dataloaders(self, sampler, batch_size):
+            return [(torch.tensor([0, 0, 0]),), (torch.tensor([1]),)]
+
+    trainer = tiny_trainer(module=Module(), epochs=1)
+    trainer.train()
+    assert trainer.metrics == {"val_loss": 0.25}
+    assert trainer.best.valid_loss == 0.25
+
+
+def test_several_loaders_by_key_and_all_together():
+    class Module(TinyModule):
+        def val_step(self, global_step, batch, device):
+            self.log(seen=len(batch), reduce="sum")
+            return batch.mean()
+
+        def get_val_dataloaders(self, sampler, batch_size):
+            return {"a": [torch.zeros(3)], "b": [torch.ones(1)]}
+
+        def on_end_val_epoch(self, gs, loss, key):
+            self.log(worst=loss.max())
+
+    trainer = tiny_trainer(module=Module(), val_loss_metric_name="loss")
+    assert trainer.validate() == {
+        "loss": 0.25, "loss/a": 0.0, "loss/b": 1.0, "seen/a": 3.0, "seen/b": 1.0, "worst/a": 0.0, "worst/b": 1.0,
+    }  # fmt: skip
+
+
+def test_submodules_come_back_to_the_mode_they_were_in():
+    class Module(TinyModule):
+        @hookimpl
+        def on_begin_train(self, trainer):
+            self.net[1].eval()  # a frozen batch norm
+
+    trainer = tiny_trainer(module=Module(), epochs=1)
+    trainer.train()
+    assert [trainer.module.training, trainer.module.net[1].training, trainer.module.net[3].training] == [
+        True,
+        False,
+        True,
+    ]
+    assert torch.equal(trainer.module.net[1].running_mean, torch.zeros(16))
+
+
+def test_gradients_are_off_and_the_stage_is_known_in_an_evaluation():
+    class Module(TinyModule):
+        def val_step(self, global_step, batch, device):
+            assert not torch.is_grad_enabled()
+            assert self.trainer.stage is Stage.VAL
+            assert not self.net.training
+            return super().val_step(global_step, batch, device)
+
+    trainer = tiny_trainer(module=Module(), epochs=1)
+    trainer.train()
+    assert trainer.stage is Stage.TRAIN
+
+
+def test_a_sanity_check_leaves_no_trace():
+    class Watch(CallbackInterface):
+        sane = 0
+
+        @hookimpl
+        def on_end_val_step(self, trainer):
+            self.sane += trainer.sanity_checking
+
+        @hookimpl
+        def on_end_validation(self, trainer):
+            assert not trainer.sanity_checking
+
+    class Module(TinyModule):
+        def val_step(self, global_step, batch, device):
+            torch.rand(3)
+            return super().val_step(global_step, batch, device)
+
+    watch = Watch()
+    checked = tiny_trainer([watch], module=Module(), sanity_val_steps=2)
+    checked.train()
+    plain = tiny_trainer(module=Module())
+    plain.train()
+    assert watch.sane == 2
+    assert digest(checked.module.state_dict()) == digest(plain.module.state_dict())
+    assert checked.counters.evaluations == plain.counters.evaluations == 2
+
+
+def test_testing_and_predicting():
+    class Module(TinyModule):
+        predictions = ()
+
+        @hookimpl
+        def on_end_predict_step(self, outputs, index, key):
+            self.predictions += ((outputs.shape, index, key),)
+
+        @hookimpl
+        def on_end_test_epoch(self, test_step_collated_outputs, key):
+            self.tested = [tuple(o.shape) for o in test_step_collated_outputs], key
+
+    trainer = tiny_trainer(module=Module(samples=12))
+    metrics = trainer.test()
+    assert list(metrics) == ["test_loss"]
+    assert trainer.module.tested == ([(2,), (12, 1), (12, 1)], "default")
+    assert trainer.predict() is None
+    assert trainer.module.predictions == (((8, 1), 0, "default"), ((4, 1), 1, "default"))
+
+
+def test_predictions_that_nobody_takes():
+    with pytest.warns(UserWarning, match="nobody hears on_end_predict_step, so the predictions will be dropped"):
+        tiny_trainer().predict()
+
+
+def test_a_stage_without_data():
+    class Module(TinyModule):
+        def get_test_dataloaders(self, sampler, batch_size):
+            return None
+
+    with pytest.raises(ValueError, match=r"Module has no data for this: get_test_dataloaders\(\) returned None"):
+        tiny_trainer(module=Module()).test()
+
+
+def test_validate_before_train_changes_nothing():
+    first = tiny_trainer()
+    first.validate()
+    first.train()
+    second = tiny_trainer()
+    second.train()
+    assert digest(first.module.state_dict()) == digest(second.module.state_dict())
+
+
+# Logging ------------------------------------------------------------------------------
+
+
+def logged_of(module, **options):
+    diary = Diary()
+    tiny_trainer([diary], module, **options).train()
+    return diary.logged
+
+
+def test_what_is_logged_when():
+    class Module(TinyModule):
+        def train_step(self, global_step, batch, device):
+            self.log(step=global_step, prog=True)
+            self.log(over="epoch", reduce="max", highest=torch.tensor(float(global_step)))
+            return super().train_step(global_step, batch, device)
+
+    module = Module(samples=32)
+    logged = logged_of(module, epochs=1, log_every="2 steps")
+    assert [(step, sorted(values)) for step, values in logged] == [
+        (2, ["step", "train_loss"]),
+        (4, ["step", "train_loss"]),
+        (4, ["val_loss"]),
+        (4, ["highest", "train_loss_epoch"]),
+    ]
+    assert [values["step"] for _, values in logged[:2]] == [1.5, 3.5]
+    assert logged[-1][1]["highest"] == 4.0
+    halves = (logged[0][1]["train_loss"] + logged[1][1]["train_loss"]) / 2
+    assert logged[-1][1]["train_loss_epoch"] == pytest.approx(halves)
+
+
+def test_what_is_left_of_the_interval_is_logged_at_the_end():
+    assert [
+        step
+        for step, values in logged_of(TinyModule(samples=24), epochs=1, log_every="2 steps")
+        if "train_loss" in values
+    ] == [2, 3]
+
+
+def test_filter_log_changes_what_is_logged():
+    class Filter(CallbackInterface):
+        @hookimpl(wrapper=True)
+        def filter_log(self):
+            metrics = yield
+            return {f"mine/{name}": value for name, value in metrics.items() if name == "val_loss"}
+
+    diary = Diary()
+    tiny_trainer({"diary": diary, "filter": Filter()}, epochs=1).train()
+    assert [list(values) for _, values in diary.logged] == [["mine/val_loss"]]
+
+
+def test_objects_are_handed_on():
+    heard = []
+
+    class Hears(CallbackInterface):
+        @hookimpl
+        def on_log_object(self, name, value, global_step):
+            heard.append((name, value, global_step))
+
+    trainer = tiny_trainer([Hears()])
+    trainer.log_object("sample", "some text")
+    assert heard == [("sample", "some text", 0)]
+
+
+def test_what_cannot_be_logged():
+    trainer = tiny_trainer()
+    with pytest.raises(ValueError, match="over='run', reduce='mean'.*over is interval or epoch, reduce is mean, sum"):
+        trainer.log(over="run", x=1)
+    with pytest.raises(TypeError, match=r"log\(x=…\) takes one number"):
+        trainer.log(x=torch.ones(3))
+
+
+def test_nan_is_logged_and_is_never_the_best():
+    class Module(TinyModule):
+        def val_step(self, global_step, batch, device):
+            return torch.tensor(math.nan if global_step > 2 else 1.0)
+
+    trainer = tiny_trainer(module=Module(samples=16), epochs=2)
+    trainer.train()
+    assert math.isnan(trainer.metrics["val_loss"])
+    assert trainer.best.valid_loss == 1.0
+
+
+# Optimizers ---------------------------------------------------------------------------
+
+
+def test_schedulers_move_by_step_epoch_and_validation():
+    class Module(TinyModule):
+        def get_optimizers_schedulers(self, steps, epochs):
+            assert (steps, epochs) == (7, 2)
+            optimizers = [torch.optim.SGD([p], lr=1.0) for p in self.net[0].parameters()]
+            optimizers.append(torch.optim.SGD(self.net[4].parameters(), lr=1.0))
+            half = torch.optim.lr_scheduler.StepLR
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizers[2], factor=0.1, patience=0)
+            return optimizers, [half(optimizers[0], 1, 0.5), (half(optimizers[1], 1, 0.5), "epoch"), plateau]
+
+        def val_step(self, global_step, batch, device):
+            return torch.tensor(1.0)
+
+    trainer = tiny_trainer(module=Module())
+    trainer.train()
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+    assert rates == [0.5**14, 0.25, 0.1]
+
+
+def test_a_refused_update_counts_and_leaves_weights_and_schedulers_alone():
+    class Gate(CallbackInterface):
+        @hookimpl(wrapper=True)
+        def should_step(self, trainer):
+            return (yield) and trainer.global_step != 2
+
+        @hookimpl
+        def on_end_optimizer_step(self, stepped):
+            self.stepped = getattr(self, "stepped", []) + [stepped]
+
+    class Told(CallbackInterface):
+        @hookimpl
+        def on_end_train_step(self, stepped):
+            self.stepped = getattr(self, "stepped", []) + [stepped]
+
+    gate, told = Gate(), Told()
+    trainer = tiny_trainer([gate, told], epochs=1)
+    trainer.train()
+    assert gate.stepped == told.stepped == [True, True, False, True, True, True, True]
+    assert (trainer.global_step, trainer.counters.skipped_steps) == (7, 1)
+    assert trainer.schedulers[0].scheduler.last_epoch == 6
+
+
+def test_no_optimizer():
+    class Module(TinyModule):
+        def get_optimizers_schedulers(self, steps, epochs):
+            return [], []
+
+    with pytest.raises(ValueError, match=r"Module.get_optimizers_schedulers returned no optimizer"):
+        tiny_trainer(module=Module()).train()
+
+
+# Data ---------------------------------------------------------------------------------
+
+
+class Stream(IterableDataset):
+    def __init__(self, batches=5):
+        self.batches = batches
+
+    def __iter__(self):
+        for index in range(self.batches):
+            yield torch.full((4, 8), float(index)), torch.zeros(4, 1), torch.full((4,), index)
+
+
+def test_a_data_set_without_a_length():
+    class Module(TinyModule):
+        def get_train_dataloader(self, sampler, batch_size):
+            return DataLoader(Stream(), batch_size=None)
+
+        def get_optimizers_schedulers(self, steps, epochs):
+            assert steps is None
+            return [torch.optim.SGD(self.parameters(), 0.1)], []
+
+    trainer = tiny_trainer(module=Module(), evaluate_every=None, eval_when_finish=False)
+    trainer.train()
+    assert (trainer.global_step, trainer.totals.steps) == (10, None)
+    limited = tiny_trainer(module=Module(), max_steps=7, epochs=None, evaluate_every=None, eval_when_finish=False)
+    limited.train()
+    assert limited.global_step == 7
+
+
+def test_an_empty_training_loader():
+    class Module(TinyModule):
+        def get_train_dataloader(self, sampler, batch_size):
+            return []
+
+    with pytest.raises(
+        ValueError,
+        match=r"the training loader gave no batch: Module.get_train_dataloader\(\) was asked for batches of 8",
+    ):
+        tiny_trainer(module=Module()).train()
+
+
+def test_an_empty_validation_loader():
+    class Module(TinyModule):
+        def get_val_dataloaders(self, sampler, batch_size):
+            return []
+
+    with pytest.warns(UserWarning, match="the val loader 'default' gave no batch, so nothing is known of it"):
+        tiny_trainer(module=Module(), epochs=1).train()
+
+
+@pytest.mark.parametrize("given", [None, {"a": [], "b": []}])
+def test_a_training_loader_must_be_one(given):
+    class Module(TinyModule):
+        def get_train_dataloader(self, sampler, batch_size):
+            return given
+
+    with pytest.raises(ValueError, match=r"Module.get_train_dataloader\(\) must return one loader; it returned"):
+        tiny_trainer(module=Module()).train()
+
+
+def test_loaders_are_asked_for_every_epoch_unless_kept():
+    class Module(TinyModule):
+        asked = ()
+
+        def get_train_dataloader(self, sampler, batch_size):
+            self.asked += (batch_size,)
+            return super().get_train_dataloader(sampler, batch_size)
+
+        def get_val_dataloaders(self, sampler, batch_size):
+            return None
+
+    anew, kept = tiny_trainer(module=Module(), epochs=3), tiny_trainer(module=Module(), epochs=3, keep_loaders=True)
+    anew.train()
+    kept.train()
+    assert (anew.module.asked, kept.module.asked) == ((8, 8, 8), (8,))
+    assert anew.module.seen == kept.module.seen
+
+
+Batch = namedtuple("Batch", "inputs targets")
+
+
+@dataclasses.dataclass
+class Record:
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "make", [lambda x, y: {"inputs": x, "targets": y}, lambda x, y: Batch(x, y), lambda x, y: Record(x, y)]
+)
+def test_batches_of_every_kind(make):
+    class Module(TinyModule):
+        def train_step(self, global_step, batch, device):
+            get = batch.__getitem__ if isinstance(batch, dict) else lambda name: getattr(batch, name)
+            return torch.nn.functional.mse_loss(self.net(get("inputs")), get("targets"))
+
+        def get_train_dataloader(self, sampler, batch_size):
+            return [make(self.inputs[:8], self.targets[:8])] * 3
+
+    trainer = tiny_trainer(module=Module(), evaluate_every=None, eval_when_finish=False)
+    trainer.train()
+    assert (trainer.global_step, trainer.counters.samples) == (6, 48)
+
+
+def test_a_batch_size_that_cannot_be_shared():
+    @hookimpl
+    def get_window_size(self):
+        return 3
+
+    plugins = {"three": type("Three", (CallbackInterface,), {"get_window_size": get_window_size})()}
+    with pytest.raises(
+        ValueError,
+        match=r"train_batch_size=8 cannot be shared equally by 1 rank\(s\) × 3 micro-batch\(es\) = 3; it leaves 2",
+    ):
+        tiny_trainer(plugins).train()
+
+
+# Options ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (
+            {"epoch": 3},
+            TypeError,
+            "Trainer has no option 'epoch', did you mean 'epochs'\\?; it has epochs, train_batch",
+        ),
+        ({"evaluate_every": "sometimes"}, ValueError, "'sometimes' is not a cadence"),
+        ({"evaluate_every": "eval"}, ValueError, "counts evaluations by themselves"),
+        ({"max_time": "3 epochs"}, ValueError, "'3 epochs' is not a duration"),
+        ({"train_batch_size": 0}, ValueError, "train_batch_size=0 must be at least 1"),
+        ({"max_steps": -1}, ValueError, "max_steps=-1 must be at least 0"),
+        ({"run_name": "../x"}, ValueError, "run_name='../x' must be a plain name"),
+        ({"resume": "/nowhere"}, ValueError, "no plugin can restore a run: name one that performs `restore`"),
+    ],
+)
+def test_bad_options(options, error, words):
+    with pytest.raises(error, match=words):
+        Trainer(TinyModule(), **options).train()
+
+
+def test_run_folders_are_numbered_and_never_shared(tmp_path):
+    def run_dir(**options):
+        return tiny_trainer(runs_folder=str(tmp_path / "runs"), run_name="mine", **options).run_dir
+
+    assert not (tmp_path / "runs").exists()
+    assert [run_dir().name for _ in range(2)] == ["mine-1", "mine-2"]
+    (tmp_path / "runs" / "mine-10").mkdir()
+    assert run_dir(resume=True).name == "mine-10"
+    assert run_dir(resume=str(tmp_path / "runs" / "mine-2")).name == "mine-2"
+    with pytest.raises(ValueError, match="resume='.*mine-7' is no folder of a run"):
+        run_dir(resume=str(tmp_path / "runs" / "mine-7"))
+
+
+def test_an_unplugged_run_leaves_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_trainer().train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_portable_weights():
+    trainer = tiny_trainer()
+    assert trainer.export_model().keys() == trainer.module.state_dict().keys()
+
+
+def test_small_values_of_all_ranks():
+    trainer = tiny_trainer()
+    assert trainer.hook.all_gather(trainer=trainer, value="x") == ["x"]
+    assert trainer.hook.all_reduce(trainer=trainer, value=torch.ones(2), op="sum").tolist() == [1.0, 1.0]
