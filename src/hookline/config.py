@@ -181,7 +181,8 @@ def _field(field: dataclasses.Field[Any], schema: type) -> tuple[str, Any, Any]:
 
 
 def _refuse_missing(config: DictConfig) -> None:
-    missing = sorted(OmegaConf.missing_keys(config))
+    written = OmegaConf.to_container(config, resolve=False)
+    missing = [key for key, value in _leaves(written) if value == omegaconf.MISSING]
     if missing:
         raise ValueError(
             f"{missing[0]}: this key needs a value" + (f"; so do {', '.join(missing[1:])}" if missing[1:] else "")

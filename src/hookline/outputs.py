@@ -80,6 +80,8 @@ def detached(value: Any) -> Any:
 def _column(values: Sequence[Any]) -> Any:
     if not all(isinstance(value, torch.Tensor) for value in values):
         return list(values)
+    if len(values) == 1:  # one row needs no copy
+        return values[0].reshape(1) if values[0].ndim == 0 else values[0]
     if all(value.ndim == 0 for value in values):
         return torch.stack(list(values))
     if len({(value.ndim, value.shape[1:]) for value in values}) > 1:

@@ -142,11 +142,17 @@ class PluginManager(pluggy.PluginManager):
         Raises:
             TypeError: a class, an object without identity, or a method that could not be
                 called as its author means; the message names plugin, method and cure.
-            ValueError: a name or an object that is registered already.
+            ValueError: a name or an object that is registered already, or a second that
+                performs one verb.
         """
         name = name or name_of(type(plugin))
         self._check(plugin, name)
         registered = super().register(plugin, name)
+        try:
+            self._check_conflicts()
+        except ValueError:
+            super().unregister(plugin)
+            raise
         self._route()
         if name in self._pending and hasattr(plugin, "update_state"):
             plugin.update_state(self._pending.pop(name))
@@ -380,12 +386,7 @@ class PluginManager(pluggy.PluginManager):
     def _nearest(self, hook: str) -> str:
         return nearest(hook, vars(self.hook))
 
-    def check_conflicts(self) -> None:
-        """Refuse two that perform one verb.
-
-        Raises:
-            ValueError: naming the verb and both.
-        """
+    def _check_conflicts(self) -> None:
         for hook in self._verbs():
             performers = [impl.plugin_name for impl in self._plugged(hook) if not impl.wrapper]
             if len(performers) > 1:

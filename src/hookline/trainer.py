@@ -168,7 +168,6 @@ class Trainer:
             self.plugins.unregister(name=name)
         self.plugins.register(self.module, MODULE)
         self._register(named)
-        self.plugins.check_conflicts()
         self.model: torch.nn.Module = self.module
         self._model_stands = False
         self.config = dict(config) if config is not None else self._own_config(named)
@@ -314,12 +313,12 @@ class Trainer:
     def _set_up_training(self) -> None:
         """Build what training needs, in the one order that is right; a second `train` goes on with it."""
         hook = self.hook
-        self.window_size = hook.get_window_size(trainer=self)
-        self.totals = self._count_totals()
         if self.optimizers:
+            self.totals = self._count_totals()
             return
         set_seed(data.mix(self.options.seed, self.rank))
         self._set_up_model()
+        self.totals = self._count_totals()
         self.optimizers, schedulers = hook.setup_optimizers(trainer=self)
         if not self.optimizers:
             raise ValueError(f"{type(self.module).__name__}.get_optimizers_schedulers returned no optimizer")
@@ -330,6 +329,7 @@ class Trainer:
         if self._model_stands:
             return
         hook, model = self.hook, self.module
+        self.window_size = hook.get_window_size(trainer=self)
         for change in (hook.convert_model, hook.split_model, hook.compile_model, hook.shard_model):
             model = change(trainer=self, model=model)
         self.model, self._model_stands = model, True

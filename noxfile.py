@@ -1,0 +1,85 @@
+"""Sessions beyond the default test run: `nox -l` lists them, `nox -s NAME` runs one."""
+
+from pathlib import Path
+
+import nox
+
+PLUGINS = sorted(path.parent.name for path in Path("plugins").glob("*/pyproject.toml"))
+TORCH = "torch==2.13.0"  # stands in every pip command that needs it, so that no range brings another build
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run all tests, as the README and CI do."""
+    session.install("-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "auto", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("name", PLUGINS)
+def plugin(session: nox.Session, name: str) -> None:
+    """Build one plugin's wheel and the core's, install those alone, and run the plugin's own tests."""
+    wheels = session.create_tmp()
+    session.install("build", "flit_core", "pytest", "pytest-timeout", "hypothesis", "scikit-learn")
+    for folder in (".", f"plugins/{name}"):
+        session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, folder)
+    session.install(TORCH, *map(str, Path(wheels).glob("*.whl")))
+    session.run("pytest", "-c", "pyproject.toml", f"plugins/{name}/tests", *session.posargs)
+
+
+@nox.session
+def bare(session: nox.Session) -> None:
+    """Run the core's tests with the core alone: no plugin is installed."""
+    session.install(TORCH, ".", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "numpy")
+    session.run("pytest", "-n", "auto", "tests", "-m", "not plugins", *session.posargs)
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the core and of every plugin."""
+    session.install("-r", "requirements-dev.txt")
+    session.run("mypy", "src/hookline")
+    for name in PLUGINS:
+        session.run("mypy", f"plugins/{name}/src")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    session.install("ruff==0.17.5")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Write the reference of hooks from their source, and build the site."""
+    session.install("-r", "requirements-dev.txt")
+    with open("docs/hooks.md", "w") as reference:
+        session.run("python", "-m", "hookline.cli.hooks", stdout=reference)
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure what a step costs."""
+    session.install("-r", "requirements-dev.txt")
+    session.run("python", "benchmarks/step_overhead.py", "--json", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheels of the core and of every plugin into dist/."""
+    session.install("build", "flit_core")
+    for folder in (".", *(f"plugins/{name}" for name in PLUGINS)):
+        session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", folder)
+
+
+@nox.session
+def new(session: nox.Session) -> None:
+    """Write the skeleton of a first-party plugin: `nox -s new -- NAME`."""
+    session.install("-r", "requirements.txt")
+    session.run("hookline", "new", "plugin", *session.posargs, "--folder", "plugins")

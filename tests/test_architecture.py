@@ -1,0 +1,178 @@
+"""The house: who may import whom, what the core may name, and that the hook API keeps its promises."""
+
+import ast
+import inspect
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from hookline import hookspecs
+from hookline.cli.hooks import read_hooks
+from hookline.plugins import SEED, PluginManager
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "src" / "hookline"
+FLOORS = [  # each may import from those before it
+    {"marks", "installed"},
+    {"interfaces"},
+    {"outputs", "logs", "data", "schedule", "state"},
+    {"hookspecs"},
+    {"plugins"},
+    {"trainer"},
+    {"config"},
+    {"cli", "testing"},
+]
+PLUGINS = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+HOOKS = {hook.name: hook for hook in read_hooks()}
+
+
+def imports(path):
+    """Give the modules that a file imports when it runs (not what stands under TYPE_CHECKING)."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(node)
+        for guard in ast.walk(tree)
+        if isinstance(guard, ast.If) and ast.unparse(guard.test) == "TYPE_CHECKING"
+        for node in ast.walk(guard)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def floor_of(module):
+    return next(number for number, names in enumerate(FLOORS) if module in names)
+
+
+@pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda path: str(path.relative_to(CORE)))
+def test_floors(path):
+    own = path.relative_to(CORE).parts[0].removesuffix(".py")
+    if own in ("__init__", "__main__"):
+        return
+    for name in imports(path):
+        if name.startswith("hookline."):
+            module = name.split(".")[1]
+            if module in {"__version__", own}:
+                continue
+            assert floor_of(module) <= floor_of(own), f"{own} imports {module}, which stands above it"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_plugins_import_public_names_and_no_other_plugin(plugin):
+    import hookline
+
+    for path in (ROOT / "plugins" / plugin / "src").rglob("*.py"):
+        for name in imports(path):
+            first, *rest = name.split(".")
+            if first == "hookline":
+                assert not rest or rest[0] in hookline.__all__, f"{path.name} imports {name}, which is not public"
+            assert not first.startswith("hookline_") or first == f"hookline_{plugin}", f"{path.name} imports {name}"
+
+
+def test_the_core_names_no_feature():
+    features = set(PLUGINS) - {"metrics"}  # a word of its own: what an evaluation answers
+    for path in CORE.glob("*.py"):
+        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not words & features, f"{path.name} names {words & features}"
+
+
+def test_the_core_can_be_read_in_one_sitting():
+    lines = 0
+    for path in CORE.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        documented = set()
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                documented |= set(range(node.lineno, node.end_lineno + 1))
+        text = path.read_text().splitlines()
+        lines += sum(bool(line.strip()) and number not in documented for number, line in enumerate(text, 1))
+    assert lines <= 1700
+
+
+# The hook API -------------------------------------------------------------------------
+
+
+def test_on_means_event():
+    for hook in HOOKS.values():
+        assert (hook.kind == "event") == hook.name.startswith("on_"), hook.name
+
+
+def test_every_hook_is_documented_offers_the_trainer_and_says_what_a_verb_answers():
+    manager = PluginManager()
+    assert set(HOOKS) == set(vars(manager.hook))
+    for hook in HOOKS.values():
+        assert hook.doc.endswith(".") or hook.doc.endswith("`."), hook.name
+        assert hook.arguments[0] == "trainer", hook.name
+        assert bool(hook.answers) == (hook.kind == "verb"), hook.name
+
+
+def test_the_seeds_events_have_the_seeds_arguments():
+    from hookline import CallbackInterface
+
+    for name, (sure, outputs) in SEED.items():
+        seed = list(inspect.signature(getattr(CallbackInterface, name)).parameters)[1:]
+        ours = [argument for argument in HOOKS[name].arguments if argument not in ("trainer", "stepped")]
+        assert ours[: len(seed)] == seed
+        assert (outputs in ours) == (outputs is not None)
+        assert len([a for a in ours if a not in (outputs, "key")]) == sure
+
+
+def test_a_change_of_the_hook_api_is_seen():
+    """Regenerate with `python -c "import tests.test_architecture as t; t.write_golden()"` and say it in the changelog."""
+    assert (ROOT / "tests" / "hook_api.txt").read_text() == golden()
+
+
+def golden():
+    return "".join(f"{hook.kind:5} {hook.name}({', '.join(hook.arguments)})\n" for hook in HOOKS.values())
+
+
+def write_golden():
+    (ROOT / "tests" / "hook_api.txt").write_text(golden())
+
+
+# The repository -----------------------------------------------------------------------
+
+
+def lines_of(name):
+    return [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_is_whole_and_bears_one_word_everywhere(plugin):
+    folder = ROOT / "plugins" / plugin
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    assert project["name"] == f"hookline-{plugin.replace('_', '-')}"
+    (entry,) = project["entry-points"]["hookline.plugins"].items()
+    assert entry[0] == plugin
+    assert entry[1].lower().replace("_", "") == f"hookline{plugin}:{plugin}".replace("_", "")
+    assert any(need.startswith("hookline>=") for need in project["dependencies"])
+    assert (folder / "README.md").read_text().startswith(f"# hookline-{plugin.replace('_', '-')}")
+    assert list((folder / "tests").glob("test_*.py"))
+    assert (ROOT / "docs" / "plugins" / f"{plugin}.md").exists()
+
+
+def test_the_list_of_requirements_is_the_list_of_folders():
+    listed = [line for name in ("requirements.txt", "requirements-dev.txt") for line in lines_of(name)]
+    assert sorted(line for line in listed if line.startswith("-e ./plugins/")) == [f"-e ./plugins/{p}" for p in PLUGINS]
+    assert "-e ." in listed
+    assert "torch==2.13.0" in lines_of("requirements.txt")
+
+
+def test_the_core_needs_no_plugin_to_be_imported():
+    code = "import sys, hookline; hookline.Trainer; assert not [m for m in sys.modules if m.startswith(('hookline_', 'rich', 'torchmetrics', 'safetensors'))]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_spec_module_is_public():
+    assert inspect.getmodule(hookspecs.update) is hookspecs

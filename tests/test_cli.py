@@ -1,0 +1,226 @@
+"""The command line, as a user types it: real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from hookline.cli import main
+
+MODULE = """
+import torch
+from hookline import CallbackInterface, hookimpl
+from hookline.testing import TinyModule
+
+
+class Mine(TinyModule):
+    def __init__(self, samples: int = 16, fail: bool = False, wait: bool = False):
+        super().__init__(samples)
+        self.fail, self.wait = fail, wait
+
+    def train_step(self, global_step, batch, device):
+        if self.fail:
+            raise ZeroDivisionError("in the step")
+        if self.wait:
+            print("training", flush=True)
+            import time
+            time.sleep(60)
+        return super().train_step(global_step, batch, device)
+
+    @hookimpl
+    def on_end_predict_step(self, outputs):
+        print("predicted", tuple(outputs.shape))
+
+    @hookimpl
+    def on_end_run(self, status):
+        print("ended", status, flush=True)
+"""
+CONFIG = """
+module: {_target_: mine.Mine}
+trainer: {epochs: 1, train_batch_size: 8, val_batch_size: 8, device: cpu}
+"""
+
+
+@pytest.fixture()
+def folder(tmp_path):
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def process(folder, *arguments):
+    command = [sys.executable, "-m", "hookline", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture()
+def hookline(folder, monkeypatch, capsys):
+    """Run the command's `main` here, as the installed command does; two seconds quicker than a process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def run(*arguments):
+        try:
+            code = main(arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+def test_fit_keeps_a_configuration_that_does_it_again(folder):
+    done = process(folder, "fit", "run.yaml", "trainer.seed=3")
+    assert (done.returncode, done.stdout) == (0, "ended finished\n"), done.stderr
+    kept = folder / "runs" / "run-1" / "config.yaml"
+    assert yaml.safe_load(kept.read_text())["trainer"]["seed"] == 3
+    again = process(folder, "fit", str(kept))
+    assert again.returncode == 0, again.stderr
+    assert (folder / "runs" / "run-2" / "config.yaml").read_text() == kept.read_text()
+
+
+def test_the_other_doors(folder, hookline):
+    validated = hookline("validate", "run.yaml")
+    assert json.loads(validated.stdout.removeprefix("ended finished\n")).keys() == {"val_loss"}, validated.stderr
+    tested = hookline("test", "run.yaml")
+    assert json.loads(tested.stdout.removeprefix("ended finished\n")).keys() == {"test_loss"}
+    predicted = hookline("predict", "run.yaml", "module.samples=12")
+    assert predicted.stdout.splitlines() == ["predicted (8, 1)", "predicted (4, 1)", "ended finished"] or (
+        predicted.stdout.count("predicted") == 12
+    )
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.plugins
+def test_print_config_masks_and_does_nothing(folder, hookline):
+    done = hookline("fit", "run.yaml", "-p", "clip", "plugins.clip.max_norm=0.5", "--print-config")
+    printed = yaml.safe_load(done.stdout)
+    assert printed["plugins"] == {"clip": {"max_norm": 0.5, "norm_type": 2.0, "max_value": None}}
+    assert not (folder / "runs").exists()
+
+
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(folder, hookline):
+    done = hookline("fit", "run.yaml", "trainer.epoch=1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("hookline: trainer.epoch: unknown key, did you mean 'epochs'?")
+    assert done.stderr.count("\n") == 1
+    assert hookline("fit", "run.yaml", "epochs").returncode == 2
+    assert "unrecognized arguments: --what" in hookline("fit", "run.yaml", "--what").stderr
+
+
+def test_an_error_in_training_keeps_its_traceback(folder):
+    done = process(folder, "fit", "run.yaml", "module.fail=true")
+    assert done.returncode == 1
+    assert "ended failed" in done.stdout
+    assert "ZeroDivisionError: in the step" in done.stderr
+    assert "mine.py" in done.stderr
+
+
+def test_ctrl_c_ends_cleanly_with_130(folder):
+    command = [sys.executable, "-m", "hookline", "fit", "run.yaml", "module.wait=true"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "training\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == "ended failed\n"
+    assert err == "hookline: interrupted\n"
+
+
+@pytest.mark.plugins
+def test_overrides_may_stand_anywhere(folder, hookline):
+    done = hookline("fit", "run.yaml", "-p", "clip", "trainer.seed=4", "--print-config", "trainer.epochs=7")
+    trainer = yaml.safe_load(done.stdout)["trainer"]
+    assert (trainer["seed"], trainer["epochs"]) == (4, 7)
+
+
+@pytest.mark.plugins
+def test_plan(folder, hookline):
+    done = hookline("plan", "run.yaml", "-p", "clip")
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["hook", "kind", "wrapped", "by", "done", "or", "heard", "by"]
+    assert any(line.split() == ["on_begin_optimizer_step", "event", "clip"] for line in lines)
+    rows = json.loads(hookline("plan", "run.yaml", "-p", "clip", "--json").stdout)
+    assert {"hook": "update", "kind": "verb", "wrapped_by": [], "done_by": ["core"]} in rows
+
+
+@pytest.mark.plugins
+def test_plugins(folder, hookline):
+    listed = hookline("plugins").stdout
+    assert any(line.split()[:2] == ["clip", "hookline-clip"] for line in listed.splitlines())
+    assert "hears on_begin_optimizer_step" in hookline("plugins", "clip").stdout
+    (folder / "more.yaml").write_text(CONFIG + "plugins: {clip: {}}\n")
+    assert "clip: Clip the gradients" in hookline("plugins", "more.yaml").stdout
+    assert "no plugin named 'clib' is installed, did you mean 'clip'?" in hookline("plugins", "clib").stderr
+
+
+def test_hooks(folder, hookline):
+    listed = hookline("hooks").stdout.splitlines()
+    assert listed[0].split() == ["hook", "kind", "arguments"]
+    one = hookline("hooks", "should_step").stdout
+    assert "should_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> bool" in one
+    assert "did you mean 'on_boundary'?" in hookline("hooks", "on_bound").stderr
+
+
+def test_new_plugin_is_whole(folder, hookline):
+    made = hookline("new", "plugin", "weight-noise")
+    assert made.stdout == "wrote weight-noise\n"
+    source = folder / "weight-noise" / "src"
+    checked = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "weight-noise/tests"],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout
+    assert "is there already" in hookline("new", "plugin", "weight-noise").stderr
+    assert "cannot be a plugin's name" in hookline("new", "plugin", "Weight Noise").stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["hooks"], ["runs", "--help"]])
+def test_what_needs_no_torch_imports_none(folder, arguments):
+    code = f"import sys\nfrom hookline.cli import main\ntry:\n    main({arguments})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_shows_examples_and_is_quick(folder):
+    def once():
+        begin = time.perf_counter()
+        done = process(folder, "--help")
+        return time.perf_counter() - begin, done.stdout
+
+    times = [once() for _ in range(3)]
+    assert "hookline fit examples/digits.yaml" in times[0][1]
+    assert min(seconds for seconds, _ in times) < 0.3
+
+
+def test_importing_hookline_costs_little_beyond_torch(folder):
+    code = (
+        "import time, torch; a = time.perf_counter(); import hookline; hookline.Trainer; b = time.perf_counter(); "
+        "print(b - a)"
+    )
+    costs = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(costs) < 0.15
+
+
+def test_the_command_is_installed():
+    command = Path(sys.executable).parent / "hookline"
+    assert (
+        subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout == "hookline 0.1.0\n"
+    )
