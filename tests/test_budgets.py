@@ -58,7 +58,7 @@ class Hears(CallbackInterface):
 
 def test_a_plugin_is_paid_for_only_where_it_plugs_in():
     unplugged = calls_per_step(hookline).calls
-    assert calls_per_step(lambda steps: hookline(steps, [Deaf()])).calls == unplugged
+    assert calls_per_step(lambda steps: hookline(steps, [Deaf()])).calls == pytest.approx(unplugged, abs=0.1)
     assert calls_per_step(lambda steps: hookline(steps, [Hears()])).calls - unplugged <= 9
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from hookline import data, every
 from hookline.logs import FOLD_AT, LogBuffer, Reduction, as_number, to_floats
-from hookline.outputs import Collector, as_outputs, collate, loss_of
+from hookline.outputs import Collector, as_outputs, collate, with_loss
 from hookline.schedule import seconds
 from hookline.state import (
     get_optimizer_state,
@@ -51,7 +51,7 @@ def test_outputs_in_every_form():
 )
 def test_a_first_output_that_is_no_loss(outputs, words):
     with pytest.raises(TypeError, match=f"the first output of train_step must be the loss.*{words}"):
-        loss_of(outputs)
+        with_loss(outputs)
 
 
 def test_collating_columns():

@@ -197,8 +197,14 @@ def test_a_module_may_have_methods_of_any_name_but_is_warned_of_unheard_events()
 
         def on_boundary(self, trainer): ...
 
-    with pytest.warns(UserWarning, match=r"on_boundary\(\) has the name of a hook and is not marked @hookimpl"):
+        def update(self, trainer, window): ...
+
+    with pytest.warns(UserWarning, match=r"\(\) has the name of a hook and is not marked @hookimpl") as warned:
         Trainer(Mine())
+    assert sorted(str(warning.message).split("()")[0] for warning in warned) == [
+        "plugin 'module': on_boundary",
+        "plugin 'module': update",
+    ]
 
 
 # Building -----------------------------------------------------------------------------
@@ -460,6 +466,39 @@ def test_a_failing_observer_is_switched_off_with_one_warning_and_training_goes_o
         in record.getMessage()
     )
     assert trainer.plugins.cost["frail"] > 0
+
+
+def test_an_observer_that_fails_at_the_beginning_or_the_end_ends_no_run_and_is_reported(caplog):
+    class Frail(CallbackInterface):
+        observer = True
+
+        @hookimpl
+        def on_begin_run(self):
+            raise OSError("read-only")
+
+        @hookimpl
+        def on_end_run(self):
+            raise OSError("still read-only")
+
+    trainer = tiny_trainer([Frail()], max_steps=1)
+    with caplog.at_level(logging.WARNING, logger="hookline"):
+        trainer.train()
+    assert trainer.status == "finished"
+    assert [record.getMessage() for record in caplog.records] == [
+        "plugin 'frail' failed 2 time(s); the last, in on_end_run: OSError: still read-only"
+    ]
+
+
+def test_a_marked_method_may_bear_any_name():
+    heard = []
+
+    class Mine(CallbackInterface):
+        @hookimpl(specname="on_end_train_step")
+        def _count(self, global_step):
+            heard.append(global_step)
+
+    tiny_trainer([Mine()], max_steps=2).train()
+    assert heard == [1, 2]
 
 
 def test_others_are_told_before_and_despite_an_observer_that_raises():

@@ -301,6 +301,10 @@ def test_testing_and_predicting():
             self.predictions += ((outputs.shape, index, key),)
 
         @hookimpl
+        def on_end_predict_epoch(self, key):
+            self.predictions += (f"end of {key}",)
+
+        @hookimpl
         def on_end_test_epoch(self, test_step_collated_outputs, key):
             self.tested = [tuple(o.shape) for o in test_step_collated_outputs], key
 
@@ -309,7 +313,7 @@ def test_testing_and_predicting():
     assert list(metrics) == ["test_loss"]
     assert trainer.module.tested == ([(2,), (12, 1), (12, 1)], "default")
     assert trainer.predict() is None
-    assert trainer.module.predictions == (((8, 1), 0, "default"), ((4, 1), 1, "default"))
+    assert trainer.module.predictions == (((8, 1), 0, "default"), ((4, 1), 1, "default"), "end of default")
 
 
 def test_predictions_that_nobody_takes():
@@ -471,6 +475,63 @@ def test_no_optimizer():
         tiny_trainer(module=Module()).train()
 
 
+def test_what_a_performed_update_must_answer():
+    class Module(TinyModule):
+        @hookimpl
+        def update(self, trainer, window):
+            return trainer.hook.run_window(trainer=trainer, window=window)[0]
+
+    with pytest.raises(
+        TypeError, match="the verb 'update' must answer a list with one tuple per micro-batch.*a tuple of Ten"
+    ):
+        tiny_trainer(module=Module()).train()
+
+
+def test_one_optimizer_instead_of_a_list():
+    trainer = tiny_trainer(max_steps=1)
+    trainer.train()
+    with pytest.raises(TypeError, match=r"trainer.step takes a list of optimizers, not one Adam; write \[it\]"):
+        trainer.step(trainer.optimizers[0])
+
+
+def test_with_a_closure_the_gradients_are_complete_after_each_call_of_it():
+    norms = []
+
+    class Watch(CallbackInterface):
+        @hookimpl
+        def on_begin_optimizer_step(self, optimizers):
+            norms.append(sum(p.grad.norm() for group in optimizers[0].param_groups for p in group["params"]).item())
+
+    class Module(TinyModule):
+        def get_optimizers_schedulers(self, steps, epochs):
+            return [torch.optim.LBFGS(self.parameters(), max_iter=3)], []
+
+        @hookimpl
+        def update(self, trainer, window):
+            rows = []
+
+            def closure():
+                trainer.zero_grad()
+                rows[:] = trainer.hook.run_window(trainer=trainer, window=window)
+                return rows[0][0]
+
+            trainer.step(closure=closure)
+            return rows
+
+    tiny_trainer([Watch()], module=Module(dropout=0.0), max_steps=1).train()
+    assert len(norms) > 1
+    assert all(norms)
+
+
+@pytest.mark.parametrize("method", ["train_step", "predict_step", "get_train_dataloader", "get_val_dataloaders"])
+def test_what_is_asked_by_keyword_must_bear_the_names(method):
+    module_class = type("Mine", (TinyModule,), {method: lambda self, x: x})
+    with pytest.raises(
+        TypeError, match=rf"Mine.{method}\(\) is called by keyword and must take (global_step, batch|sampler)"
+    ):
+        Trainer(module_class())
+
+
 # Data ---------------------------------------------------------------------------------
 
 
@@ -622,6 +683,14 @@ def test_run_folders_are_numbered_and_never_shared(tmp_path):
     (tmp_path / "runs" / "mine-10").mkdir()
     assert run_dir(resume=True).name == "mine-10"
     assert run_dir(resume=str(tmp_path / "runs" / "mine-2")).name == "mine-2"
+    assert run_dir(resume=tmp_path / "runs" / "mine-2").name == "mine-2"
+    checkpoint = tmp_path / "runs" / "mine-2" / "checkpoints" / "step-5"
+    checkpoint.mkdir(parents=True)
+    assert run_dir(resume=checkpoint).name == "mine-2"
+    trainer = tiny_trainer(runs_folder=str(tmp_path / "runs"), run_name="other", resume=True)
+    trainer.stage = Stage.VAL
+    with pytest.raises(ValueError, match="there is no run 'other' in .*runs to resume"):
+        _ = trainer.run_dir
     with pytest.raises(ValueError, match="resume='.*mine-7' is no folder of a run"):
         run_dir(resume=str(tmp_path / "runs" / "mine-7"))
 

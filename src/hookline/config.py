@@ -237,7 +237,10 @@ def instantiate(node: Any, where: str) -> Any:
     except ValueError as error:
         raise ValueError(f"{where}._target_: {error}") from error
     _check_arguments(target, arguments, where)
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> None:

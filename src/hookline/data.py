@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 import random
 import sys
 import warnings
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, get_worker_info
+
+log = logging.getLogger("hookline")
 
 CHUNK = 4096  # indices turned into Python integers at a time
 
@@ -112,6 +115,13 @@ def make_resumable(loader: Any, cursor: Cursor, world_size: int) -> Any:
     if isinstance(loader, DataLoader):
         seed_loading(loader, cursor)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        if cursor.position:
+            log.warning(
+                "the training loader is a stream: its first %d batches are loaded and dropped to come to where the run "
+                "was cut. This is exact if the stream gives the same each time; what it draws at random in this "
+                "process is not repeated",
+                cursor.position,
+            )
         return _Dropping(loader, cursor)
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
     if isinstance(sampler, _SkippingBatches):
@@ -289,10 +299,12 @@ def count_samples(batch: Any) -> int:
 
     A batch without a tensor counts its items, an object that has none counts as one.
     """
-    if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.ndim else 1
     if isinstance(batch, (list, tuple)):
+        if batch and isinstance(batch[0], torch.Tensor) and batch[0].ndim:  # the commonest, in one call
+            return batch[0].shape[0]
         values: Iterable[Any] = batch
+    elif isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.ndim else 1
     elif isinstance(batch, Mapping):
         values = batch.values()
     elif dataclasses.is_dataclass(batch):

@@ -25,11 +25,13 @@ import torch
 from hookline import data
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
-from hookline.outputs import Outputs, as_outputs, loss_of
+from hookline.outputs import Outputs, with_loss
 from hookline.state import get_optimizer_state, get_rng_state, set_optimizer_state
 
 if TYPE_CHECKING:
     from hookline.trainer import Trainer
+
+TRAIN = Stage.TRAIN  # a member of an enum is ten times as slow to find as a name
 
 # Before a run -------------------------------------------------------------------------
 
@@ -157,7 +159,7 @@ def restore(trainer: Trainer, stage: Stage) -> bool:
     """Bring back the state that `trainer.options.resume` asks for; answer whether there was one.
 
     Asked once, after all of the above. For stages other than training only module and
-    plugins are wanted. A performer reads its storage and calls `trainer.set_run_state`.
+    plugins are wanted. A performer reads its storage and calls `trainer.hook.set_run_state`.
     """
     if trainer.options.resume:
         raise ValueError(
@@ -253,19 +255,19 @@ def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
 @verb
 def run_window(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
     """Take the micro-batches of a window forward and backward; answer their outputs."""
-    forward_backward, size = trainer.hook.forward_backward, len(window)
-    return [
-        forward_backward(trainer=trainer, batch=batch, index=index, size=size) for index, batch in enumerate(window)
-    ]
+    hook, size, outputs = trainer.hook, len(window), []
+    for index, batch in enumerate(window):
+        outputs.append(hook.forward_backward(trainer=trainer, batch=batch, index=index, size=size))
+    return outputs
 
 
 @verb
 def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Outputs:
     """Take one micro-batch, the `index`-th of `size`, forward and backward; answer its outputs."""
     hook = trainer.hook
-    batch = hook.prepare_batch(trainer=trainer, batch=batch, stage=Stage.TRAIN)
-    outputs = as_outputs(hook.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN), "train_step")
-    loss = hook.scale_loss(trainer=trainer, loss=loss_of(outputs), batch=batch, size=size)
+    batch = hook.prepare_batch(trainer=trainer, batch=batch, stage=TRAIN)
+    outputs = with_loss(hook.call_model(trainer=trainer, batch=batch, stage=TRAIN))
+    loss = hook.scale_loss(trainer=trainer, loss=outputs[0], batch=batch, size=size)
     hook.run_backward(trainer=trainer, loss=loss)
     hook.on_end_backward(trainer=trainer, global_step=trainer.counters.global_step, loss_tensor=loss)
     return outputs
@@ -274,13 +276,13 @@ def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Out
 @verb
 def prepare_batch(trainer: Trainer, batch: Any, stage: Stage) -> Any:
     """Answer the batch on the device; on the CPU there is nowhere to move it."""
-    return batch if trainer.device.type == "cpu" else data.to_device(batch, trainer.device)
+    return batch if trainer.on_cpu else data.to_device(batch, trainer.device)
 
 
 @verb
 def call_model(trainer: Trainer, batch: Any, stage: Stage) -> Any:
     """Answer what the module's step for this stage returns for a batch."""
-    step = trainer.counters.global_step + (stage is Stage.TRAIN)
+    step = trainer.counters.global_step + (stage is TRAIN)
     return trainer.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
 
 
@@ -424,6 +426,11 @@ def on_end_predict_step(trainer: Trainer, outputs: Any, batch: Any, key: str, in
 
 
 @event
+def on_end_predict_epoch(trainer: Trainer, key: str) -> None:
+    """Hear that one loader of what shall be predicted is through."""
+
+
+@event
 def on_end_validation(trainer: Trainer, global_step: int, metrics: Mapping[str, float]) -> None:
     """Hear the metrics of all validation loaders, of all ranks. Not sent after a sanity check."""
 
@@ -447,7 +454,7 @@ def on_boundary(trainer: Trainer, global_step: int) -> None:
 
 @verb
 def save(trainer: Trainer, reason: str) -> bool:
-    """Store the run's state (`trainer.get_run_state()`); answer whether it was stored.
+    """Store the run's state (`trainer.hook.get_run_state(trainer=trainer)`); answer whether it was stored.
 
     Called at a boundary, when somebody has asked by `trainer.save(reason)` or training ends.
     """

@@ -46,10 +46,11 @@ class Reduction:
         if len(self._pending) >= FOLD_AT:
             self._fold()
 
-    def add_all(self, values: torch.Tensor) -> None:
-        """Take many numbers in, each of weight 1; shape (n,)."""
+    def add_sum(self, total: torch.Tensor, count: int) -> None:
+        """Take the sum of `count` numbers, of shape () and `wide`, into a mean."""
         self._fold()
-        self._combine(values, float(len(values)))
+        self._value = total if self._value is None else self._value + total
+        self._weight += count
 
     def _fold(self) -> None:
         if not self._pending:
@@ -58,13 +59,13 @@ class Reduction:
         values = torch.stack(tensors)
         weight = sum(self._weights)
         if self.reduce == "mean" and weight != len(tensors):
-            values = _wide(values)
+            values = wide(values)
             values = values * torch.tensor(self._weights, dtype=values.dtype, device=values.device)
         self._pending, self._weights = [], []
         self._combine(values, weight)
 
     def _combine(self, values: torch.Tensor, weight: float) -> None:
-        values = _wide(values)
+        values = wide(values)
         if self._value is not None and self.reduce != "last":
             values = torch.cat([self._value.reshape(1).to(values), values])
         self._value = _COMBINE[self.reduce](values)
@@ -81,19 +82,27 @@ class Reduction:
         return value / weight if self.reduce == "mean" else value
 
     def get_state(self) -> dict[str, Any]:
-        """Return it as data."""
-        self._fold()
-        return {"reduce": self.reduce, "sync": self.sync, "value": self._value, "weight": self._weight}
+        """Return it as data, what is pending as it is: folding earlier would round otherwise."""
+        return {
+            "reduce": self.reduce,
+            "sync": self.sync,
+            "value": self._value,
+            "weight": self._weight,
+            "pending": [v.clone() if isinstance(v, torch.Tensor) else v for v in self._pending],
+            "weights": list(self._weights),
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Reduction:
         """Bring it back."""
         reduction = cls(state["reduce"], state["sync"])
         reduction._value, reduction._weight = state["value"], state["weight"]
+        reduction._pending, reduction._weights = list(state["pending"]), list(state["weights"])
         return reduction
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
+def wide(values: torch.Tensor) -> torch.Tensor:
+    """Return numbers in the widest type that their device has, so that long sums stay exact."""
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 

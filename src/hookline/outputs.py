@@ -28,19 +28,20 @@ def as_outputs(returned: Any, step: str) -> Outputs:
     return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
 
 
-def loss_of(outputs: Outputs) -> torch.Tensor:
-    """Return the loss, the first output of `train_step`.
+def with_loss(returned: Any) -> Outputs:
+    """Bring what `train_step` returned into a tuple that begins with the loss.
 
     Raises:
-        TypeError: there is none, or nothing can be propagated back from it.
+        TypeError: it does not, or nothing can be propagated back from what it begins with.
     """
+    outputs = (returned,) if isinstance(returned, torch.Tensor) else as_outputs(returned, "train_step")
     loss = outputs[0] if outputs else None
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise TypeError(
             "the first output of train_step must be the loss, a tensor of one element that "
             f"requires grad; it is {_describe(loss)}"
         )
-    return loss
+    return outputs
 
 
 class Collector:

@@ -13,7 +13,6 @@ import inspect
 import logging
 import sys
 import time
-import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +39,8 @@ SEED = {  # the seed's events: how many arguments each is sure to give, and its 
 COLLECTING = {hook: outputs for hook, (_, outputs) in SEED.items() if outputs} | {
     "on_end_test_epoch": "test_step_collated_outputs"
 }
+LISTENING = ("on_log", "on_end_validation", "on_end_train_epoch", "on_boundary", "on_end_train", "save")
+BRIDGES = ("_call_on_", "_spread_on_")  # methods of CallbackInterface
 FAILURES_ALLOWED = 3  # of an observer, before it is switched off
 
 log = logging.getLogger(PROJECT)
@@ -115,15 +116,19 @@ class PluginManager(pluggy.PluginManager):
 
     def __init__(self) -> None:
         super().__init__(PROJECT)
-        self.routes: Any = types.SimpleNamespace()
+        # A class, because Python finds an attribute of a class five times as fast as one of an instance.
+        self.routes: Any = type("Routes", (), {})
         """What the loop calls: one attribute per hook, rebuilt whenever a plugin comes or goes."""
         self.rooms: dict[str, int] = {}
         """How many outputs of each collecting event somebody asks for; 0 if nobody does."""
+        self.logging = self.asking = False
+        """Whether anybody hears of logs; whether anybody may ask for outputs or losses of training steps."""
         self.heard: dict[str, bool] = {}
         """Whether anybody but the core implements a hook."""
         self.cost: dict[str, float] = {}
         """Seconds spent in each observer."""
-        self._failures: dict[str, int] = {}
+        self._failures: dict[str, tuple[int, str]] = {}
+        self._switched_off: set[str] = set()
         self._pending: dict[str, Any] = {}
         self._specs: dict[str, Any] = {}
         self.add_contract(hookspecs, CORE)
@@ -171,10 +176,10 @@ class PluginManager(pluggy.PluginManager):
         that does without where the override has no room for them; of an untouched or a
         marked one it gets no bridge.
         """
-        opts = super().parse_hookimpl_opts(plugin, name)
-        bridged = opts and opts["specname"]
-        if not isinstance(plugin, CallbackInterface) or not (name.startswith("_") and bridged in SEED):
+        opts: Any = super().parse_hookimpl_opts(plugin, name)
+        if not isinstance(plugin, CallbackInterface) or not name.startswith(BRIDGES):
             return opts
+        bridged = opts["specname"]
         override = getattr(type(plugin), bridged)
         if override is getattr(CallbackInterface, bridged) or hasattr(override, f"{PROJECT}_impl"):
             return None
@@ -215,11 +220,21 @@ class PluginManager(pluggy.PluginManager):
         errors = []
         for impl in reversed(self._plugged(hook)):
             try:
-                _call(impl, arguments)
+                impl.function(*map(arguments.__getitem__, (*impl.argnames, *impl.kwargnames)))
             except Exception as error:
-                error.add_note(self._note(hook, impl))
-                errors.append(error)
+                if is_observer(impl.plugin):
+                    self._failed(hook, impl.plugin_name, error)
+                else:
+                    error.add_note(self._note(hook, impl))
+                    errors.append(error)
         return errors
+
+    def report_failures(self) -> None:
+        """Say of each observer that has failed and was not switched off how often, and what was the last."""
+        for name, (count, last) in self._failures.items():
+            if count < FAILURES_ALLOWED:
+                log.warning("plugin %r failed %d time(s); the last, in %s", name, count, last)
+        self._failures.clear()
 
     # Routing
 
@@ -235,18 +250,18 @@ class PluginManager(pluggy.PluginManager):
             setattr(self.routes, name, self._way(name, caller))
             self.heard[name] = bool(self._plugged(name))
         self.rooms = {hook: self._room(hook, outputs) for hook, outputs in COLLECTING.items()}
+        self.logging = self.heard["on_log"]
+        self.asking = any(self.heard[hook] for hook in LISTENING) or any(self.rooms.values())
 
     def _way(self, name: str, caller: HookCaller) -> Callable[..., Any]:
         plugged = self._plugged(name)
         if caller.is_historic() or caller.spec is None:
             return caller
+        if not plugged:  # a verb's body is how the core does it, an event's is empty
+            return caller.spec.function
         if not caller.spec.opts.get("firstresult"):
             observers = [impl for impl in plugged if is_observer(impl.plugin)]
-            if not plugged:
-                return _nobody
             return self._tell(name, caller, plugged, observers) if observers else caller
-        if not plugged:
-            return caller.spec.function
         performed = any(not impl.wrapper for impl in plugged)
         # A performer that answers None must not fall through to the core's way of doing it.
         return _answer(name, self.subset_hook_caller(name, self._specs.values()) if performed else caller, plugged)
@@ -255,31 +270,38 @@ class PluginManager(pluggy.PluginManager):
         self, name: str, caller: HookCaller, plugged: list[HookImpl], observers: list[HookImpl]
     ) -> Callable[..., None]:
         """Tell those who matter through pluggy, then each observer on its own, guarded and timed."""
-        matter = self.subset_hook_caller(name, [impl.plugin for impl in observers])
-        if len(observers) == len(plugged):
-            matter = _nobody  # type: ignore[assignment]
-        watchers = [impl for impl in reversed(observers) if self._failures.get(impl.plugin_name, 0) < FAILURES_ALLOWED]
+        matter = None
+        if len(observers) < len(plugged):
+            matter = self.subset_hook_caller(name, [impl.plugin for impl in observers])
+        watchers = [
+            (impl.plugin_name, impl.function, (*impl.argnames, *impl.kwargnames))
+            for impl in reversed(observers)
+            if impl.plugin_name not in self._switched_off
+        ]
         cost, clock = self.cost, time.perf_counter
 
         def tell(**arguments: Any) -> None:
-            matter(**arguments)
-            for impl in watchers:
+            if matter is not None:
+                matter(**arguments)
+            for plugin_name, function, names in watchers:
                 begin = clock()
                 try:
-                    _call(impl, arguments)
+                    function(*map(arguments.__getitem__, names))
                 except Exception as error:
-                    self._failed(name, impl, error)
-                cost[impl.plugin_name] = cost.get(impl.plugin_name, 0.0) + clock() - begin
+                    self._failed(name, plugin_name, error)
+                cost[plugin_name] = cost.get(plugin_name, 0.0) + clock() - begin
 
         return tell
 
-    def _failed(self, hook: str, impl: HookImpl, error: Exception) -> None:
-        failures = self._failures[impl.plugin_name] = self._failures.get(impl.plugin_name, 0) + 1
-        if failures == FAILURES_ALLOWED:
+    def _failed(self, hook: str, name: str, error: Exception) -> None:
+        count = self._failures.get(name, (0, ""))[0] + 1
+        self._failures[name] = count, f"{hook}: {type(error).__name__}: {error}"
+        if count == FAILURES_ALLOWED:
             log.warning(
-                "plugin %r is switched off after %d failures; the last, in %s: %s: %s",
-                impl.plugin_name, failures, hook, type(error).__name__, error, exc_info=error,
+                "plugin %r is switched off after %d failures; the last, in %s",
+                name, count, self._failures[name][1], exc_info=error,
             )  # fmt: skip
+            self._switched_off.add(name)
             self._route()
 
     # Checks
@@ -300,7 +322,7 @@ class PluginManager(pluggy.PluginManager):
         for attribute in dir(plugin):
             function = inspect.getattr_static(plugin, attribute, None)
             function = getattr(function, "__func__", function)
-            if callable(function) and not attribute.startswith(("__", "_call_on", "_spread_on")):
+            if callable(function) and not attribute.startswith(("__", *BRIDGES)):
                 self._check_method(plugin, name, attribute, function)
 
     def _check_method(self, plugin: Any, name: str, attribute: str, function: Any) -> None:
@@ -344,9 +366,10 @@ class PluginManager(pluggy.PluginManager):
                     f"{where} takes {parameter.name} by keyword only, and would never get it; remove the `*`"
                 )
             if parameter.name not in offered:
+                cure = "; or leave the mark away: an unmarked override is called by position" if hook in SEED else ""
                 raise TypeError(
                     f"{where} asks for {parameter.name!r}{nearest(parameter.name, offered)}, which {hook} cannot "
-                    f"give; it gives {', '.join(offered)}"
+                    f"give; it gives {', '.join(offered)}{cure}"
                 )
 
     def _check_unmarked(self, plugin: Any, where: str, attribute: str, specified: bool) -> None:
@@ -365,8 +388,8 @@ class PluginManager(pluggy.PluginManager):
         if not specified and not attribute.startswith("on_"):
             return
         if isinstance(plugin, ModuleInterface):
-            # Methods of a module are its own; but an event that would never be heard is worth a word.
-            if attribute.startswith("on_") and specified:
+            # Methods of a module are its own; but one that looks like a hook and would never be called is worth a word.
+            if specified and (attribute.startswith("on_") or self._fits(attribute, getattr(type(plugin), attribute))):
                 warnings.warn(
                     f"{where} has the name of a hook and is not marked @hookimpl: it will not be called", stacklevel=4
                 )
@@ -377,6 +400,11 @@ class PluginManager(pluggy.PluginManager):
             f"{where} looks like an event, but there is none of this name{self._nearest(attribute)}; correct the name, "
             "or one that does not begin with on_ is your own"
         )
+
+    def _fits(self, hook: str, method: Any) -> bool:
+        """Tell whether a method asks for nothing but arguments of a hook, and for some of them."""
+        asked = list(inspect.signature(method).parameters)[1:]
+        return bool(asked) and set(asked) <= set(self._arguments(hook))
 
     def _arguments(self, hook: str) -> list[str]:
         spec = self._caller(hook).spec
@@ -452,15 +480,6 @@ def options_of(plugin: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(plugin):
         return {}
     return {field.name: getattr(plugin, field.name) for field in dataclasses.fields(plugin) if field.init}
-
-
-def _call(impl: HookImpl, arguments: Mapping[str, Any]) -> None:
-    known = {name: arguments[name] for name in impl.kwargnames if name in arguments}
-    impl.function(*[arguments[name] for name in impl.argnames], **known)
-
-
-def _nobody(**arguments: Any) -> None:
-    """Hear an event that nobody plugged into."""
 
 
 def _answer(name: str, call: Callable[..., Any], plugged: Sequence[HookImpl]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,25 +31,16 @@ class Counters:
     seconds: float = 0.0
     """Time spent in training, over all sessions of the run."""
 
-    def take(self, other: Counters) -> None:
-        """Become equal to other counters (done every step, hence spelled out)."""
-        self.global_step = other.global_step
-        self.batches = other.batches
-        self.epochs = other.epochs
-        self.evaluations = other.evaluations
-        self.samples = other.samples
-        self.skipped_steps = other.skipped_steps
-        self.seconds = other.seconds
 
-    @property
-    def steps(self) -> int:
-        """The unit of cadences that the other counters name themselves."""
-        return self.global_step
+UNITS = ("steps", "batches", "epochs", "evaluations", "samples", "seconds")
+"""What cadences count, in the order of `snapshot`."""
+snapshot = operator.attrgetter("global_step", *UNITS[1:])
+"""Return a run's counters as a tuple: taken every step, hence by a function that is not Python."""
 
 
 @dataclasses.dataclass
 class Best:
-    """The best losses so far."""
+    """The best losses so far; of training only where somebody listens, to whom losses are worth keeping."""
 
     train_loss: float = math.inf
     valid_loss: float = math.inf

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import logging
 import math
+import os
 import re
 import time
 import warnings
@@ -26,11 +28,12 @@ import torch
 from hookline import data
 from hookline.installed import nearest
 from hookline.interfaces import Loader, ModuleInterface, Stage
-from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, as_number, to_floats
+from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, as_number, to_floats, wide
 from hookline.outputs import Collector, Outputs, as_outputs, collate, detached
 from hookline.plugins import MODULE, PluginManager, build, options_of
 from hookline.schedule import Every, every, seconds
 from hookline.state import (
+    UNITS,
     Best,
     Counters,
     Scheduled,
@@ -39,10 +42,16 @@ from hookline.state import (
     schedule_all,
     set_rng_state,
     set_seed,
+    snapshot,
 )
 
 log = logging.getLogger("hookline")
 
+KEYWORDS = {  # what a module is asked by keyword
+    **{f"{stage.value}_step": ("global_step", "batch", "device") for stage in Stage},
+    "get_train_dataloader": ("sampler", "batch_size"),
+    **{f"get_{word}_dataloaders": ("sampler", "batch_size") for word in ("val", "test", "predict")},
+}
 CHECKPOINTS = "checkpoints"  # the subfolder of a run folder that holds what can be resumed from
 
 
@@ -117,7 +126,7 @@ class Trainer:
     ) -> None:
         self.options = make_options(options)
         self.counters = Counters()
-        self.settled = Counters()
+        self.settled = snapshot(self.counters)
         """The counters at the last boundary; a cadence is due when a multiple lies between the two."""
         self.cursor = data.Cursor(seed=self.options.seed)
         self.best = Best()
@@ -147,9 +156,10 @@ class Trainer:
         """What an evaluation of several loaders appends to the names of logged values."""
         self._samples = 1
         self._train_loss = self.options.train_loss_metric_name
-        self._losses: list[torch.Tensor] = []
+        self._losses: list[torch.Tensor] = []  # of the last steps, summed up when there are FOLD_AT of them
         self._loaders: dict[Stage, Any] = {}
         self._first_loader: Loader | None = None
+        self._ends: list[float] = []  # optimizer steps, epochs and seconds at which training is over
         self._epoch_outputs = Collector(0)
         self._session_began = time.monotonic()
 
@@ -162,6 +172,7 @@ class Trainer:
         self._register(named)
         self.rank, self.local_rank, self.world_size = self.hook.get_ranks(trainer=self)
         self.device: torch.device = self.hook.get_device(trainer=self)
+        self.on_cpu = self.device.type == "cpu"
         self.module = self._adapt(module)
         # pluggy calls last whom it met first: the module's own hooks are the innermost.
         for name in named:
@@ -185,6 +196,14 @@ class Trainer:
                 f"Trainer got {given}, which is no object of a ModuleInterface, and no plugin adapts it: "
                 "subclass hookline.ModuleInterface, or name the adapter of its framework in plugins"
             )
+        for method, names in KEYWORDS.items():
+            try:
+                inspect.signature(getattr(adapted, method)).bind(**dict.fromkeys(names))
+            except TypeError as error:
+                raise TypeError(
+                    f"{type(adapted).__name__}.{method}() is called by keyword and must take "
+                    f"{', '.join(names)} by these names, in any order: {error}"
+                ) from None
         adapted._trainer = weakref.ref(self)
         return adapted
 
@@ -242,7 +261,6 @@ class Trainer:
         """Do a run and tell its beginning and its end, the end to every plugin whatever happened."""
         self.stage = stage
         self.stop_reason, self._stop_status = None, "stopped"
-        self._session_began = time.monotonic() - self.counters.seconds
         self.status, reason, first = "running", "", None
         try:
             for error in self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config):
@@ -258,6 +276,7 @@ class Trainer:
         finally:
             ended = {"trainer": self, "stage": stage, "status": self.status, "reason": reason}
             errors = self.plugins.tell_each("on_end_run", **ended)
+            self.plugins.report_failures()
             if first is not None:
                 self._add_notes(first, errors)
             elif errors:
@@ -282,6 +301,7 @@ class Trainer:
             log.warning("nothing is left to train: the run is at step %d, epoch %d", self.global_step, self.epoch)
             return
         self.model.train()
+        self._session_began = time.monotonic() - self.counters.seconds
         self.hook.on_begin_train(trainer=self, global_step=self.global_step)
         if self.options.sanity_val_steps:
             self._check_sanity()
@@ -356,6 +376,8 @@ class Trainer:
         if epochs is None and options.max_steps is not None and steps_per_epoch:
             epochs = math.ceil(options.max_steps / steps_per_epoch)
         steps = None if steps_per_epoch is None or epochs is None else steps_per_epoch * epochs
+        limits = options.max_steps, epochs, None if options.max_time is None else seconds(options.max_time)
+        self._ends = [math.inf if limit is None else limit for limit in limits]
         return Totals(batches, steps_per_epoch, self.limited(steps, options.max_steps), epochs)
 
     @property
@@ -459,16 +481,27 @@ class Trainer:
             counters.skipped_steps += 1
         self.cursor.advance(len(window))
         self._settling_due = True
-        self._take_outputs(outputs)
+        collated = self._collect(outputs) if self.plugins.asking else []
+        hook.on_end_train_step(
+            trainer=self,
+            global_step=counters.global_step,
+            train_step_collated_outputs=collated,
+            stepped=self._stepped,
+        )
         if self._evaluates_by_counter and self.due(self.options.evaluate_every):
             self._evaluate()
-        if self.plugins.heard["on_log"] and self.due(self.options.log_every):
+        if self.plugins.logging and self.due(self.options.log_every):
             self._flush(self._interval)
         return True
 
-    def _take_outputs(self, outputs: Sequence[Outputs]) -> None:
-        """Keep the losses, collect what is asked for, and tell the end of the step."""
+    def _collect(self, outputs: Sequence[Outputs]) -> list[Any]:
+        """Keep of a step's outputs what somebody will ask for; return what its end is asked for, collated."""
         for row in outputs:
+            if type(row) is not tuple:
+                raise TypeError(
+                    "the verb 'update' must answer a list with one tuple per micro-batch, the loss first; it answered "
+                    f"a {type(outputs).__name__} of {type(row).__name__}"
+                )
             if row:
                 self._losses.append(row[0].detach())
         if len(self._losses) >= FOLD_AT:
@@ -476,22 +509,16 @@ class Trainer:
         if self._epoch_outputs.room:
             for row in outputs:
                 self._epoch_outputs.add(row)
-        collated: list[Any] = []
-        if room := self.plugins.rooms["on_end_train_step"]:
-            collated = collate([tuple(map(detached, row[:room])) for row in outputs])
-        self.hook.on_end_train_step(
-            trainer=self,
-            global_step=self.counters.global_step,
-            train_step_collated_outputs=collated,
-            stepped=self._stepped,
-        )
+        room = self.plugins.rooms["on_end_train_step"]
+        return collate([tuple(map(detached, row[:room])) for row in outputs]) if room else []
 
     def _fold_losses(self) -> None:
-        """Hand the losses of the last steps to the log buffers: a few kernels for all of them."""
+        """Hand the losses of the last steps to the log buffers."""
         if self._losses:
-            losses, self._losses = torch.stack(self._losses), []
-            self._interval.reduction(self._train_loss).add_all(losses)
-            self._epoch.reduction(f"{self._train_loss}_epoch").add_all(losses)
+            count, total = len(self._losses), wide(torch.stack(self._losses)).sum()
+            self._interval.reduction(self._train_loss).add_sum(total, count)
+            self._epoch.reduction(f"{self._train_loss}_epoch").add_sum(total, count)
+            self._losses = []
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
         """Step optimizers, all by default, through every gate; return whether all of them stepped.
@@ -501,11 +528,19 @@ class Trainer:
 
         Args:
             optimizers: those whose gradients are complete.
-            closure: recomputes loss and gradients and returns the loss, for optimizers that want one.
+            closure: recomputes loss and gradients and returns the loss, for optimizers that want
+                one (every one of `optimizers` is given it). The gradients are then complete after
+                each call of it, and that is when `on_begin_optimizer_step` is told; gates are asked
+                before the first.
         """
         hook = self.hook
+        if isinstance(optimizers, torch.optim.Optimizer):
+            raise TypeError(f"trainer.step takes a list of optimizers, not one {type(optimizers).__name__}; write [it]")
         chosen = self.optimizers if optimizers is None else optimizers
-        hook.on_begin_optimizer_step(trainer=self, optimizers=chosen)
+        if closure is None:
+            hook.on_begin_optimizer_step(trainer=self, optimizers=chosen)
+        else:
+            closure = self._completing(closure, chosen)
         stepped = bool(hook.should_step(trainer=self, optimizers=chosen))
         if stepped:
             for optimizer in chosen:
@@ -518,6 +553,16 @@ class Trainer:
             self._stepped = False
         self.zero_grad()
         return stepped
+
+    def _completing(self, closure: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
+        """Return a closure after whose every call the gradients are told to be complete."""
+
+        def complete() -> Any:
+            loss = closure()
+            self.hook.on_begin_optimizer_step(trainer=self, optimizers=optimizers)
+            return loss
+
+        return complete
 
     def zero_grad(self) -> None:
         """Clear the gradients of all optimizers."""
@@ -533,7 +578,7 @@ class Trainer:
             self._settling_due = False
             self.counters.seconds = time.monotonic() - self._session_began
             finished = self._finished()
-            if finished and self.options.eval_when_finish:
+            if finished and self.options.eval_when_finish and self._stop_status != "preempted":
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
             if finished or self.stop_reason is not None:
@@ -542,28 +587,27 @@ class Trainer:
             if self._save_reasons:
                 reasons, self._save_reasons = self._save_reasons, []
                 self.hook.save(trainer=self, reason=", ".join(dict.fromkeys(reasons)))
-            self.settled.take(self.counters)
+            self.settled = snapshot(self.counters)
             return not finished
         return self.stop_reason is None
 
     def _finished(self) -> bool:
         """Tell whether training is over, by itself or because someone asked for it."""
-        options, counters = self.options, self.counters
-        if self.stop_reason is not None:
-            return True
-        if self.totals.epochs is not None and counters.epochs >= self.totals.epochs:
-            return True
-        if options.max_steps is not None and counters.global_step >= options.max_steps:
-            return True
-        return options.max_time is not None and counters.seconds >= seconds(options.max_time)
+        counters, (steps, epochs, time_limit) = self.counters, self._ends
+        return (
+            self.stop_reason is not None
+            or counters.global_step >= steps
+            or counters.epochs >= epochs
+            or counters.seconds >= time_limit
+        )
 
     def due(self, cadence: str | None) -> bool:
         """Tell whether a cadence ("50 steps", "epoch", "10 min") has become due since the last boundary."""
         if cadence is None:
             return False
-        count, unit = every(cadence)
-        before, after = getattr(self.settled, unit), getattr(self.counters, unit)
-        return bool(after // count > before // count)
+        wanted = every(cadence)
+        unit = UNITS.index(wanted.unit)
+        return wanted.crossed(self.settled[unit], snapshot(self.counters)[unit])
 
     # Evaluation -----------------------------------------------------------------------
 
@@ -640,7 +684,9 @@ class Trainer:
         self._samples = 1
         if index < 0:
             warnings.warn(f"the {stage.value} loader {key!r} gave no batch, so nothing is known of it", stacklevel=2)
-        if stage is not Stage.PREDICT:
+        if stage is Stage.PREDICT:
+            hook.on_end_predict_epoch(trainer=self, key=key)
+        else:
             outputs = hook.gather_outputs(trainer=self, outputs=collector.collate(), stage=stage, key=key)
             collated = {f"{stage.value}_step_collated_outputs": outputs}
             ended = getattr(hook, f"on_end_{stage.value}_epoch")
@@ -724,7 +770,6 @@ class Trainer:
 
     def get_state(self) -> dict[str, Any]:
         """Return the trainer's own part of the run's state."""
-        self._fold_losses()
         cursor = self.cursor
         return {
             "counters": dataclasses.asdict(self.counters),
@@ -732,6 +777,7 @@ class Trainer:
             "best": dataclasses.asdict(self.best),
             "evaluated_at": self._evaluated_at,
             "metrics": self.metrics,
+            "losses": torch.stack(self._losses) if self._losses else None,
             "interval": self._interval.get_state(),
             "epoch": self._epoch.get_state(),
         }
@@ -739,15 +785,15 @@ class Trainer:
     def update_state(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         self.counters = Counters(**state["counters"])
-        self.settled.take(self.counters)
+        self.settled = snapshot(self.counters)
         for name, value in state["cursor"].items():
             setattr(self.cursor, name, value)
         self.best = Best(**state["best"])
         self._evaluated_at = state["evaluated_at"]
         self.metrics = dict(state["metrics"])
+        self._losses = [] if state["losses"] is None else list(state["losses"].unbind())
         self._interval.update_state(state["interval"])
         self._epoch.update_state(state["epoch"])
-        self._session_began = time.monotonic() - self.counters.seconds
 
     @property
     def global_step(self) -> int:
@@ -782,9 +828,16 @@ class Trainer:
             path = Path(resume)
             if not path.is_dir():
                 raise ValueError(f"resume={resume!r} is no folder of a run")
-            # A checkpoint may be named as well as its run: the run is the folder above "checkpoints".
-            return next((parent.parent for parent in (path, *path.parents) if parent.name == CHECKPOINTS), path)
+            for folder in (path, path.parent):  # a checkpoint, or the folder of them, may be named as well as the run
+                if folder.name == CHECKPOINTS and folder != Path(self.options.runs_folder):
+                    return folder.parent
+            return path
         runs = self._numbered_runs()
+        if resume and not runs:
+            there = f"there is no run {self.options.run_name!r} in {self.options.runs_folder} to resume"
+            if self.stage is not Stage.TRAIN:
+                raise ValueError(there)
+            log.warning("%s: starting from scratch", there)
         return runs[max(runs)] if resume and runs else None
 
     def _next_run_dir(self) -> Path:
@@ -818,6 +871,8 @@ def make_options(given: Mapping[str, Any]) -> Options:
         if name not in known:
             raise TypeError(f"Trainer has no option {name!r}{nearest(name, known)}; it has {', '.join(known)}")
     options = Options(**given)
+    if isinstance(options.resume, os.PathLike):
+        options.resume = os.fspath(options.resume)
     for cadence in (options.evaluate_every, options.log_every):
         if cadence is not None:
             every(cadence)

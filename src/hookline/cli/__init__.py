@@ -238,8 +238,8 @@ def _runs(options: argparse.Namespace) -> int:
         if getattr(options, "run", None) is None:
             print(runs.render_runs(runs.list_runs(Path(options.folder))))
         else:
-            below = Path(options.folder) / options.run
-            print(runs.render_run(runs.read_run(below if below.is_dir() else Path(options.run))))
+            named = Path(options.run)
+            print(runs.render_run(runs.read_run(named if named.is_dir() else Path(options.folder) / options.run)))
     except ValueError as error:
         raise UserError(error) from error
     return 0

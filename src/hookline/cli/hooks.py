@@ -48,3 +48,34 @@ def render(hook: Hook) -> str:
     """Return all that is said of one hook."""
     kind = f"{hook.kind}, answers {hook.answers}" if hook.answers else hook.kind
     return f"{hook.signature}\n\n{kind}; {hook.section.lower()}\n\n{hook.doc}"
+
+
+def render_reference() -> str:
+    """Return the page `docs/hooks.md`: every hook with its arguments, its kind, its answer and what it is for."""
+    parts = [REFERENCE]
+    section = ""
+    for hook in read_hooks():
+        if hook.section != section:
+            section = hook.section
+            parts.append(f"## {section}")
+        kind = f"Verb, answers `{hook.answers}`." if hook.kind == "verb" else "Event."
+        parts.append(f"### `{hook.name}({', '.join(hook.arguments)})` {{ #{hook.name} }}\n\n{kind}")
+        parts.append(f"```text\n{hook.signature}\n```\n\n{hook.doc}")
+    return "\n\n".join(parts)
+
+
+REFERENCE = """\
+<!-- Written by `python -m hookline.cli.hooks > docs/hooks.md`. Do not edit. -->
+
+# Hooks
+
+Every hook, read from the source of `hookline.hookspecs`. When each is reached is shown on [the loop](loop.md);
+how to implement one, on [writing a plugin](writing-a-plugin.md).
+
+An **event** (`on_*`) is told to everyone, and answers are dropped. A **verb** is done once and answers; in
+`hookline.hookspecs` the body of its function is how the core does it. An implementation is a method marked `@hookimpl`
+that names any of the arguments, in any order. `hookline hooks NAME` prints one of these entries."""
+
+
+if __name__ == "__main__":
+    print(render_reference())
