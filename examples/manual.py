@@ -56,9 +56,10 @@ class Echo(ModuleInterface):
     def get_optimizers_schedulers(self, steps_per_epoch, epochs):
         return [torch.optim.Adam(self.parameters(), self.learning_rate)], []
 
+    def on_end_train(self, global_step):
+        print(f"best loss: {self.trainer.best.train_loss:.3f} (guessing: 0.693)")
+
 
 if __name__ == "__main__":
     set_seed(0)
-    trainer = Trainer(Echo(), epochs=10, train_batch_size=32)
-    trainer.train()
-    print(f"best loss: {trainer.best.train_loss:.3f} (guessing: 0.693)")
+    Trainer(Echo(), epochs=10, train_batch_size=32).train()

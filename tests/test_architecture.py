@@ -1,7 +1,9 @@
 """The house: who may import whom, what the core may name, and that the hook API keeps its promises."""
 
 import ast
+import contextlib
 import inspect
+import io
 import subprocess
 import sys
 import tomllib
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hookline import hookspecs
+from hookline.cli import main
 from hookline.cli.hooks import read_hooks
 from hookline.plugins import SEED, PluginManager
 
@@ -18,7 +21,7 @@ CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
     {"marks", "installed"},
     {"interfaces"},
-    {"outputs", "logs", "data", "schedule", "state"},
+    {"outputs", "logs", "data", "schedule", "state", "options"},
     {"hookspecs"},
     {"plugins"},
     {"trainer"},
@@ -97,7 +100,7 @@ def test_the_core_can_be_read_in_one_sitting():
                 documented |= set(range(node.lineno, node.end_lineno + 1))
         text = path.read_text().splitlines()
         lines += sum(bool(line.strip()) and number not in documented for number, line in enumerate(text, 1))
-    assert lines <= 1700
+    assert lines <= 2400
 
 
 # The hook API -------------------------------------------------------------------------
@@ -129,16 +132,10 @@ def test_the_seeds_events_have_the_seeds_arguments():
 
 
 def test_a_change_of_the_hook_api_is_seen():
-    """Regenerate with `python -c "import tests.test_architecture as t; t.write_golden()"` and say it in the changelog."""
-    assert (ROOT / "tests" / "hook_api.txt").read_text() == golden()
-
-
-def golden():
-    return "".join(f"{hook.kind:5} {hook.name}({', '.join(hook.arguments)})\n" for hook in HOOKS.values())
-
-
-def write_golden():
-    (ROOT / "tests" / "hook_api.txt").write_text(golden())
+    """If it is meant: say it in the changelog, and `hookline hooks > tests/hook_api.txt`."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["hooks"])
+    assert printed.getvalue() == (ROOT / "tests" / "hook_api.txt").read_text()
 
 
 # The repository -----------------------------------------------------------------------
@@ -170,8 +167,10 @@ def test_the_list_of_requirements_is_the_list_of_folders():
 
 
 def test_the_core_needs_no_plugin_to_be_imported():
-    code = "import sys, hookline; hookline.Trainer; assert not [m for m in sys.modules if m.startswith(('hookline_', 'rich', 'torchmetrics', 'safetensors'))]"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, hookline; hookline.Trainer; print(*{module.partition('.')[0] for module in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert not loaded & {"rich", "torchmetrics", "safetensors", *(f"hookline_{plugin}" for plugin in PLUGINS)}
 
 
 def test_the_spec_module_is_public():

@@ -48,7 +48,7 @@ trainer: {epochs: 1, train_batch_size: 8, val_batch_size: 8, device: cpu}
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path):
     (tmp_path / "mine.py").write_text(MODULE)
     (tmp_path / "run.yaml").write_text(CONFIG)
@@ -66,7 +66,7 @@ class Done(NamedTuple):
     stderr: str
 
 
-@pytest.fixture()
+@pytest.fixture
 def hookline(folder, monkeypatch, capsys):
     """Run the command's `main` here, as the installed command does; two seconds quicker than a process."""
     monkeypatch.chdir(folder)
@@ -191,7 +191,15 @@ def test_new_plugin_is_whole(folder, hookline):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["hooks"], ["runs", "--help"]])
 def test_what_needs_no_torch_imports_none(folder, arguments):
-    code = f"import sys\nfrom hookline.cli import main\ntry:\n    main({arguments})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = f"""
+import sys
+from hookline.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -51,7 +51,7 @@ plugins:
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def write(tmp_path):
     def write(text=BASE, name="run.yaml"):
         path = tmp_path / name

@@ -21,8 +21,10 @@ from hookline import CallbackInterface, ModuleInterface, hookimpl
 from hookline.cli import _parse, main
 from hookline.cli.hooks import read_hooks, render_reference
 from hookline.config import build_trainer, load_config
+from hookline.options import Options
 from hookline.testing import tiny_trainer
-from hookline.trainer import Options
+
+pytestmark = pytest.mark.plugins  # the pages show them
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -15,12 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from examples import chars, digits, gan, lbfgs, manual, mnist
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, SequentialSampler
 
 from hookline import CallbackInterface, Trainer, hookimpl, set_seed
-from hookline_clip import Clip
+
+pytestmark = pytest.mark.plugins
+
+pytest.importorskip("hookline_clip")
+from examples import chars, digits, gan, lbfgs, manual, mnist  # noqa: E402
+
+from hookline_clip import Clip  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SEED = 7

@@ -160,6 +160,28 @@ def test_an_old_style_wrapper():
         register(plugin_with(evaluate=evaluate))
 
 
+def test_a_wrapper_of_an_event():
+    @hookimpl(wrapper=True)
+    def on_boundary(self):
+        return (yield)
+
+    with pytest.raises(TypeError, match=r"on_boundary\(\) wraps an event; only verbs may be wrapped"):
+        register(plugin_with(on_boundary=on_boundary))
+
+
+def test_a_method_hidden_by_none_is_not_implemented():
+    class Mine(CallbackInterface):
+        def __init__(self):
+            self.on_boundary = self.on_end_train = None
+
+        @hookimpl
+        def on_boundary(self): ...
+
+        def on_end_train(self, gs): ...
+
+    assert not any(register(Mine()).heard.values())
+
+
 def test_a_wrapper_that_does_not_yield():
     @hookimpl(wrapper=True)
     def evaluate(self):

@@ -111,7 +111,7 @@ class AugmentedModule(TinyModule):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_randomness_of_loading_survives_a_resume(workers, monkeypatch):
     monkeypatch.setattr(AugmentedModule, "workers", workers)
-    whole, kept, _ = run(AugmentedModule(), epochs=2)
+    _whole, kept, _ = run(AugmentedModule(), epochs=2)
     for step in (3, 7, 10):  # in the middle of an epoch, at its end, in the middle of the next
         _, memory, _ = run(AugmentedModule(), copy.deepcopy(kept.states[step]), epochs=2)
         assert without_clock(memory.states[14]) == without_clock(kept.states[14])
@@ -145,7 +145,7 @@ def test_drawing_in_events_that_are_told_again_does_no_harm():
         def on_begin_train_epoch(self, gs, epoch):
             torch.rand(1)
 
-    whole, kept, _ = run(Draws())
+    _whole, kept, _ = run(Draws())
     for step in (5, 7):
         _, memory, _ = run(Draws(), copy.deepcopy(kept.states[step]))
         assert without_clock(memory.states[21]) == without_clock(kept.states[21])
@@ -231,9 +231,9 @@ def test_a_stream_that_repeats_itself_resumes_exactly():
         def get_optimizers_schedulers(self, steps, epochs):
             return [torch.optim.Adam(self.parameters())], []
 
-    whole, kept, _ = run(Module())
+    _whole, kept, _ = run(Module())
     for step in (4, 7):
-        resumed, memory, _ = run(Module(), copy.deepcopy(kept.states[step]))
+        _resumed, memory, _ = run(Module(), copy.deepcopy(kept.states[step]))
         assert without_clock(memory.states[21]) == without_clock(kept.states[21])
 
 

@@ -22,8 +22,9 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from hookline.installed import load, load_path, nearest
+from hookline.options import Options
 from hookline.state import set_seed
-from hookline.trainer import Options, Trainer
+from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")
 MASK = "***"

@@ -44,11 +44,6 @@ class Cursor:
     """What loaders seed their workers from."""
     warned: bool = False
 
-    def advance(self, batches: int) -> None:
-        """Count batches that have been trained on."""
-        self.position += batches
-        self.consumed += batches * self.draw
-
     def begin_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""
         self.epoch, self.position, self.consumed = epoch, 0, 0

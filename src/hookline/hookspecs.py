@@ -101,23 +101,6 @@ def get_window_size(trainer: Trainer) -> int:
 
 
 @verb
-def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler[Any]]:
-    """Answer the sampler class that the module's `get_*_dataloader` of this stage receives."""
-    cursor = trainer.cursor if stage is Stage.TRAIN else data.Cursor(seed=trainer.options.seed)
-    return data.sampler_class(cursor, stage is Stage.TRAIN, trainer.rank, trainer.world_size)
-
-
-@verb
-def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Loader:
-    """Answer the loader to iterate; a training loader then begins at `trainer.position`."""
-    if stage is Stage.TRAIN:
-        loader = data.make_resumable(loader, trainer.cursor, trainer.world_size)
-    elif isinstance(loader, torch.utils.data.DataLoader):
-        data.seed_loading(loader, data.Cursor(seed=trainer.options.seed))
-    return loader
-
-
-@verb
 def convert_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
     """Answer the model with parts of it replaced.
 
@@ -143,6 +126,23 @@ def compile_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
 def shard_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
     """Answer the model where it shall live: whole on this rank's device, or replicated, or sharded."""
     return model.to(trainer.device)
+
+
+@verb
+def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler[Any]]:
+    """Answer the sampler class that the module's `get_*_dataloader` of this stage receives."""
+    cursor = trainer.cursor if stage is Stage.TRAIN else data.Cursor(seed=trainer.options.seed)
+    return data.sampler_class(cursor, stage is Stage.TRAIN, trainer.rank, trainer.world_size)
+
+
+@verb
+def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Loader:
+    """Answer the loader to iterate; a training loader then begins at `trainer.position`."""
+    if stage is Stage.TRAIN:
+        loader = data.make_resumable(loader, trainer.cursor, trainer.world_size)
+    elif isinstance(loader, torch.utils.data.DataLoader):
+        data.seed_loading(loader, data.Cursor(seed=trainer.options.seed))
+    return loader
 
 
 @verb

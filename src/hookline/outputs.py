@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Collector:
 
     def add(self, outputs: Outputs) -> None:
         """Keep one micro-batch's outputs."""
-        self.rows.append(tuple(detached(value) for value in outputs[: self.room]))
+        self.rows.append(detached(outputs[: self.room]))
 
     def collate(self) -> list[Any]:
         """Return one item per output and forget the rows."""
@@ -64,25 +64,28 @@ class Collector:
         return collate(rows)
 
 
-def collate(rows: Iterable[Outputs]) -> list[Any]:
+def collate(rows: Sequence[Outputs]) -> list[Any]:
     """Put rows of outputs together, column by column.
 
     Scalar tensors become a vector, other tensors are concatenated along their first
     dimension; what is not a tensor, and tensors whose other dimensions differ, become a list.
     """
+    if len(rows) == 1:  # the commonest, one micro-batch: nothing is copied
+        return [
+            [value] if not isinstance(value, torch.Tensor) else value if value.ndim else value.reshape(1)
+            for value in rows[0]
+        ]
     return [_column(values) for values in zip(*rows, strict=True)]
 
 
-def detached(value: Any) -> Any:
-    """Return a tensor without its graph, anything else as it is."""
-    return value.detach() if isinstance(value, torch.Tensor) else value
+def detached(outputs: Outputs) -> Outputs:
+    """Return outputs with the tensors among them without their graphs."""
+    return tuple([value.detach() if isinstance(value, torch.Tensor) else value for value in outputs])
 
 
 def _column(values: Sequence[Any]) -> Any:
     if not all(isinstance(value, torch.Tensor) for value in values):
         return list(values)
-    if len(values) == 1:  # one row needs no copy
-        return values[0].reshape(1) if values[0].ndim == 0 else values[0]
     if all(value.ndim == 0 for value in values):
         return torch.stack(list(values))
     if len({(value.ndim, value.shape[1:]) for value in values}) > 1:

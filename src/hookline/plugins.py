@@ -181,7 +181,8 @@ class PluginManager(pluggy.PluginManager):
             return opts
         bridged = opts["specname"]
         override = getattr(type(plugin), bridged)
-        if override is getattr(CallbackInterface, bridged) or hasattr(override, f"{PROJECT}_impl"):
+        hidden = inspect.getattr_static(plugin, bridged) is None
+        if hidden or override is getattr(CallbackInterface, bridged) or hasattr(override, f"{PROJECT}_impl"):
             return None
         spread = SEED[bridged][1] is not None and seed_call(override)[0] > 0
         return opts if name == f"{'_spread_' if spread else '_call_'}{bridged}" else None
@@ -260,36 +261,33 @@ class PluginManager(pluggy.PluginManager):
         if not plugged:  # a verb's body is how the core does it, an event's is empty
             return caller.spec.function
         if not caller.spec.opts.get("firstresult"):
-            observers = [impl for impl in plugged if is_observer(impl.plugin)]
-            return self._tell(name, caller, plugged, observers) if observers else caller
+            return self._tell(name, plugged)
         performed = any(not impl.wrapper for impl in plugged)
         # A performer that answers None must not fall through to the core's way of doing it.
         return _answer(name, self.subset_hook_caller(name, self._specs.values()) if performed else caller, plugged)
 
-    def _tell(
-        self, name: str, caller: HookCaller, plugged: list[HookImpl], observers: list[HookImpl]
-    ) -> Callable[..., None]:
-        """Tell those who matter through pluggy, then each observer on its own, guarded and timed."""
-        matter = None
-        if len(observers) < len(plugged):
-            matter = self.subset_hook_caller(name, [impl.plugin for impl in observers])
+    def _tell(self, name: str, plugged: list[HookImpl]) -> Callable[..., None]:
+        """Tell an event in pluggy's order: to those who matter, then to each observer, guarded and timed.
+
+        Calls them itself: nothing is answered and nothing wraps, and it is three times as quick.
+        """
+        calls = [(impl, impl.function, (*impl.argnames, *impl.kwargnames)) for impl in reversed(plugged)]
+        matter = [call for call in calls if not is_observer(call[0].plugin)]
         watchers = [
-            (impl.plugin_name, impl.function, (*impl.argnames, *impl.kwargnames))
-            for impl in reversed(observers)
-            if impl.plugin_name not in self._switched_off
+            call for call in calls if is_observer(call[0].plugin) and call[0].plugin_name not in self._switched_off
         ]
         cost, clock = self.cost, time.perf_counter
 
         def tell(**arguments: Any) -> None:
-            if matter is not None:
-                matter(**arguments)
-            for plugin_name, function, names in watchers:
+            for impl, function, names in matter:  # noqa: B007 - `impl` is for `blame`
+                function(*map(arguments.__getitem__, names))
+            for impl, function, names in watchers:
                 begin = clock()
                 try:
                     function(*map(arguments.__getitem__, names))
                 except Exception as error:
-                    self._failed(name, plugin_name, error)
-                cost[plugin_name] = cost.get(plugin_name, 0.0) + clock() - begin
+                    self._failed(name, impl.plugin_name, error)
+                cost[impl.plugin_name] = cost.get(impl.plugin_name, 0.0) + clock() - begin
 
         return tell
 
@@ -347,6 +345,8 @@ class PluginManager(pluggy.PluginManager):
             raise TypeError(
                 f"{where} implements a verb, but the plugin says observer = True; observers hear events only"
             )
+        if marked["wrapper"] and not caller.spec.opts.get("firstresult"):
+            raise TypeError(f"{where} wraps an event; only verbs may be wrapped: hear it, tryfirst or trylast")
         if marked["wrapper"] and not inspect.isgeneratorfunction(inspect.unwrap(function)):
             raise TypeError(f"{where} is a wrapper without a yield; write `result = yield` and return a result")
         offered = self._arguments(hook)
@@ -450,19 +450,24 @@ class PluginManager(pluggy.PluginManager):
     def blame(self, error: BaseException) -> None:
         """Add a note to an exception: in which hook of which plugin of which distribution it was raised.
 
-        Walks the traceback: where pluggy calls on, the next frame runs the code of one of
-        the implementations at hand. Costs nothing until something is raised.
+        Walks the traceback down to the innermost implementation: in a frame of `_tell` it stands
+        at hand; where pluggy calls on, it is the one whose code the next frame runs. Costs
+        nothing until something is raised.
         """
         note, traceback = None, error.__traceback__
-        while traceback is not None and traceback.tb_next is not None:
-            frame = traceback.tb_frame
-            if frame.f_code is _multicall.__code__:
-                code = traceback.tb_next.tb_frame.f_code
+        while traceback is not None:
+            frame, below = traceback.tb_frame, traceback.tb_next
+            if frame.f_code.co_qualname == "PluginManager._tell.<locals>.tell" and "impl" in frame.f_locals:
+                note = self._note(frame.f_locals["name"], frame.f_locals["impl"])
+            elif frame.f_code is _multicall.__code__ and below is not None:
                 for impl in frame.f_locals["hook_impls"]:
                     function = inspect.unwrap(impl.function)
-                    if getattr(function, "__code__", None) is code and impl.plugin_name not in self._specs:
+                    if (
+                        getattr(function, "__code__", None) is below.tb_frame.f_code
+                        and impl.plugin_name not in self._specs
+                    ):
                         note = self._note(frame.f_locals["hook_name"], impl)
-            traceback = traceback.tb_next
+            traceback = below
         if note is not None and note not in getattr(error, "__notes__", ()):
             error.add_note(note)
 

@@ -14,8 +14,6 @@ import inspect
 import itertools
 import logging
 import math
-import os
-import re
 import time
 import warnings
 import weakref
@@ -26,9 +24,9 @@ from typing import Any
 import torch
 
 from hookline import data
-from hookline.installed import nearest
 from hookline.interfaces import Loader, ModuleInterface, Stage
 from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, as_number, to_floats, wide
+from hookline.options import make_options, run_folder
 from hookline.outputs import Collector, Outputs, as_outputs, collate, detached
 from hookline.plugins import MODULE, PluginManager, build, options_of
 from hookline.schedule import Every, every, seconds
@@ -52,52 +50,6 @@ KEYWORDS = {  # what a module is asked by keyword
     "get_train_dataloader": ("sampler", "batch_size"),
     **{f"get_{word}_dataloaders": ("sampler", "batch_size") for word in ("val", "test", "predict")},
 }
-CHECKPOINTS = "checkpoints"  # the subfolder of a run folder that holds what can be resumed from
-
-
-@dataclasses.dataclass
-class Options:
-    """The options of a trainer: keywords of `Trainer`, or the node `trainer:` of a configuration."""
-
-    epochs: int | None = None
-    """Epochs to train; 1 unless `max_steps` or `max_time` says when to end."""
-    train_batch_size: int = 1
-    """Samples of one optimizer step, over all ranks and micro-batches."""
-    val_batch_size: int = 1
-    """Samples of one evaluation batch on one rank."""
-    max_steps: int | None = None
-    """Optimizer steps after which training ends."""
-    max_time: str | None = None
-    """Time of training after which it ends, all sessions of the run together: "90 s", "10 min", "1h"."""
-    max_train_steps_per_epoch: int | None = None
-    """Optimizer steps after which an epoch ends."""
-    max_val_steps_per_epoch: int | None = None
-    """Batches after which an evaluation of one loader ends."""
-    evaluate_every: str | None = "epoch"
-    """Cadence of validation: "epoch", "2 epochs", "500 steps" …; null for none."""
-    eval_when_start: bool = False
-    """Validate before the first step."""
-    eval_when_finish: bool = True
-    """Validate at the end of training, unless that has just been done."""
-    sanity_val_steps: int = 0
-    """Validation batches to try before training; their metrics are dropped."""
-    log_every: str = "50 steps"
-    """Cadence at which interval values are copied off the device and logged."""
-    train_loss_metric_name: str = "train_loss"
-    val_loss_metric_name: str = "val_loss"
-    seed: int = 0
-    """Seed of the order of samples and of all random states."""
-    device: str = "auto"
-    """Device of this rank; auto is CUDA where there is one, else the CPU."""
-    keep_loaders: bool = False
-    """Ask for loaders once instead of every epoch, so that their workers live on."""
-    reset_optimizers_schedulers: bool = False
-    """Resume with fresh optimizers and schedulers."""
-    resume: str | bool = False
-    """Go on with the newest run of this name (true), or with the run or checkpoint at a path."""
-    run_name: str = "run"
-    runs_folder: str = "runs"
-    """Where run folders are made: `<runs_folder>/<run_name>-<number>`."""
 
 
 class Trainer:
@@ -470,16 +422,17 @@ class Trainer:
         """
         if not self.settle():
             return False
-        hook, counters = self.hook, self.counters
+        hook, counters, cursor, size = self.hook, self.counters, self.cursor, len(window)
         self._stepped = True
         outputs = hook.update(trainer=self, window=window)
         counters.global_step += 1
-        counters.batches += len(window)
+        counters.batches += size
+        cursor.position += size
+        cursor.consumed += size * cursor.draw
         for batch in window:
             counters.samples += data.count_samples(batch) * self.world_size
         if not self._stepped:
             counters.skipped_steps += 1
-        self.cursor.advance(len(window))
         self._settling_due = True
         collated = self._collect(outputs) if self.plugins.asking else []
         hook.on_end_train_step(
@@ -510,7 +463,7 @@ class Trainer:
             for row in outputs:
                 self._epoch_outputs.add(row)
         room = self.plugins.rooms["on_end_train_step"]
-        return collate([tuple(map(detached, row[:room])) for row in outputs]) if room else []
+        return collate([detached(row[:room]) for row in outputs]) if room else []
 
     def _fold_losses(self) -> None:
         """Hand the losses of the last steps to the log buffers."""
@@ -551,7 +504,8 @@ class Trainer:
             hook.step_schedulers(trainer=self, when="step", optimizers=chosen, metrics=self.metrics)
         else:
             self._stepped = False
-        self.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         return stepped
 
     def _completing(self, closure: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
@@ -605,9 +559,9 @@ class Trainer:
         """Tell whether a cadence ("50 steps", "epoch", "10 min") has become due since the last boundary."""
         if cadence is None:
             return False
-        wanted = every(cadence)
-        unit = UNITS.index(wanted.unit)
-        return wanted.crossed(self.settled[unit], snapshot(self.counters)[unit])
+        number, unit = every(cadence)
+        place = UNITS.index(unit)
+        return bool(snapshot(self.counters)[place] // number > self.settled[place] // number)
 
     # Evaluation -----------------------------------------------------------------------
 
@@ -697,10 +651,10 @@ class Trainer:
         if outputs and isinstance(outputs[0], torch.Tensor) and outputs[0].ndim == 0:
             assert self._evaluation is not None
             name = self.options.val_loss_metric_name if stage is Stage.VAL else f"{stage.value}_loss"
-            loss = outputs[0].detach()
-            self._evaluation.reduction(name).add(loss, self._samples)
-            if self.log_suffix:  # of all loaders together, and of each
-                self._evaluation.reduction(name + self.log_suffix).add(loss, self._samples)
+            for full_name in dict.fromkeys((name, name + self.log_suffix)):  # of all loaders together, and of each
+                reduction = self._evaluation.reduction(full_name)
+                reduction.sync = True
+                reduction.add(outputs[0].detach(), self._samples)
 
     def collect_metrics(self) -> dict[str, float]:
         """Return what this evaluation has logged, over all ranks."""
@@ -812,43 +766,14 @@ class Trainer:
 
     @position.setter
     def position(self, batches: int) -> None:
-        self.cursor.position, self.cursor.consumed = 0, 0
-        self.cursor.advance(batches)
+        self.cursor.position, self.cursor.consumed = batches, batches * self.cursor.draw
 
     @functools.cached_property
     def run_dir(self) -> Path:
         """The folder of this run, made when it is first asked for: nobody who writes nothing leaves one."""
-        path = self._resumed_run_dir() or self._next_run_dir()
+        path = run_folder(self.options, training=self.stage is Stage.TRAIN)
         path.mkdir(parents=True, exist_ok=True)
         return path
-
-    def _resumed_run_dir(self) -> Path | None:
-        resume = self.options.resume
-        if isinstance(resume, str):
-            path = Path(resume)
-            if not path.is_dir():
-                raise ValueError(f"resume={resume!r} is no folder of a run")
-            for folder in (path, path.parent):  # a checkpoint, or the folder of them, may be named as well as the run
-                if folder.name == CHECKPOINTS and folder != Path(self.options.runs_folder):
-                    return folder.parent
-            return path
-        runs = self._numbered_runs()
-        if resume and not runs:
-            there = f"there is no run {self.options.run_name!r} in {self.options.runs_folder} to resume"
-            if self.stage is not Stage.TRAIN:
-                raise ValueError(there)
-            log.warning("%s: starting from scratch", there)
-        return runs[max(runs)] if resume and runs else None
-
-    def _next_run_dir(self) -> Path:
-        number = max(self._numbered_runs(), default=0) + 1
-        return Path(self.options.runs_folder) / f"{self.options.run_name}-{number}"
-
-    def _numbered_runs(self) -> dict[int, Path]:
-        pattern = re.compile(re.escape(self.options.run_name) + r"-(\d+)")
-        folder = Path(self.options.runs_folder)
-        found = [(pattern.fullmatch(path.name), path) for path in folder.glob("*")] if folder.is_dir() else []
-        return {int(match[1]): path for match, path in found if match}
 
     def _own_config(self, plugins: Mapping[str, Any]) -> dict[str, Any]:
         """Describe a run that was built in Python as a configuration would."""
@@ -857,35 +782,3 @@ class Trainer:
             "trainer": dataclasses.asdict(self.options),
             "plugins": {name: options_of(plugin) for name, plugin in plugins.items()},
         }
-
-
-def make_options(given: Mapping[str, Any]) -> Options:
-    """Return the options of a trainer from keywords.
-
-    Raises:
-        TypeError: a keyword that is none, with the nearest that is.
-        ValueError: a value that cannot be.
-    """
-    known = [field.name for field in dataclasses.fields(Options)]
-    for name in given:
-        if name not in known:
-            raise TypeError(f"Trainer has no option {name!r}{nearest(name, known)}; it has {', '.join(known)}")
-    options = Options(**given)
-    if isinstance(options.resume, os.PathLike):
-        options.resume = os.fspath(options.resume)
-    for cadence in (options.evaluate_every, options.log_every):
-        if cadence is not None:
-            every(cadence)
-    if options.evaluate_every is not None and every(options.evaluate_every).unit == "evaluations":
-        raise ValueError(
-            f"evaluate_every={options.evaluate_every!r} counts evaluations by themselves; count steps or epochs"
-        )
-    if options.max_time is not None:
-        seconds(options.max_time)
-    least = {"epochs": 0, "max_steps": 0, "sanity_val_steps": 0}
-    for name, value in dataclasses.asdict(options).items():
-        if type(value) is int and name != "seed" and value < least.get(name, 1):
-            raise ValueError(f"{name}={value} must be at least {least.get(name, 1)}")
-    if not re.fullmatch(r"[\w.-]+", options.run_name) or options.run_name.startswith("."):
-        raise ValueError(f"run_name={options.run_name!r} must be a plain name of letters, digits, '_', '-' and '.'")
-    return options

@@ -94,6 +94,7 @@ class StageMetrics(CallbackInterface):
         self.stage = stage
         self.metrics = metrics
         self.inputs = inputs
+        self.least = max(inputs) + 1  # outputs that a step must return
 
     def clear(self) -> None:
         """Begin anew."""
@@ -102,7 +103,7 @@ class StageMetrics(CallbackInterface):
 
     def take(self, outputs: Sequence[Any]) -> None:
         """Update every metric with the outputs of a step."""
-        if len(outputs) <= max(self.inputs):
+        if len(outputs) < self.least:
             raise ValueError(
                 f"{self.key.partition('.')[0]}.inputs={self.inputs} asks for output {max(self.inputs)} of "
                 f"{self.stage.value}_step, which returned {len(outputs)} (counted from 0): return "
