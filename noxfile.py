@@ -43,7 +43,7 @@ def types(session: nox.Session) -> None:
     session.install("-r", "requirements-dev.txt")
     session.run("mypy", "src/hookline")
     for name in PLUGINS:
-        session.run("mypy", f"plugins/{name}/src")
+        session.run("mypy", f"plugins/{name}/src", env={"MYPYPATH": f"src:plugins/{name}/src"})
 
 
 @nox.session

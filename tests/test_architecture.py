@@ -19,7 +19,7 @@ from hookline.plugins import SEED, PluginManager
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
-    {"marks", "installed"},
+    {"marks", "installed", "masking"},
     {"interfaces"},
     {"outputs", "logs", "data", "schedule", "state", "options"},
     {"hookspecs"},

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from hookline import CallbackInterface, hookimpl
-from hookline.config import build_trainer, is_secret, load_config, masked, to_yaml
+from hookline.config import build_trainer, load_config, masked, to_yaml
+from hookline.masking import is_secret
 from hookline.testing import TinyModule, digest
 
 

@@ -1,9 +1,7 @@
 """The run as data: whatever a resume needs is in `get_run_state`, at every step, bit for bit.
 
-A small plugin keeps the states in memory, as a performer of `save` and `restore` would on disk.
+`Memory` keeps the states in this process, as a performer of `save` and `restore` does on disk.
 """
-
-import copy
 
 import numpy
 import pytest
@@ -11,30 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from hookline import CallbackInterface, hookimpl
-from hookline.testing import TinyModule, digest, tiny_trainer
-
-
-class Memory(CallbackInterface):
-    """Keeps the state of every boundary; restores one."""
-
-    def __init__(self, state=None):
-        self.states = {}
-        self.state = state
-
-    @hookimpl
-    def on_boundary(self, trainer):
-        trainer.save("every step")
-
-    @hookimpl
-    def save(self, trainer):
-        self.states[trainer.global_step] = copy.deepcopy(trainer.hook.get_run_state(trainer=trainer))
-        return True
-
-    @hookimpl
-    def restore(self, trainer, stage):
-        if self.state is None:
-            return False
-        return trainer.hook.set_run_state(trainer=trainer, state=self.state, stage=stage)
+from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 
 
 class Logs(CallbackInterface):
@@ -61,7 +36,7 @@ def windows_of(size):
 
 
 def run(module, state=None, window=1, **options):
-    memory, logs = Memory(state), Logs()
+    memory, logs = Memory(state, every="1 steps"), Logs()
     plugins = {"memory": memory, "logs": logs, "windows": windows_of(window)}
     defaults = {"epochs": 3, "train_batch_size": 8 * window, "log_every": "2 steps", "evaluate_every": "3 steps"}
     trainer = tiny_trainer(plugins, module, **(defaults | options))
@@ -76,7 +51,7 @@ def test_resuming_at_any_step_gives_the_same_bits(window):
     for step, state in list(kept.states.items())[:-1]:
         torch.manual_seed(step)  # a new process knows nothing of the old one's randomness
         numpy.random.seed(step)
-        resumed, memory, logs = run(TinyModule(), copy.deepcopy(state), window=window)
+        resumed, memory, logs = run(TinyModule(), state, window=window)
         assert without_clock(memory.states[whole.global_step]) == final, step
         assert resumed.module.seen == whole.module.seen[state["trainer"]["counters"]["batches"] :], step
         later = {key: value for key, value in logged.logged.items() if key[0] > step}
@@ -113,7 +88,7 @@ def test_randomness_of_loading_survives_a_resume(workers, monkeypatch):
     monkeypatch.setattr(AugmentedModule, "workers", workers)
     _whole, kept, _ = run(AugmentedModule(), epochs=2)
     for step in (3, 7, 10):  # in the middle of an epoch, at its end, in the middle of the next
-        _, memory, _ = run(AugmentedModule(), copy.deepcopy(kept.states[step]), epochs=2)
+        _, memory, _ = run(AugmentedModule(), kept.states[step], epochs=2)
         assert without_clock(memory.states[14]) == without_clock(kept.states[14])
 
 
@@ -147,7 +122,7 @@ def test_drawing_in_events_that_are_told_again_does_no_harm():
 
     _whole, kept, _ = run(Draws())
     for step in (5, 7):
-        _, memory, _ = run(Draws(), copy.deepcopy(kept.states[step]))
+        _, memory, _ = run(Draws(), kept.states[step])
         assert without_clock(memory.states[21]) == without_clock(kept.states[21])
 
 
@@ -233,7 +208,7 @@ def test_a_stream_that_repeats_itself_resumes_exactly():
 
     _whole, kept, _ = run(Module())
     for step in (4, 7):
-        _resumed, memory, _ = run(Module(), copy.deepcopy(kept.states[step]))
+        _resumed, memory, _ = run(Module(), kept.states[step])
         assert without_clock(memory.states[21]) == without_clock(kept.states[21])
 
 
@@ -251,7 +226,7 @@ def test_the_state_of_a_plugin_that_is_not_there_waits_for_it():
         def update_state(self, state):
             self.steps = state["steps"]
 
-    memory = Memory()
+    memory = Memory(every="1 steps")
     tiny_trainer({"memory": memory, "counts": Counts()}, epochs=1).train()
     late = Counts()
     trainer = tiny_trainer({"memory": Memory(memory.states[6])}, epochs=1)

@@ -22,17 +22,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from hookline.installed import load, load_path, nearest
+from hookline.masking import MASK, mask
 from hookline.options import Options
 from hookline.state import set_seed
 from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")
-MASK = "***"
-_SECRET_KEY = re.compile(
-    r"(^|[_-])(password|passwd|secret|credentials?|(api|access|private|secret|auth)[_-]?(key|token)|token)$", re.I
-)
-_SECRET_VALUE = re.compile(r"^(hf_|sk-|ghp_|xox[bap]-)\w{8,}|^\w+://[^/@\s]+:[^/@\s]+@")
-_NO_SECRET = re.compile(r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|special)[_-]?token$", re.I)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -273,26 +268,7 @@ def masked(config: DictConfig) -> dict[str, Any]:
     (`${oc.env:TOKEN}`), so that the saved configuration still runs where the variable is set.
     """
     written = OmegaConf.to_container(config, resolve=False)
-    return _mask(resolve(config), written)  # type: ignore[no-any-return]
-
-
-def _mask(value: Any, written: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        sources = written if isinstance(written, dict) else {}
-        return {name: _mask(kept, sources.get(name), str(name)) for name, kept in value.items()}
-    if isinstance(value, list):
-        originals = written if isinstance(written, list) else [None] * len(value)
-        return [_mask(kept, original, key) for kept, original in zip(value, originals, strict=True)]
-    if value is None or not is_secret(key, value):
-        return value
-    return written if isinstance(written, str) and written.startswith("${") else MASK
-
-
-def is_secret(key: str, value: Any) -> bool:
-    """Tell whether a value looks like a secret, by its key or by itself."""
-    if isinstance(value, str) and _SECRET_VALUE.search(value):
-        return True
-    return not isinstance(value, (bool, float)) and bool(_SECRET_KEY.search(key)) and not _NO_SECRET.search(key)
+    return mask(resolve(config), written)  # type: ignore[no-any-return]
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:

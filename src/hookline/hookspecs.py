@@ -228,6 +228,11 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
     while window := hook.take_window(trainer=trainer, batches=batches):
         if not trainer.advance(window):
             return False
+    if trainer.position == 0:
+        raise ValueError(
+            f"the training loader gave no batch: {type(trainer.module).__name__}.get_train_dataloader() was asked for "
+            f"batches of {trainer.micro_batch_size}; is the data set empty, or smaller than one batch with drop_last?"
+        )
     return True
 
 

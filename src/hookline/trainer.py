@@ -26,6 +26,7 @@ import torch
 from hookline import data
 from hookline.interfaces import Loader, ModuleInterface, Stage
 from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, as_number, to_floats, wide
+from hookline.masking import mask
 from hookline.options import make_options, run_folder
 from hookline.outputs import Collector, Outputs, as_outputs, collate, detached
 from hookline.plugins import MODULE, PluginManager, build, options_of
@@ -215,8 +216,7 @@ class Trainer:
         self.stop_reason, self._stop_status = None, "stopped"
         self.status, reason, first = "running", "", None
         try:
-            for error in self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config):
-                raise error
+            self._raise(self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config))
             self.hook.run(trainer=self, stage=stage)
             self.status, reason = self._verdict()
         except BaseException as error:
@@ -231,9 +231,13 @@ class Trainer:
             self.plugins.report_failures()
             if first is not None:
                 self._add_notes(first, errors)
-            elif errors:
-                self._add_notes(errors[0], errors[1:])
-                raise errors[0]
+            else:
+                self._raise(errors)
+
+    def _raise(self, errors: list[Exception]) -> None:
+        if errors:
+            self._add_notes(errors[0], errors[1:])
+            raise errors[0]
 
     @staticmethod
     def _add_notes(error: BaseException, others: Iterable[Exception]) -> None:
@@ -396,11 +400,6 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         hook, counters = self.hook, self.counters
-        if self.cursor.position == 0:
-            raise ValueError(
-                f"the training loader gave no batch: {type(self.module).__name__}.get_train_dataloader() was asked for "
-                f"batches of {self.micro_batch_size}; is the data set empty, or smaller than one batch with drop_last?"
-            )
         cadence = self._evaluation_cadence
         if cadence is not None and cadence.unit == "epochs" and cadence.crossed(self.epoch, self.epoch + 1):
             self._evaluate()
@@ -777,8 +776,9 @@ class Trainer:
 
     def _own_config(self, plugins: Mapping[str, Any]) -> dict[str, Any]:
         """Describe a run that was built in Python as a configuration would."""
-        return {
+        described = {
             "module": {"_target_": f"{type(self.module).__module__}.{type(self.module).__qualname__}"},
             "trainer": dataclasses.asdict(self.options),
             "plugins": {name: options_of(plugin) for name, plugin in plugins.items()},
         }
+        return mask(described)  # type: ignore[no-any-return]

@@ -1,10 +1,9 @@
-import copy
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookline import ModuleInterface, Stage, Trainer, hookimpl
+from hookline.testing import Memory
 from hookline_amp import Amp
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,22 +55,6 @@ class Regression(ModuleInterface):
 class Validating(Regression):
     def get_val_dataloaders(self, sampler, batch_size):
         return self.batches
-
-
-class Memory:
-    """Stores the state of a run in this process, and brings it back."""
-
-    def __init__(self, state=None):
-        self.state = state
-
-    @hookimpl
-    def save(self, trainer):
-        self.state = copy.deepcopy(trainer.hook.get_run_state(trainer=trainer))
-        return True
-
-    @hookimpl
-    def restore(self, trainer, stage):
-        return self.state is not None and trainer.hook.set_run_state(trainer=trainer, state=self.state, stage=stage)
 
 
 def train_by_hand(precision, device, epochs=2, **scaler_options):

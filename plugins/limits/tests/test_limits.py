@@ -1,4 +1,3 @@
-import copy
 import math
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookline import ModuleInterface, Stage, Trainer, hookimpl
+from hookline.testing import Memory
 from hookline_limits import Limits
 
 
@@ -57,22 +57,6 @@ class Recording(ModuleInterface):
 class WithoutLength(Recording):
     def get_train_dataloader(self, sampler, batch_size):
         return (batch for batch in super().get_train_dataloader(sampler, batch_size))
-
-
-class Memory:
-    """Stores the state of a run in this process, and brings it back."""
-
-    def __init__(self, state=None):
-        self.state = state
-
-    @hookimpl
-    def save(self, trainer):
-        self.state = copy.deepcopy(trainer.hook.get_run_state(trainer=trainer))
-        return True
-
-    @hookimpl
-    def restore(self, trainer, stage):
-        return self.state is not None and trainer.hook.set_run_state(trainer=trainer, state=self.state, stage=stage)
 
 
 class Accumulating:

@@ -1,4 +1,3 @@
-import copy
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 
 from hookline import ModuleInterface, Stage, Trainer, hookimpl
+from hookline.testing import Memory
 from hookline_metrics import Metrics
 
 CLASSES = 3
@@ -73,22 +73,6 @@ class TwoLoaders(Classifier):
     def get_val_dataloaders(self, sampler, batch_size):
         data = TensorDataset(self.inputs, self.references)
         return {"first": DataLoader(data, batch_size), "few": DataLoader(torch.utils.data.Subset(data, range(7)), 3)}
-
-
-class Memory:
-    """Stores the state of a run in this process, and brings it back."""
-
-    def __init__(self, state=None):
-        self.state = state
-
-    @hookimpl
-    def save(self, trainer):
-        self.state = copy.deepcopy(trainer.hook.get_run_state(trainer=trainer))
-        return True
-
-    @hookimpl
-    def restore(self, trainer, stage):
-        return self.state is not None and trainer.hook.set_run_state(trainer=trainer, state=self.state, stage=stage)
 
 
 class Accumulating:

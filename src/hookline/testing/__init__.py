@@ -3,10 +3,12 @@
 from hookline.testing.budgets import Budget, calls_per_step, count_syncs
 from hookline.testing.check import check_plugin
 from hookline.testing.digest import digest
+from hookline.testing.memory import Memory
 from hookline.testing.tiny import TinyModule, hand_written_loop, tiny_trainer
 
 __all__ = [
     "Budget",
+    "Memory",
     "TinyModule",
     "calls_per_step",
     "check_plugin",

@@ -1,0 +1,44 @@
+"""Saving and resuming without a disk, for tests of what survives a resume."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hookline.interfaces import CallbackInterface, Stage
+from hookline.marks import hookimpl
+
+if TYPE_CHECKING:
+    from hookline.trainer import Trainer
+
+
+@dataclass(eq=False)
+class Memory(CallbackInterface):
+    """Keep a run's states in this process, and begin a run from one of them."""
+
+    state: Any = None
+    """The state to restore; afterwards the last one that was saved."""
+    every: str | None = None
+    """Cadence of saving; the end of training is saved as well."""
+
+    def __post_init__(self) -> None:
+        self.states: dict[int, Any] = {}
+        """The states by their optimizer step."""
+
+    @hookimpl
+    def on_boundary(self, trainer: Trainer) -> None:
+        if trainer.due(self.every):
+            trainer.save(f"every {self.every}")
+
+    @hookimpl
+    def save(self, trainer: Trainer) -> bool:
+        self.state = self.states[trainer.global_step] = copy.deepcopy(trainer.hook.get_run_state(trainer=trainer))
+        return True
+
+    @hookimpl
+    def restore(self, trainer: Trainer, stage: Stage) -> bool:
+        if self.state is None:
+            return False
+        state = copy.deepcopy(self.state)
+        return bool(trainer.hook.set_run_state(trainer=trainer, state=state, stage=stage))

@@ -1,0 +1,95 @@
+"""The whole house together: every plugin keeps the contract, all train in one run, and a real kill costs nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hookline.installed import installed, load
+from hookline.testing import TinyModule, check_plugin, digest, tiny_trainer
+
+pytestmark = pytest.mark.plugins
+ROOT = Path(__file__).parent.parent
+NEEDED = {"accumulate": {"steps": 2}}  # options without which a plugin has nothing to do
+
+
+@pytest.mark.parametrize("name", sorted(installed()))
+def test_every_installed_plugin_keeps_the_contract(name, tmp_path):
+    check_plugin(load(name), runs_folder=str(tmp_path), **NEEDED.get(name, {}))
+
+
+def test_all_plugins_together(tmp_path):
+    options = {**{name: {} for name in installed()}, "accumulate": {"steps": 2}, "limits": {"train_batches": 6}}
+    trainer = tiny_trainer(options, TinyModule(), runs_folder=str(tmp_path), log_every="1 steps", epochs=2)
+    trainer.train()
+    assert trainer.status == "finished"
+    assert trainer.global_step == 6
+    assert (tmp_path / "run-1" / "metrics.jsonl").exists()
+    assert len(list((tmp_path / "run-1" / "checkpoints").glob("step-*"))) == 2
+
+
+def test_the_order_of_the_list_changes_no_bit(tmp_path):
+    def trained(names, folder):
+        options = {**{name: {} for name in names}, "accumulate": {"steps": 2}}
+        trainer = tiny_trainer(options, TinyModule(), runs_folder=str(tmp_path / folder))
+        trainer.train()
+        return digest(trainer.module.state_dict())
+
+    names = sorted(set(installed()) - {"accumulate"})
+    assert trained(names, "a") == trained(names[::-1], "b")
+
+
+KILLER = '''
+import os, signal
+from dataclasses import dataclass
+from hookline import CallbackInterface, hookimpl
+
+@dataclass(eq=False)
+class Killer(CallbackInterface):
+    """Kill this process in the middle of an update."""
+
+    at: int = 0
+
+    @hookimpl
+    def on_begin_optimizer_step(self, trainer):
+        if trainer.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+def test_the_same_command_with_resume_ends_with_the_same_bits(tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    command = [
+        *(sys.executable, "-m", "hookline", "fit", str(ROOT / "examples" / "digits.yaml")),
+        *("trainer.epochs=3", "plugins.checkpoint.every=10 steps", "-p", "no:progress"),
+    ]
+
+    def fit(*more):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    whole = fit("trainer.run_name=whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = fit("trainer.run_name=cut", "plugins.killer={_plugin_: killer.Killer, at: 37}")
+    assert killed.returncode == -signal.SIGKILL
+    resumed = fit("trainer.run_name=cut", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+    ends = [tmp_path / "runs" / run / "checkpoints" / "step-000000000069" for run in ("whole-1", "cut-1")]
+    for name in ("model.safetensors", "optim.safetensors", "rank-0000.safetensors"):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
+    states = [json.loads((end / "state.json").read_text()) for end in ends]
+    for state in states:
+        state["others"]["trainer"]["counters"]["seconds"] = None
+    assert states[0] == states[1]
+    shown = subprocess.run(
+        [*command[:3], "runs", "show", "cut-1"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "finished" in shown.stdout
