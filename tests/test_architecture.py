@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from hookline import hookspecs
+from hookline import CallbackInterface, hookimpl, hookspecs
 from hookline.cli import main
 from hookline.cli.hooks import read_hooks
 from hookline.plugins import SEED, PluginManager
+from hookline.testing import Memory, TinyModule, tiny_trainer
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "src" / "hookline"
@@ -136,6 +137,51 @@ def test_a_change_of_the_hook_api_is_seen():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main(["hooks"])
     assert printed.getvalue() == (ROOT / "tests" / "hook_api.txt").read_text()
+
+
+def wrapping(hook, answers):
+    def wrapper(self):
+        answers.setdefault(hook, []).append((yield))
+        return answers[hook][-1]
+
+    return hookimpl(wrapper=True, specname=hook)(wrapper)
+
+
+def hearing(hook, told):
+    def hear(self):
+        told.add(hook)
+
+    return hookimpl(specname=hook)(hear)
+
+
+def test_every_hook_is_reached_and_every_verb_answers():
+    """In a training, an evaluation, a test, a prediction, a save, a resume and a failure, with nothing performed."""
+    answers, told = {}, set()
+    verbs = {f"wrap_{name}": wrapping(name, answers) for name, hook in HOOKS.items() if hook.kind == "verb"}
+    events = {f"hear_{name}": hearing(name, told) for name, hook in HOOKS.items() if hook.kind == "event"}
+    everything = type("Everything", (CallbackInterface,), verbs | events)
+
+    class Fails(TinyModule):
+        def train_step(self, global_step, batch, device):
+            if global_step > 3:
+                raise ZeroDivisionError
+            return super().train_step(global_step, batch, device)
+
+    trainer = tiny_trainer([everything()], epochs=1)
+    trainer.train()
+    trainer.validate()
+    trainer.test()
+    trainer.predict()
+    trainer.log_object("text", "x")
+    trainer.export_model()
+    trainer.hook.all_gather(trainer=trainer, value=1)
+    trainer.hook.on_checkpoint(trainer=trainer, path=Path(), kind="model")
+    memory = Memory(every="2 steps")
+    with pytest.raises(ZeroDivisionError):
+        tiny_trainer([everything(), memory], Fails()).train()
+    tiny_trainer([everything(), Memory(memory.state)], epochs=1).train()
+    assert set(HOOKS) - set(answers) - told == set()
+    assert [name for name, answered in answers.items() if None in answered] == []
 
 
 # The repository -----------------------------------------------------------------------

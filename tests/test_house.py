@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,16 +11,36 @@ from pathlib import Path
 import pytest
 
 from hookline.installed import installed, load
-from hookline.testing import TinyModule, check_plugin, digest, tiny_trainer
+from hookline.testing import TinyModule, calls_per_step, check_plugin, digest, tiny_trainer
 
 pytestmark = pytest.mark.plugins
 ROOT = Path(__file__).parent.parent
+MEASURE = {"_target_": "torchmetrics.MeanSquaredError"}
 NEEDED = {"accumulate": {"steps": 2}}  # options without which a plugin has nothing to do
 
 
 @pytest.mark.parametrize("name", sorted(installed()))
 def test_every_installed_plugin_keeps_the_contract(name, tmp_path):
     check_plugin(load(name), runs_folder=str(tmp_path), **NEEDED.get(name, {}))
+
+
+@pytest.mark.parametrize("name", sorted(installed()))
+def test_a_plugin_costs_no_more_than_its_readme_says(name, tmp_path):
+    readme = (ROOT / "plugins" / name / "README.md").read_text()
+    (budget,) = re.findall(r"Budget: (\d+) Python calls a step", readme)
+
+    def run(plugins):
+        def steps(number):
+            module = TinyModule(samples=8 * number)
+            options = {"epochs": 1, "evaluate_every": None, "eval_when_finish": False, "log_every": "9999 steps"}
+            tiny_trainer(plugins(), module, runs_folder=str(tmp_path), **options).train()
+
+        return steps
+
+    options = {"accumulate": {"steps": 1}, "metrics": {"train": {"fit": MEASURE}, "inputs": [1, 1]}}.get(name, {})
+    without, with_it = calls_per_step(run(tuple)), calls_per_step(run(lambda: {name: options}))
+    assert with_it.calls - without.calls <= int(budget) + 0.5
+    assert with_it.syncs <= without.syncs
 
 
 def test_all_plugins_together(tmp_path):
