@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hookline import __version__
+from hookline.cli.layout import table
 
 EXAMPLES = """\
 examples:
@@ -176,10 +177,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=2))
     else:
-        heads = ["hook", "kind", "wrapped by", "done or heard by"]
-        print(
-            table([heads, *([r["hook"], r["kind"], ", ".join(r["wrapped_by"]), ", ".join(r["done_by"])] for r in rows)])
-        )
+        cells = [[r["hook"], r["kind"], ", ".join(r["wrapped_by"]), ", ".join(r["done_by"])] for r in rows]
+        _print_table(["hook", "kind", "wrapped by", "done or heard by"], cells)
     return 0
 
 
@@ -191,7 +190,7 @@ def _plugins(options: argparse.Namespace) -> int:
             [name, p.dist.name if p.dist else "", p.dist.version if p.dist else "", p.value]
             for name, p in installed().items()
         ]
-        print(table([["plugin", "distribution", "version", "class"], *rows]))
+        _print_table(["plugin", "distribution", "version", "class"], rows)
         return 0
     if Path(options.what).suffix in (".yaml", ".yml"):
         options.config, options.overrides, options.plugins = options.what, [], []
@@ -222,7 +221,7 @@ def _hooks(options: argparse.Namespace) -> int:
 
     hooks = read_hooks()
     if options.name is None:
-        print(table([["hook", "kind", "arguments"], *([h.name, h.kind, ", ".join(h.arguments)] for h in hooks)]))
+        _print_table(["hook", "kind", "arguments"], [[h.name, h.kind, ", ".join(h.arguments)] for h in hooks])
         return 0
     for hook in hooks:
         if hook.name == options.name:
@@ -255,8 +254,5 @@ def _new(options: argparse.Namespace) -> int:
     return 0
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text as aligned columns, the first row as their heads."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(*table(header, rows), sep="\n")

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hookline.cli.layout import table
+
 FILE = "metrics.jsonl"
 COUNTERS = ("step", "epoch", "batches", "samples", "seconds")
 
@@ -190,7 +192,7 @@ def render_runs(runs: Sequence[Run]) -> str:
     if not runs:
         return "no runs with a record yet (the plugin jsonl keeps one: `plugins: {jsonl: {}}`)"
     header = ["run", "status", "step", "best val loss", "at step", "duration", "revision", "started"]
-    return "\n".join(_table(header, [_summary(run) for run in runs], left=(0, 1, 6, 7)))
+    return "\n".join(table(header, [_summary(run) for run in runs], right=(2, 3, 4, 5)))
 
 
 def _summary(run: Run) -> list[str]:
@@ -277,19 +279,8 @@ def _rows(rows: Sequence[Mapping[str, float | int]], width: int) -> list[str]:
             used += widths[names[0]]
             block.append(names.pop(0))
         cells = [list(row) for row in zip(*(columns[name] for name in block), strict=True)]
-        lines += [*([""] if lines else []), *_table(block, cells)]
+        lines += [*([""] if lines else []), *table(block, cells, right=range(len(block)))]
     return lines
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = ()) -> list[str]:
-    """Align columns, to the right unless they are among `left`."""
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    aligned = [
-        [cell.ljust(w) if c in left else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
-    return ["  ".join(line).rstrip() for line in aligned]
 
 
 def _pairs(pairs: Iterable[tuple[str, str]]) -> list[str]:
