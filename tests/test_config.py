@@ -149,7 +149,7 @@ def test_what_is_refused_when_it_is_read(write, overrides, words):
     [
         (["module.widht=1"], r"module\.widht: unknown key, did you mean 'width'\?; Module takes width, inner"),
         (["module._target_=nowhere.Module"], r"module\._target_: 'nowhere\.Module' cannot be imported: ModuleNotFound"),
-        ([f"module._target_={HERE}.Modul"], r"cannot be imported: AttributeError"),
+        ([f"module._target_={HERE}.Modul"], r"cannot be imported: .* has no 'Modul', did you mean 'Module'\?"),
         ([f"module.inner={{_target_: {HERE}.Part}}"], r"module\.inner: Part: missing a required argument: 'size'"),
         (["module.width=${vars.none}"], r"module\.width: Interpolation key 'vars.none' not found"),
         (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hookline import hookspecs as hookspecs
+    from hookline.config import instantiate as instantiate
     from hookline.interfaces import CallbackInterface as CallbackInterface
     from hookline.interfaces import ModuleInterface as ModuleInterface
     from hookline.interfaces import Stage as Stage
@@ -28,6 +29,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "every": "schedule",
     "hookimpl": "marks",
     "hookspecs": "hookspecs",
+    "instantiate": "config",
     "set_seed": "state",
     "verb": "marks",
 }

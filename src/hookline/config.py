@@ -218,8 +218,13 @@ def build_trainer(config: DictConfig) -> Trainer:
 def instantiate(node: Any, where: str) -> Any:
     """Build what `_target_` names with the other keys as its arguments, and whatever they nest.
 
+    Args:
+        node: plain data; what has no `_target_` in it comes back equal.
+        where: its key in the configuration, for messages.
+
     Raises:
-        ValueError: something that cannot be imported, or arguments that it does not take.
+        ValueError: something that cannot be imported, arguments that it does not take, or values that it
+            refuses by a `ValueError` of its own.
     """
     if isinstance(node, list):
         return [instantiate(item, f"{where}.{index}") for index, item in enumerate(node)]

@@ -63,11 +63,16 @@ def load_path(path: str) -> Any:
     Raises:
         ValueError: there is no such thing.
     """
-    module, _, name = path.rpartition(".")
+    home, _, name = path.rpartition(".")
+    if not home:
+        raise ValueError(f"{path!r} is no dotted path, such as package.module.Name")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        module = importlib.import_module(home)
+    except ImportError as error:
         raise ValueError(f"{path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{path!r} cannot be imported: {home} has no {name!r}{nearest(name, dir(module))}")
+    return getattr(module, name)
 
 
 def name_of(plugin_class: type) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from hookline import CallbackInterface, Stage, hookimpl
+from hookline import CallbackInterface, Stage, hookimpl, instantiate
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -28,43 +26,13 @@ def build_metric(given: Any, key: str) -> Any:
     Raises:
         ValueError: it is neither, or cannot be built; the message begins with the key.
     """
-    metric = _build(given, key)
+    metric = instantiate(given, key)
     if not isinstance(metric, (Metric, MetricCollection)):
         raise ValueError(
             f"{key} is {metric!r}, which is no metric; give a torchmetrics.Metric, or in a configuration "
             "{_target_: torchmetrics.classification.BinaryAccuracy, threshold: 0.5}"
         )
     return metric
-
-
-def _build(given: Any, key: str) -> Any:
-    """Build what has a `_target_`, wherever it is nested; leave the rest as it is."""
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        return [_build(value, f"{key}.{index}") for index, value in enumerate(given)]
-    if not isinstance(given, Mapping):
-        return given
-    arguments = {str(name): _build(value, f"{key}.{name}") for name, value in given.items() if name != "_target_"}
-    if "_target_" not in given:
-        return arguments
-    target = given["_target_"]
-    try:
-        return _import(target)(**arguments)
-    except Exception as error:
-        described = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(f"{key}: {target}({described}) cannot be built: {type(error).__name__}: {error}") from error
-
-
-def _import(path: str) -> Any:
-    name_of_module, _, name = str(path).rpartition(".")
-    if not name_of_module:
-        raise ValueError(
-            f"{path!r} is not a dotted path to a class, such as torchmetrics.classification.BinaryAccuracy"
-        )
-    module = importlib.import_module(name_of_module)
-    if not hasattr(module, name):
-        near = difflib.get_close_matches(name, dir(module), n=1)
-        raise AttributeError(f"{name_of_module} has no {name}" + (f", did you mean {near[0]}?" if near else ""))
-    return getattr(module, name)
 
 
 def flattened(name: str, value: Any) -> Iterator[tuple[str, Any]]:
