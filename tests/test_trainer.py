@@ -153,13 +153,13 @@ def test_nothing_left_to_train(caplog):
 # Stopping -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("status", "ends"), [("stopped", True), ("preempted", False)])
-def test_a_stop_comes_at_the_next_boundary(status, ends):
+@pytest.mark.parametrize(("status", "ends", "code"), [("stopped", True, 0), ("preempted", False, 143)])
+def test_a_stop_comes_at_the_next_boundary(status, ends, code):
     class Stops(Diary):
         @hookimpl
         def on_end_backward(self, trainer, global_step):
             if global_step == 2:
-                trainer.stop("had enough", status)
+                trainer.stop("had enough", status, exit_code=143)
 
         @hookimpl
         def on_end_run(self, status, reason):
@@ -179,6 +179,7 @@ def test_a_stop_comes_at_the_next_boundary(status, ends):
         (status, "had enough"),
     ]
     assert trainer.position == 3
+    assert (trainer.status, trainer.exit_code) == (status, code)
 
 
 def test_saves_are_served_at_the_boundary_once_with_all_reasons():

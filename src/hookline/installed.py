@@ -10,23 +10,26 @@ from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
-GROUP = "hookline.plugins"
+PLUGINS = "hookline.plugins"
+COMMANDS = "hookline.commands"
 
 
 @functools.cache
-def installed() -> dict[str, metadata.EntryPoint]:
-    """Return the entry points of the group by plugin name.
+def installed(group: str = PLUGINS) -> dict[str, metadata.EntryPoint]:
+    """Return the entry points of a group by name: the plugins, or the commands that they bring.
+
+    A command's entry point is a function that takes the words behind the command's name and returns an exit code.
 
     Raises:
         ValueError: two distributions claim one name.
     """
     found: dict[str, metadata.EntryPoint] = {}
-    for point in sorted(metadata.entry_points(group=GROUP), key=lambda point: point.name):
+    for point in sorted(metadata.entry_points(group=group), key=lambda point: point.name):
         other = found.setdefault(point.name, point)
-        if _distribution(other) != _distribution(point):
+        if distribution(other) != distribution(point):
             raise ValueError(
-                f"two distributions bring a plugin named {point.name!r}: {_distribution(other)} and "
-                f"{_distribution(point)}; uninstall one of them"
+                f"two distributions bring {group.removeprefix('hookline.')} named {point.name!r}: "
+                f"{distribution(other)} and {distribution(point)}; uninstall one of them"
             )
     return found
 
@@ -52,7 +55,7 @@ def load(name: str) -> type:
         return loaded
     except Exception as error:
         raise ValueError(
-            f"plugin {name!r} of {_distribution(point)} cannot be imported ({point.value}): "
+            f"plugin {name!r} of {distribution(point)} cannot be imported ({point.value}): "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -94,11 +97,12 @@ def distribution_of(plugin_class: type) -> str:
     """Return "name version" of the distribution that brings a plugin class, or where it is from."""
     point = installed().get(name_of(plugin_class))
     if point is not None and point.value == f"{plugin_class.__module__}:{plugin_class.__qualname__}":
-        return _distribution(point)
+        return distribution(point)
     return plugin_class.__module__
 
 
-def _distribution(point: metadata.EntryPoint) -> str:
+def distribution(point: metadata.EntryPoint) -> str:
+    """Return "name version" of the distribution that brings an entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
 
 
@@ -116,7 +120,7 @@ def _check_requirements(point: metadata.EntryPoint) -> None:
             have = "not installed"
         if have == "not installed" or not requirement.specifier.contains(have, prereleases=True):
             raise ValueError(
-                f"plugin {point.name!r} of {_distribution(point)} needs {requirement.name}"
+                f"plugin {point.name!r} of {distribution(point)} needs {requirement.name}"
                 f"{requirement.specifier}, but {requirement.name} is {have}; "
                 f"`pip install '{requirement.name}{requirement.specifier}'`"
             )

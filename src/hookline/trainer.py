@@ -98,6 +98,7 @@ class Trainer:
         self.stop_reason: str | None = None
         self.restored_rng: Mapping[str, Any] | None = None
         self._stop_status = "stopped"
+        self._preempted_code = 1
         self._save_reasons: list[str] = []
         self._settling_due = False
         self._stepped = True
@@ -190,15 +191,21 @@ class Trainer:
             )
         self._run(Stage.PREDICT)
 
-    def stop(self, reason: str, status: str = "stopped") -> None:
+    def stop(self, reason: str, status: str = "stopped", exit_code: int = 1) -> None:
         """Ask for the end of training; it comes at the next boundary. Anyone may ask.
 
         Args:
             reason: said to the user and to `on_end_run`.
             status: "stopped", or "preempted" where the run shall be gone on with later.
+            exit_code: of the command line, where the run is preempted.
         """
         if self.stop_reason is None:
-            self.stop_reason, self._stop_status = reason, status
+            self.stop_reason, self._stop_status, self._preempted_code = reason, status, exit_code
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with: 0 only for a run that is done."""
+        return {"finished": 0, "stopped": 0, "preempted": self._preempted_code}.get(self.status, 1)
 
     def save(self, reason: str) -> None:
         """Ask for the state to be stored; done at the next boundary, once for all who ask."""

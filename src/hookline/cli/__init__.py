@@ -6,12 +6,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hookline import __version__
 from hookline.cli.layout import table
+from hookline.installed import COMMANDS, distribution, installed
 
 EXAMPLES = """\
 examples:
@@ -36,10 +37,14 @@ DOORS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 only for success, 2 for what the user can mend, 130 for Ctrl-C."""
-    options = _parse(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # `_target_: examples.digits.Digits` is looked for where the user stands
     try:
+        brought = installed(COMMANDS).get(words[0]) if words else None
+        if brought is not None:
+            return _run_brought(brought.load(), words[1:])
+        options = _parse(words)
         code: int = options.command(options)
         return code
     except UserError as error:
@@ -53,7 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _run_brought(command: Callable[[Sequence[str]], int], words: Sequence[str]) -> int:
+    try:
+        return command(words)
+    except ValueError as error:
+        raise UserError(error) from error
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; overrides may stand anywhere behind the configuration, which argparse alone does not allow."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -71,11 +83,16 @@ class UserError(Exception):
     """Something that the user wrote and can mend: told in one line, without a traceback."""
 
 
+def _brought_by_plugins() -> str:
+    lines = [f"  {name:<20}{distribution(point)}" for name, point in installed(COMMANDS).items()]
+    return "\n".join(["\ncommands of plugins (`hookline COMMAND --help`):", *lines]) if lines else ""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "hookline",
         description="Train PyTorch modules through a small loop of hooks.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + _brought_by_plugins(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hookline {__version__}")
@@ -169,7 +186,8 @@ def _run(options: argparse.Namespace) -> int:
     metrics = getattr(trainer, options.door)()
     if metrics:
         print(json.dumps(metrics, indent=2))
-    return 0 if trainer.status in ("finished", "stopped") else 1
+    code: int = trainer.exit_code
+    return code
 
 
 def _plan(options: argparse.Namespace) -> int:
