@@ -40,7 +40,7 @@ def test_a_plugin_costs_no_more_than_its_readme_says(name, tmp_path):
     options = {"accumulate": {"steps": 1}, "metrics": {"train": {"fit": MEASURE}, "inputs": [1, 1]}}.get(name, {})
     without, with_it = calls_per_step(run(tuple)), calls_per_step(run(lambda: {name: options}))
     assert with_it.calls - without.calls <= int(budget) + 0.5
-    assert with_it.syncs <= without.syncs
+    assert with_it.syncs <= without.syncs + 0.05  # a verdict may be read every 50 steps, and no more often
 
 
 def test_all_plugins_together(tmp_path):
