@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,6 +140,20 @@ def test_ctrl_c_ends_cleanly_with_130(folder):
     assert process.returncode == 130
     assert out == "ended failed\n"
     assert err == "hookline: interrupted\n"
+
+
+def test_what_the_loop_refuses_is_one_line_too(hookline):
+    done = hookline("fit", "run.yaml", "trainer.resume=true")
+    assert (done.returncode, done.stdout) == (2, "ended failed\n")
+    assert done.stderr.startswith("hookline: resume is asked for, but no plugin can restore a run")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_warning_is_one_line(folder, hookline, monkeypatch):
+    monkeypatch.setattr(warnings, "filters", [])
+    (folder / "mine.py").write_text(MODULE.partition("    @hookimpl\n    def on_end_predict_step")[0])
+    done = hookline("predict", "run.yaml")
+    assert done.stderr.startswith("hookline: nobody hears on_end_predict_step, so the predictions will be dropped")
 
 
 @pytest.mark.plugins

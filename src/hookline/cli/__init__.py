@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,21 +146,36 @@ def _configuration(options: argparse.Namespace) -> Any:
     overrides = list(options.overrides)
     if getattr(options, "resume", None) is not None:
         overrides.append(f"trainer.resume={json.dumps(options.resume)}")
-    try:
+    with _mendable(ValueError):
         return config.load_config(options.config, overrides, options.plugins)
-    except ValueError as error:
-        raise UserError(error) from error
 
 
 def _trainer(loaded: Any) -> Any:
     from hookline import config
 
-    try:
+    with _mendable(ValueError, TypeError):
         return config.build_trainer(loaded)
-    except (ValueError, TypeError) as error:
-        if _raised_by_user_code(error):
-            raise
-        raise UserError(error) from error
+
+
+@contextlib.contextmanager
+def _mendable(*kinds: type[Exception]) -> Iterator[None]:
+    """Tell what we refuse in one line, with its notes; what the user's code raises keeps its traceback.
+
+    Warnings are told in one line as well.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        try:
+            yield
+        except kinds as error:
+            if _raised_by_user_code(error):
+                raise
+            raise UserError("\n  ".join([str(error), *getattr(error, "__notes__", ())])) from error
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    name = "" if category is UserWarning else f"{category.__name__}: "
+    print(f"hookline: {name}{message}", file=sys.stderr)
 
 
 def _raised_by_user_code(error: BaseException) -> bool:
@@ -183,7 +200,8 @@ def _run(options: argparse.Namespace) -> int:
             tree = config.masked(loaded)
             tree["trainer"]["resume"] = False
             kept.write_text(config.to_yaml(tree), encoding="utf-8")
-    metrics = getattr(trainer, options.door)()
+    with _mendable(ValueError):
+        metrics = getattr(trainer, options.door)()
     if metrics:
         print(json.dumps(metrics, indent=2))
     code: int = trainer.exit_code
