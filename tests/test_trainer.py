@@ -182,6 +182,41 @@ def test_a_stop_comes_at_the_next_boundary(status, ends, code):
     assert (trainer.status, trainer.exit_code) == (status, code)
 
 
+def test_a_stop_between_two_steps_comes_at_the_boundary_of_the_second_and_is_saved():
+    saved = []
+
+    class Stops(CallbackInterface):
+        def on_begin_train_epoch(self, gs, epoch):
+            if epoch == 1:
+                self.trainer.stop("enough")
+
+        @hookimpl
+        def on_setup(self, trainer):
+            self.trainer = trainer
+
+        @hookimpl
+        def save(self, trainer, reason):
+            saved.append((trainer.global_step, reason))
+            return True
+
+    trainer = tiny_trainer([Stops()])
+    trainer.train()
+    assert (trainer.status, saved) == ("stopped", [(8, "enough")])
+
+
+def test_a_run_that_is_over_by_itself_cannot_be_preempted():
+    class Stops(Diary):
+        @hookimpl
+        def on_boundary(self, trainer, global_step):
+            if global_step == 14:
+                trainer.stop("SIGTERM", "preempted", exit_code=143)
+
+    stops = Stops()
+    trainer = tiny_trainer({"stops": stops})
+    trainer.train()
+    assert (trainer.status, trainer.exit_code, stops.told[-1]) == ("finished", 0, "end 14")
+
+
 def test_saves_are_served_at_the_boundary_once_with_all_reasons():
     saved = []
 

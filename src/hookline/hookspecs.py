@@ -458,10 +458,11 @@ def on_boundary(trainer: Trainer, global_step: int) -> None:
 
 
 @verb
-def save(trainer: Trainer, reason: str) -> bool:
-    """Store the run's state (`trainer.hook.get_run_state(trainer=trainer)`); answer whether it was stored.
+def save(trainer: Trainer, reason: str, state: Mapping[str, Any] | None) -> bool:
+    """Store the run's state; answer whether it was stored.
 
-    Called at a boundary, when somebody has asked by `trainer.save(reason)` or training ends.
+    Called at a boundary, when somebody has asked by `trainer.save(reason)` or training ends. `state` is
+    what `get_run_state` answered at another boundary, or None for what it answers now.
     """
     return False
 

@@ -253,9 +253,9 @@ class Trainer:
             error.add_note(f"and then {type(other).__name__}: {other} ({notes})")
 
     def _verdict(self) -> tuple[str, str]:
-        if self.stop_reason is not None:
-            return self._stop_status, self.stop_reason
-        return "finished", ""
+        if self.stop_reason is None or (self.stage is Stage.TRAIN and self._is_over()):
+            return "finished", ""
+        return self._stop_status, self.stop_reason
 
     def run_training(self) -> None:
         """Train: what the verb `run` does for `Stage.TRAIN`."""
@@ -275,7 +275,7 @@ class Trainer:
         while not self._finished():
             self._train_one_epoch()
         self._flush(self._interval)
-        if self._stop_status != "preempted":
+        if not self._preempted():
             self.hook.on_end_train(trainer=self, global_step=self.global_step)
 
     def run_evaluation(self, stage: Stage) -> None:
@@ -413,7 +413,9 @@ class Trainer:
         self._fold_losses()
         train_loss = self._epoch.reductions.get(f"{self._train_loss}_epoch")
         if train_loss is not None:
-            self.best.take("train_loss", train_loss.value().item())
+            train_loss.sync = True  # ranks that disagreed on the best could not decide anything together
+            all_reduce = functools.partial(self.hook.all_reduce, trainer=self)
+            self.best.take("train_loss", train_loss.value(all_reduce).item())
         hook.step_schedulers(trainer=self, when="epoch", optimizers=self.optimizers, metrics=self.metrics)
         self._flush(self._epoch)
         outputs = self._epoch_outputs.collate()
@@ -538,7 +540,7 @@ class Trainer:
             self._settling_due = False
             self.counters.seconds = time.monotonic() - self._session_began
             finished = self._finished()
-            if finished and self.options.eval_when_finish and self._stop_status != "preempted":
+            if finished and self.options.eval_when_finish and not self._preempted():
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
             if finished or self.stop_reason is not None:
@@ -546,20 +548,23 @@ class Trainer:
                 self._save_reasons.append(self.stop_reason or "end of training")
             if self._save_reasons:
                 reasons, self._save_reasons = self._save_reasons, []
-                self.hook.save(trainer=self, reason=", ".join(dict.fromkeys(reasons)))
+                self.hook.save(trainer=self, reason=", ".join(dict.fromkeys(reasons)), state=None)
             self.settled = snapshot(self.counters)
             return not finished
-        return self.stop_reason is None
+        return True  # what was asked for between two steps is served at the boundary of the second
 
     def _finished(self) -> bool:
-        """Tell whether training is over, by itself or because someone asked for it."""
+        """Tell whether training ends here, by itself or because someone asked for it."""
+        return self.stop_reason is not None or self._is_over()
+
+    def _is_over(self) -> bool:
+        """Tell whether all that was to be trained has been trained."""
         counters, (steps, epochs, time_limit) = self.counters, self._ends
-        return (
-            self.stop_reason is not None
-            or counters.global_step >= steps
-            or counters.epochs >= epochs
-            or counters.seconds >= time_limit
-        )
+        return counters.global_step >= steps or counters.epochs >= epochs or counters.seconds >= time_limit
+
+    def _preempted(self) -> bool:
+        """Tell whether the run shall be gone on with later; one that is over by itself cannot be."""
+        return self.stop_reason is not None and self._stop_status == "preempted" and not self._is_over()
 
     def due(self, cadence: str | None) -> bool:
         """Tell whether a cadence ("50 steps", "epoch", "10 min") has become due since the last boundary."""

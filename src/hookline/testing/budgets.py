@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -41,11 +42,14 @@ def count_calls(function: Callable[[], Any]) -> int:
         nonlocal count
         count += happening == "call"
 
+    gc.collect()  # else finalizers of what others have left would be counted
+    gc.disable()
     sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 

@@ -32,8 +32,10 @@ class Memory(CallbackInterface):
             trainer.save(f"every {self.every}")
 
     @hookimpl
-    def save(self, trainer: Trainer) -> bool:
-        self.state = self.states[trainer.global_step] = copy.deepcopy(trainer.hook.get_run_state(trainer=trainer))
+    def save(self, trainer: Trainer, state: Any) -> bool:
+        if state is None:
+            state = trainer.hook.get_run_state(trainer=trainer)
+        self.state = self.states[state["trainer"]["counters"]["global_step"]] = copy.deepcopy(state)
         return True
 
     @hookimpl

@@ -10,20 +10,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from hookline_checkpoint.codec import join, split, tensors_from_bytes, tensors_to_bytes, tree_to_bytes
+from hookline_checkpoint.headers import SHARED, TREES, own_files
 from hookline_checkpoint.storage import CheckpointError, read
 
-SHARED = {  # part of the shared state: the file of its tensors; their names in it are those of the part
-    "module": "model.safetensors",
-    "optimizers": "optim.safetensors",
-    "others": "state.safetensors",  # trainer, schedulers, plugins and what a plugin may add
-}
-TREES = "state.json"
 OWN = "rng"  # the section that each rank has for itself
-
-
-def own_files(rank: int) -> tuple[str, str]:
-    """Return the names of the files of one rank: tensors, and the tree."""
-    return f"rank-{rank:04d}.safetensors", f"rank-{rank:04d}.json"
 
 
 def pack(state: Mapping[str, Any], rngs: Sequence[Any]) -> Iterator[tuple[str, bytes]]:

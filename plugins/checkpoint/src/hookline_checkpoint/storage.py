@@ -10,18 +10,22 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 FORMAT = "hookline-checkpoint/1"
+FOLDER = "checkpoints"  # of a run folder
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{12})")
 LEFTOVER = re.compile(r"\.(tmp|trash)-\d+-(\d+)-[0-9a-f]+")
@@ -67,7 +71,7 @@ def write(folder: Path, step: int, contents: Iterable[tuple[str, bytes]], about:
         with contextlib.suppress(CheckpointError):
             verify(final)
             return final
-    temporary = folder / f".tmp-{_mark(step)}"
+    temporary = leftover(folder, "tmp", step)
     temporary.mkdir()
     try:
         files = {name: _write_file(temporary / name, content) for name, content in contents}
@@ -87,8 +91,9 @@ def write(folder: Path, step: int, contents: Iterable[tuple[str, bytes]], about:
     return final
 
 
-def _mark(step: int) -> str:
-    return f"{step:012d}-{os.getpid()}-{secrets.token_hex(4)}"
+def leftover(folder: Path, kind: str, step: int = 0) -> Path:
+    """Return a new name in a folder for what is "tmp" or "trash": `sweep` removes it when this process is dead."""
+    return folder / f".{kind}-{step:012d}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _write_file(path: Path, content: bytes) -> dict[str, Any]:
@@ -186,6 +191,24 @@ def read(path: Path, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, by
     return about, contents
 
 
+def read_head(path: Path, name: str) -> dict[str, Any]:
+    """Return what a safetensors file says of its tensors, by name, without reading them.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    size = _size(path, name)
+    with _reading(name), open(path / name, "rb", opener=_no_link) as file:
+        length = int.from_bytes(file.read(8), "little")
+        content = file.read(length) if length <= size else b""
+    try:
+        head: dict[str, Any] = json.loads(content)
+        head.pop("__metadata__", None)
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} has no head: {type(error).__name__}: {error}") from error
+    return head
+
+
 def newest_good(folder: Path, use: Callable[[Path], T]) -> tuple[Path, T]:
     """Return the newest checkpoint that can be used, and what `use` made of it.
 
@@ -258,7 +281,7 @@ def _compare(name: str, entry: Mapping[str, Any], digest: str) -> None:
 
 def remove(path: Path, step: int) -> None:
     """Remove a checkpoint: first its name, so that a half-deleted one is never listed."""
-    trash = path.parent / f".trash-{_mark(step)}"
+    trash = leftover(path.parent, "trash", step)
     path.rename(trash)
     _delete(trash)
 
@@ -270,27 +293,79 @@ def _delete(path: Path) -> None:
         path.unlink()
 
 
-def retain(newest: Path, keep: int, good: set[Path]) -> None:
-    """Remove what is older than the `keep` good checkpoints from `newest` down; a failure is a warning.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay, besides the newest: all that one of these rules keeps."""
+
+    last: int
+    """This many good ones."""
+    every: tuple[int, str] | None
+    """Those whose step, or whose complete epochs, are a multiple: (number, "steps" or "epochs")."""
+    best: int
+    """This many good ones by the value of `monitor` in their evaluation."""
+    monitor: str
+    mode: str
+
+
+def retain(newest: Path, rules: Retention, good: set[Path]) -> None:
+    """Remove what is older than `newest` and kept by no rule; a failure is a warning.
 
     Args:
-        newest: the one just written; those of later steps, which a run that was resumed from
-            an earlier one can find, are none of its business.
-        keep: how many good ones stay.
+        newest: the one just written, which stays; those of later steps, which a run that was
+            resumed from an earlier one can find, are none of its business.
+        rules: which stay. A damaged one does not count; it stays while it is newer than the
+            good ones that `last` keeps.
         good: those known to be good, which need not be read again; more are added.
     """
-    found = 0
-    for path in listed(newest.parent):
-        if path.name > newest.name:
-            continue
-        if found >= keep:
+    older = [path for path in listed(newest.parent) if path.name <= newest.name]
+    kept, found = set(), 0
+    for path in older:
+        if found >= rules.last:
+            break
+        kept.add(path)
+        found += _known_good(path, good)
+    if rules.every is not None or rules.best:
+        abouts = {path: about for path in older if (about := _manifest_of(path))}
+        kept.update(path for path, about in abouts.items() if rules.every and _is_multiple(about, rules.every))
+        ranked = (path for path in _ranked(abouts, rules.monitor, rules.mode) if _known_good(path, good))
+        kept.update(itertools.islice(ranked, rules.best))
+    for path in reversed(older):  # the oldest first: if this is cut, the newer ones are there
+        if path not in kept:
             try:
                 remove(path, int(path.name.removeprefix("step-")))
             except OSError as error:
                 log.warning("checkpoint %s is not needed any more and cannot be removed: %s", path, error)
-        elif path in good or is_good(path):
-            good.add(path)
-            found += 1
+
+
+def _known_good(path: Path, good: set[Path]) -> bool:
+    if path not in good and is_good(path):
+        good.add(path)
+    return path in good
+
+
+def _manifest_of(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(path)
+    except CheckpointError:
+        return None
+
+
+def _is_multiple(about: Mapping[str, Any], every: tuple[int, str]) -> bool:
+    number, unit = every
+    if unit == "epochs":  # an epoch is complete where the next one has not begun
+        return about.get("position") == 0 and about["epoch"] % number == 0
+    return bool(about["step"] % number == 0)
+
+
+def _ranked(abouts: Mapping[Path, Mapping[str, Any]], monitor: str, mode: str) -> list[Path]:
+    """Return the checkpoints that have a value, the best first; of each evaluation the one next to it."""
+    first: dict[int, tuple[float, int, Path]] = {}
+    for path, about in abouts.items():
+        value, at = about.get("metrics", {}).get(monitor), about.get("evaluated_at")
+        if isinstance(value, (int, float)) and math.isfinite(value) and isinstance(at, int):
+            entry = (value if mode == "min" else -value, about["step"], path)
+            first[at] = min(first.get(at, entry), entry, key=lambda entry: entry[1])
+    return [path for _, _, path in sorted(first.values())]
 
 
 def is_good(path: Path) -> bool:

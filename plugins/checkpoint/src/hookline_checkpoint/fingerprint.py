@@ -1,0 +1,49 @@
+"""What a run must have in common with the one it goes on with, for the bits to be those of an unbroken run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import hookline
+
+if TYPE_CHECKING:
+    from hookline import Trainer
+
+
+def take(trainer: Trainer) -> dict[str, Any]:
+    """Return the fingerprint of a run whose loaders and model stand; None in it for what cannot be known."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hookline": hookline.__version__,
+        "device": trainer.device.type,
+        "threads": torch.get_num_threads(),
+        "world_size": trainer.world_size,
+        "train_batch_size": trainer.options.train_batch_size,
+        "window_size": trainer.window_size,
+        "batches_per_epoch": trainer.totals.batches_per_epoch,
+        "seed": trainer.options.seed,
+        "module": type(trainer.module).__qualname__,
+        # Who only watches changes no bit, and the order of those who do is the configuration's own affair.
+        "plugins": sorted(name for name, plugin in trainer.plugins.listed() if not getattr(plugin, "observer", False)),
+    }
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what is another one, in words; what either side does not know is not compared."""
+    said = []
+    for key, value in now.items():
+        was = before.get(key)
+        if was is None or value is None or was == value:
+            continue
+        if key == "plugins":
+            gone, new = sorted(set(was) - set(value)), sorted(set(value) - set(was))
+            parts = (f"without {', '.join(gone)}" if gone else "", f"with {', '.join(new)}" if new else "")
+            said.append(f"plugins: now {' and '.join(filter(None, parts))}")
+        else:
+            said.append(f"{key}: was {was}, is {value}")
+    return said

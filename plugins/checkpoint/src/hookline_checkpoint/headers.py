@@ -1,0 +1,107 @@
+"""What tensors a checkpoint holds, read from the heads of its files: no tensor data, and no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hookline_checkpoint.storage import CheckpointError, read, read_head
+
+SHARED = {  # part of the shared state: the file of its tensors; their names in it are those of the part
+    "module": "model.safetensors",
+    "optimizers": "optim.safetensors",
+    "others": "state.safetensors",  # trainer, schedulers, plugins and what a plugin may add
+}
+TREES = "state.json"
+DTYPES = {"BOOL": "bool", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"}
+KINDS = {"F": "float", "I": "int", "U": "uint"}
+PAIRS = {  # tags of mappings that are written as pairs: where in them the pairs are
+    "$dict": (),
+    "$counter": (),
+    "$ordereddict": (0,),
+    "$defaultdict": (1,),
+}
+
+
+def own_files(rank: int) -> tuple[str, str]:
+    """Return the names of the files of one rank: tensors, and the tree."""
+    return f"rank-{rank:04d}.safetensors", f"rank-{rank:04d}.json"
+
+
+class Tensor(NamedTuple):
+    """What is known of a tensor without its data; `tied_to` names the one that it is, `size` is in bytes."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    size: int
+    tied_to: str
+
+
+def tensors_of(path: Path, about: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """Return the tensors of a checkpoint by section, as its trees name them.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    ranks = [own_files(rank) for rank in range(about.get("world_size", 1))]
+    _, contents = read(path, [TREES, *(tree for _, tree in ranks)])
+    try:
+        trees = {name: json.loads(content) for name, content in contents.items()}
+        sections: dict[str, list[Tensor]] = {}
+        for part, file in SHARED.items():
+            tree = trees[TREES][part]
+            heads = read_head(path, file)
+            for section, below in tree.items() if part == "others" else [(part, tree)]:
+                sections[section] = list(_tensors(below, heads))
+        for rank, (file, tree) in enumerate(ranks):
+            sections[f"rng of rank {rank}"] = list(_tensors(trees[tree], read_head(path, file)))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"it cannot be understood: {type(error).__name__}: {error}") from error
+    return sections
+
+
+def _tensors(tree: Any, heads: Mapping[str, Any]) -> Iterator[Tensor]:
+    met: dict[str, str] = {}  # name in the file: the first name in the tree
+    for path, entry in _entries(tree, ()):
+        given = entry if isinstance(entry, dict) else {"name": entry}
+        head, name = heads[given["name"]], ".".join(path)
+        begin, end = head["data_offsets"]
+        tied_to = met.setdefault(given["name"], name)
+        yield Tensor(
+            name,
+            given.get("dtype") or _dtype(head["dtype"]),
+            given.get("shape", head["shape"]),
+            end - begin if tied_to == name else 0,
+            "" if tied_to == name else tied_to,
+        )
+
+
+def _entries(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield where each tensor or array of an encoded tree is, and what is said of it."""
+    if isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from _entries(value, (*path, str(index)))
+    elif isinstance(tree, dict):
+        tag = next(iter(tree), "")
+        if tag in ("$tensor", "$ndarray"):
+            yield path, tree[tag]
+        elif tag in PAIRS:
+            pairs = tree[tag]
+            for place in PAIRS[tag]:
+                pairs = pairs[place]
+            for key, value in pairs:
+                yield from _entries(value, (*path, str(key)))
+        elif tag == "$deque":
+            yield from _entries(tree[tag][0], path)
+        elif tag.startswith("$"):
+            yield from _entries(tree[tag], path)
+        else:
+            for key, value in tree.items():
+                yield from _entries(value, (*path, key))
+
+
+def _dtype(code: str) -> str:
+    return DTYPES.get(code) or f"{KINDS.get(code[0], code[0])}{code[1:]}"

@@ -1,0 +1,245 @@
+"""The plugin: when to save, what to take, what to say of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import hookline
+from hookline import CallbackInterface, Stage, hookimpl
+from hookline import every as cadence
+from hookline_checkpoint import __version__, fingerprint, storage
+from hookline_checkpoint.codec import join, split, tree_to_bytes
+from hookline_checkpoint.layout import pack, unpack
+from hookline_checkpoint.lock import Lock
+from hookline_checkpoint.storage import FOLDER, CheckpointError
+
+if TYPE_CHECKING:
+    from hookline import Trainer
+
+log = logging.getLogger("hookline")
+
+
+def cadences(given: Any) -> list[str]:
+    """Return the cadences of `checkpoint.every`, each of them checked.
+
+    Raises:
+        ValueError: one is none, with examples.
+    """
+    if given is None:
+        return []
+    texts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not texts:
+        raise ValueError("checkpoint.every=[] names no cadence; write null to save nothing")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f'checkpoint.every={given!r}: a cadence is a text such as "epoch", "500 steps" or "10 min", '
+                "or a list of them, or null to save nothing"
+            )
+        try:
+            cadence(text)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.every={given!r}: {error}") from None
+    return texts
+
+
+@dataclass(eq=False)
+class Checkpoint(CallbackInterface):
+    """Save the run's state into `<run folder>/checkpoints`, and bring it back when `trainer.resume` says so.
+
+    A run that was killed and resumed ends with the bits of one that was not. Reading a
+    checkpoint runs no code: its files are safetensors and JSON, and each is checked first.
+    """
+
+    every: Any = "epoch"
+    """Cadence, or a list of them; null to save nothing and only resume. The end of training is saved as well."""
+    keep_last: int | None = 3
+    """How many checkpoints stay; null to keep all."""
+    keep_every: str | None = None
+    """Cadence in steps or epochs: checkpoints at a multiple of it stay for ever."""
+    keep_best: int = 0
+    """How many checkpoints stay as the best by `monitor`."""
+    monitor: str = "val_loss"
+    """Metric of the evaluation by which they are the best."""
+    mode: str = "min"
+    """Whether the smallest ("min") or the largest ("max") is the best."""
+    strict: bool = False
+    """Refuse to resume a run that cannot go on exactly, instead of saying so."""
+
+    def __post_init__(self) -> None:
+        self._cadences = cadences(self.every)
+        if self.keep_last is not None and not self.keep_last >= 1:
+            raise ValueError(f"checkpoint.keep_last={self.keep_last} must be at least 1, or null to keep all")
+        self._retention = self._rules()
+        self._warned = False
+        self._prepared: Path | None = None
+        self._good: set[Path] = set()
+        self._lock: Lock | None = None
+
+    def _rules(self) -> storage.Retention | None:
+        kept = None
+        if self.keep_every is not None:
+            try:
+                kept = cadence(self.keep_every)
+            except ValueError as error:
+                raise ValueError(f"checkpoint.keep_every={self.keep_every!r}: {error}") from None
+            if kept.unit not in ("steps", "epochs"):
+                raise ValueError(f"checkpoint.keep_every={self.keep_every!r} counts {kept.unit}; count steps or epochs")
+        if self.keep_best < 0:
+            raise ValueError(f"checkpoint.keep_best={self.keep_best} must be at least 0, which keeps none as the best")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"checkpoint.mode={self.mode!r} must be min or max")
+        if self.keep_last is not None:
+            return storage.Retention(self.keep_last, kept, self.keep_best, self.monitor, self.mode)
+        if kept is not None or self.keep_best:
+            raise ValueError(
+                "checkpoint.keep_last=null keeps all checkpoints, so keep_every and keep_best would do nothing; "
+                "leave them away, or give keep_last a number"
+            )
+        return None
+
+    @hookimpl
+    def restore(self, trainer: Trainer, stage: Stage) -> bool:
+        resume = trainer.options.resume
+        if not resume:
+            return False
+        named = Path(str(resume))
+        folder = trainer.run_dir / FOLDER
+        if storage.NAME.fullmatch(named.name):
+            path, state = named, self._read_named(named, trainer.rank)
+            newer = [other.name for other in storage.listed(named.parent) if other.name > named.name]
+            if newer:
+                log.warning(
+                    "going on with %s, while newer checkpoints stay: %s. They are not replaced when this run comes "
+                    "to their steps, and resume=true would take the newest; remove them if they are not wanted",
+                    named, ", ".join(newer),
+                )  # fmt: skip
+        elif storage.listed(folder):
+            path, state = storage.newest_good(folder, lambda path: unpack(path, trainer.rank))
+        elif stage is Stage.TRAIN:
+            log.warning("no checkpoint yet in %s: starting from scratch", folder)
+            return False
+        else:
+            raise ValueError(
+                f"resume={resume!r}: there is no checkpoint in {folder} to {stage.value} with; name a run or a "
+                "checkpoint folder that has one, or leave resume away"
+            )
+        if stage is Stage.TRAIN:
+            self._compare(trainer, path)
+        trainer.hook.set_run_state(trainer=trainer, state=state, stage=stage)
+        log.info("resumed from %s", path)
+        return True
+
+    def _compare(self, trainer: Trainer, path: Path) -> None:
+        """Say what of this run is another one than the checkpoint's, so that its end will be another one, too."""
+        before = storage.read_manifest(path).get("fingerprint", {})
+        different = fingerprint.differences(before, fingerprint.take(trainer))
+        if not different:
+            return
+        said = f"what follows is not what an unbroken run would do, since {path} was written otherwise: "
+        said += "; ".join(different)
+        if self.strict:
+            raise ValueError(f"{said}. Go on as before, or turn checkpoint.strict off to go on nevertheless")
+        if trainer.rank == 0:
+            log.warning("%s", said)
+
+    @staticmethod
+    def _read_named(path: Path, rank: int) -> dict[str, Any]:
+        try:
+            return unpack(path, rank)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"resume={str(path)!r} cannot be used: {error}; name another one, "
+                "or the run folder to take its newest good one"
+            ) from error
+
+    @hookimpl(trylast=True)
+    def on_begin_train(self, trainer: Trainer) -> None:
+        """Refuse now what could not be stored later, when the other plugins have made what they keep.
+
+        Raises:
+            LockedError: another job saves into this run folder.
+        """
+        if self._cadences:
+            for name, plugin in trainer.plugins.stateful():
+                tensors, tree = split(plugin.get_state(), f"plugins.{name}")
+                join(tensors, json.loads(tree_to_bytes(tree)))
+            if trainer.rank == 0:
+                self._lock = Lock(trainer.run_dir)
+
+    @hookimpl(trylast=True)
+    def on_end_run(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    @hookimpl
+    def on_boundary(self, trainer: Trainer) -> None:
+        for text in self._cadences:
+            if trainer.due(text):
+                trainer.save(f"every {text}")
+
+    @hookimpl
+    def save(self, trainer: Trainer, reason: str, state: Mapping[str, Any] | None) -> bool:
+        if not self._cadences:
+            return False
+        if state is None:
+            state = trainer.hook.get_run_state(trainer=trainer)
+        rngs = trainer.hook.all_gather(trainer=trainer, value=state["rng"])
+        if trainer.rank != 0:
+            return True
+        folder = trainer.run_dir / FOLDER
+        if self._prepared != folder:
+            storage.prepare(folder)
+            self._prepared = folder
+        step = state["trainer"]["counters"]["global_step"]
+        path = storage.write(folder, step, pack(state, rngs), describe(trainer, reason, state["trainer"]))
+        self._good.add(path)
+        trainer.hook.on_checkpoint(trainer=trainer, path=path, kind="checkpoint")
+        if self._retention is not None:
+            self._warn_of_no_metric(trainer)
+            storage.retain(path, self._retention, self._good)
+        log.info("saved %s (%s)", path, reason)
+        return True
+
+    def _warn_of_no_metric(self, trainer: Trainer) -> None:
+        """Say once that nothing can be kept as the best, instead of keeping the wrong ones in silence."""
+        if self.keep_best and trainer.metrics and self.monitor not in trainer.metrics and not self._warned:
+            self._warned = True
+            log.warning(
+                "checkpoint.monitor=%r is no metric of the evaluation, so no checkpoint is kept as the best; "
+                "there are %s",
+                self.monitor, ", ".join(sorted(trainer.metrics)),
+            )  # fmt: skip
+
+
+Checkpoint.__module__ = "hookline_checkpoint"  # its public home, by which it is known as that distribution's plugin
+
+
+def describe(trainer: Trainer, reason: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of the run besides its files; `state` is the trainer's own part of it."""
+    return {
+        "reason": reason,
+        "epoch": state["counters"]["epochs"],
+        "position": state["cursor"]["position"],
+        "metrics": {name: value if math.isfinite(value) else repr(value) for name, value in state["metrics"].items()},
+        "evaluated_at": state["evaluated_at"],
+        "world_size": trainer.world_size,
+        "fingerprint": fingerprint.take(trainer),
+        "versions": {
+            "hookline": hookline.__version__,
+            "hookline-checkpoint": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "plugins": [name for name, _ in trainer.plugins.listed()],
+    }
