@@ -113,6 +113,8 @@ class Trainer:
         self._losses: list[torch.Tensor] = []  # of the last steps, summed up when there are FOLD_AT of them
         self._loaders: dict[Stage, Any] = {}
         self._first_loader: Loader | None = None
+        self._evaluation_cadence: Every | None = None
+        self._evaluates_by_counter = False
         self._ends: list[float] = []  # optimizer steps, epochs and seconds at which training is over
         self._epoch_outputs = Collector(0)
         self._session_began = time.monotonic()
@@ -329,6 +331,7 @@ class Trainer:
         return int(total // parts)
 
     def _count_totals(self) -> Totals:
+        """Work out how long the run will be, and what the options say of its ends and evaluations."""
         options = self.options
         self._first_loader = loader = self._train_loader()
         batches = self.limited(data.length(loader), self._max_batches_per_epoch)
@@ -339,6 +342,8 @@ class Trainer:
         if epochs is None and options.max_steps is not None and steps_per_epoch:
             epochs = math.ceil(options.max_steps / steps_per_epoch)
         steps = None if steps_per_epoch is None or epochs is None else steps_per_epoch * epochs
+        self._evaluation_cadence = None if options.evaluate_every is None else every(options.evaluate_every)
+        self._evaluates_by_counter = self._evaluation_cadence is not None and self._evaluation_cadence.unit != "epochs"
         limits = options.max_steps, epochs, None if options.max_time is None else seconds(options.max_time)
         self._ends = [math.inf if limit is None else limit for limit in limits]
         return Totals(batches, steps_per_epoch, self.limited(steps, options.max_steps), epochs)
@@ -539,8 +544,8 @@ class Trainer:
         if self._settling_due:
             self._settling_due = False
             self.counters.seconds = time.monotonic() - self._session_began
-            finished = self._finished()
-            if finished and self.options.eval_when_finish and not self._preempted():
+            finished = self._is_over()
+            if (finished or self.stop_reason is not None) and self.options.eval_when_finish and not self._preempted():
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
             if finished or self.stop_reason is not None:
@@ -575,14 +580,6 @@ class Trainer:
         return bool(snapshot(self.counters)[place] // number > self.settled[place] // number)
 
     # Evaluation -----------------------------------------------------------------------
-
-    @functools.cached_property
-    def _evaluation_cadence(self) -> Every | None:
-        return None if self.options.evaluate_every is None else every(self.options.evaluate_every)
-
-    @functools.cached_property
-    def _evaluates_by_counter(self) -> bool:
-        return self._evaluation_cadence is not None and self._evaluation_cadence.unit != "epochs"
 
     def _evaluate(self) -> None:
         """Validate during training, once per step."""
