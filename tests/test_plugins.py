@@ -421,7 +421,7 @@ def test_a_performer_may_call_the_cores_way():
 
 
 @event
-def on_weather(trainer, weather): ...
+def on_weather(trainer, weather, wind="none"): ...
 
 
 @verb
@@ -445,7 +445,8 @@ def test_a_plugin_brings_hooks_of_its_own():
 
     class Hears(CallbackInterface):
         @hookimpl
-        def on_weather(self, weather):
+        def on_weather(self, weather, wind):
+            assert wind == "none"
             heard.append(weather)
 
     tiny_trainer([Station(), Hears()], max_steps=1).train()

@@ -261,12 +261,12 @@ class PluginManager(pluggy.PluginManager):
         if not plugged:  # a verb's body is how the core does it, an event's is empty
             return caller.spec.function
         if not caller.spec.opts.get("firstresult"):
-            return self._tell(name, plugged)
+            return self._tell(name, plugged, caller.spec.kwargdefaults)
         performed = any(not impl.wrapper for impl in plugged)
         # A performer that answers None must not fall through to the core's way of doing it.
         return _answer(name, self.subset_hook_caller(name, self._specs.values()) if performed else caller, plugged)
 
-    def _tell(self, name: str, plugged: list[HookImpl]) -> Callable[..., None]:
+    def _tell(self, name: str, plugged: list[HookImpl], defaults: Mapping[str, Any]) -> Callable[..., None]:
         """Tell an event in pluggy's order: to those who matter, then to each observer, guarded and timed.
 
         Calls them itself: nothing is answered and nothing wraps, and it is three times as quick.
@@ -279,6 +279,8 @@ class PluginManager(pluggy.PluginManager):
         cost, clock = self.cost, time.perf_counter
 
         def tell(**arguments: Any) -> None:
+            if defaults:
+                arguments = {**defaults, **arguments}
             for impl, function, names in matter:  # noqa: B007 - `impl` is for `blame`
                 function(*map(arguments.__getitem__, names))
             for impl, function, names in watchers:
