@@ -83,6 +83,7 @@ def test_what_is_saved_goes_on_to_the_same_bits(place, every, at, saved, whole):
     assert end_of(resumed) == whole
 
 
+@pytest.mark.plugins
 def test_what_checkpoint_stores_of_it_goes_on_to_the_same_bits(tmp_path, whole):
     checkpoint = {"checkpoint": {"every": "100 steps"}}
     module = Raising(ZeroDivisionError(), place="optimizer")
@@ -220,6 +221,7 @@ plugins:
 """
 
 
+@pytest.mark.plugins
 def test_ctrl_c_in_a_real_run(tmp_path):
     (tmp_path / "paused.py").write_text(
         "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n" + PROGRAM

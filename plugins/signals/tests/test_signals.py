@@ -107,6 +107,7 @@ def checkpoints(folder: Path, run: str) -> list[Path]:
     return sorted((folder / "runs" / run / "checkpoints").glob("*"))
 
 
+@pytest.mark.plugins
 def test_sigterm_saves_once_ends_with_143_and_the_resumed_run_has_the_same_bits(tmp_path):
     whole = Run(tmp_path, "trainer.run_name=whole")
     cut = Run(tmp_path, "trainer.run_name=cut", "module.at=10")
@@ -131,6 +132,7 @@ def test_sigterm_saves_once_ends_with_143_and_the_resumed_run_has_the_same_bits(
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes(), name
 
 
+@pytest.mark.plugins
 @pytest.mark.parametrize(
     ("first", "second", "code"),
     [
@@ -151,6 +153,7 @@ def test_a_second_signal_ends_at_once(first, second, code, tmp_path):
     assert checkpoints(tmp_path, "run-1") == []
 
 
+@pytest.mark.plugins
 def test_ctrl_c_reaches_forked_workers_too_and_ends_none_of_them(tmp_path):
     os.mkfifo(tmp_path / "gate")
     gate = os.open(tmp_path / "gate", os.O_RDWR)
@@ -197,6 +200,7 @@ def now():
     return {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
 
 
+@pytest.mark.plugins
 def test_a_second_signal_may_be_another_one(handlers):
     class Twice(Signalled):
         def train_step(self, global_step, batch, device):
