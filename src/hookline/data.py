@@ -117,9 +117,9 @@ def make_resumable(loader: Any, cursor: Cursor, world_size: int) -> Any:
                 "process is not repeated",
                 cursor.position,
             )
-        return _Dropping(loader, cursor)
+        return _FromCursor(loader, cursor)
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
-    if isinstance(sampler, _SkippingBatches):
+    if isinstance(sampler, _FromCursor):
         return loader
     plain = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
     if plain and isinstance(loader.sampler, ResumableSampler):
@@ -137,7 +137,7 @@ def make_resumable(loader: Any, cursor: Cursor, world_size: int) -> Any:
             stacklevel=2,
         )
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    vars(loader)[name] = _SkippingBatches(sampler, cursor)
+    vars(loader)[name] = _FromCursor(sampler, cursor)
     return loader
 
 
@@ -235,32 +235,18 @@ def _collated_already(batch: Any) -> Any:
     return batch
 
 
-class _SkippingBatches:
-    """A sampler (of indices or of batches) begun at the cursor: what is skipped is drawn, not loaded."""
+class _FromCursor:
+    """Any iterable begun at the cursor: indices that lie before it are drawn and not loaded, batches are dropped."""
 
-    def __init__(self, sampler: Any, cursor: Cursor) -> None:
-        self.sampler = sampler
+    def __init__(self, iterable: Iterable[Any], cursor: Cursor) -> None:
+        self.iterable = iterable
         self.cursor = cursor
 
     def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self.sampler), self.cursor.position, None)
+        return itertools.islice(iter(self.iterable), self.cursor.position, None)
 
     def __len__(self) -> int:
-        return len(self.sampler)
-
-
-class _Dropping:
-    """Any iterable of batches, begun at the cursor by dropping what lies before it."""
-
-    def __init__(self, loader: Iterable[Any], cursor: Cursor) -> None:
-        self.loader = loader
-        self.cursor = cursor
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self.loader), self.cursor.position, None)
-
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]  # TypeError is the answer "unknown"
+        return len(self.iterable)  # type: ignore[arg-type]  # TypeError is the answer "unknown"
 
 
 # Batches ------------------------------------------------------------------------------

@@ -248,14 +248,14 @@ class PluginManager(pluggy.PluginManager):
     def _route(self) -> None:
         """Lead each hook the shortest way: one that nobody plugged into is a plain Python call."""
         for name, caller in vars(self.hook).items():
-            setattr(self.routes, name, self._way(name, caller))
-            self.heard[name] = bool(self._plugged(name))
+            plugged = self._plugged(name)
+            setattr(self.routes, name, self._way(name, caller, plugged))
+            self.heard[name] = bool(plugged)
         self.rooms = {hook: self._room(hook, outputs) for hook, outputs in COLLECTING.items()}
         self.logging = self.heard["on_log"]
         self.asking = any(self.heard[hook] for hook in LISTENING) or any(self.rooms.values())
 
-    def _way(self, name: str, caller: HookCaller) -> Callable[..., Any]:
-        plugged = self._plugged(name)
+    def _way(self, name: str, caller: HookCaller, plugged: list[HookImpl]) -> Callable[..., Any]:
         if caller.is_historic() or caller.spec is None:
             return caller
         if not plugged:  # a verb's body is how the core does it, an event's is empty

@@ -419,8 +419,7 @@ class Trainer:
         train_loss = self._epoch.reductions.get(f"{self._train_loss}_epoch")
         if train_loss is not None:
             train_loss.sync = True  # ranks that disagreed on the best could not decide anything together
-            all_reduce = functools.partial(self.hook.all_reduce, trainer=self)
-            self.best.take("train_loss", train_loss.value(all_reduce).item())
+            self.best.take("train_loss", train_loss.value(self._all_reduce).item())
         hook.step_schedulers(trainer=self, when="epoch", optimizers=self.optimizers, metrics=self.metrics)
         self._flush(self._epoch)
         outputs = self._epoch_outputs.collate()
@@ -517,8 +516,7 @@ class Trainer:
             hook.step_schedulers(trainer=self, when="step", optimizers=chosen, metrics=self.metrics)
         else:
             self._stepped = False
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
+        self.zero_grad()
         return stepped
 
     def _completing(self, closure: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
@@ -667,8 +665,7 @@ class Trainer:
     def collect_metrics(self) -> dict[str, float]:
         """Return what this evaluation has logged, over all ranks."""
         assert self._evaluation is not None
-        all_reduce = functools.partial(self.hook.all_reduce, trainer=self)
-        return to_floats(self._evaluation.collect(all_reduce))
+        return to_floats(self._evaluation.collect(self._all_reduce))
 
     # Logging --------------------------------------------------------------------------
 
@@ -721,7 +718,10 @@ class Trainer:
         if not self.plugins.heard["on_log"]:
             buffer.clear()
         if buffer:
-            self._tell_log(to_floats(buffer.collect(functools.partial(self.hook.all_reduce, trainer=self))))
+            self._tell_log(to_floats(buffer.collect(self._all_reduce)))
+
+    def _all_reduce(self, value: torch.Tensor, op: str) -> torch.Tensor:
+        return self.hook.all_reduce(trainer=self, value=value, op=op)  # type: ignore[no-any-return]
 
     def _tell_log(self, metrics: dict[str, float]) -> None:
         metrics = self.hook.filter_log(trainer=self, metrics=dict(metrics))

@@ -197,8 +197,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.door == "train":
         kept = trainer.run_dir / "config.yaml"
         if not kept.exists():
-            tree = config.masked(loaded)
-            tree["trainer"]["resume"] = False
+            tree = {**trainer.config, "trainer": {**trainer.config["trainer"], "resume": False}}
             kept.write_text(config.to_yaml(tree), encoding="utf-8")
     with _mendable(ValueError):
         metrics = getattr(trainer, options.door)()
