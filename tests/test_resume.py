@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hookline import CallbackInterface, hookimpl
+from hookline import CallbackInterface, copy_state, hookimpl
 from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 
 
@@ -56,6 +56,93 @@ def test_resuming_at_any_step_gives_the_same_bits(window):
         assert resumed.module.seen == whole.module.seen[state["trainer"]["counters"]["batches"] :], step
         later = {key: value for key, value in logged.logged.items() if key[0] > step}
         assert later.items() <= logs.logged.items(), step
+
+
+class Cut(CallbackInterface):
+    """Ends training behind the micro-batch of this number, in the middle of a window."""
+
+    def __init__(self, after):
+        self.after, self.batches = after, 0
+
+    @hookimpl
+    def on_end_backward(self, trainer):
+        self.batches += 1
+        if self.batches == self.after:
+            trainer.stop("cut", "preempted", within_window=True)
+
+
+@pytest.mark.parametrize("after", range(1, 15))
+def test_a_run_cut_within_a_window_goes_on_with_its_gradients(after):
+    whole, kept, logged = run(TinyModule(), window=3, epochs=2)
+    final = without_clock(kept.states[whole.global_step])
+    first, logs = Memory(), Logs()
+    options = {"epochs": 2, "train_batch_size": 24, "log_every": "2 steps", "evaluate_every": "3 steps"}
+    cut = tiny_trainer([first, logs, Cut(after), windows_of(3)], **options)
+    cut.train()
+    steps, phase = [(after + 2) // 3, after % 3] if after < 7 else [3 + (after - 5) // 3, (after - 7) % 3]
+    inside = phase != 0 and after not in (7, 14)  # the last window of an epoch has one micro-batch
+    assert (cut.status, cut.global_step) == ("finished" if after == 14 else "preempted", steps - inside)
+    assert ("window" in first.state) == inside
+    torch.manual_seed(after)
+    resumed, memory, later = run(TinyModule(), first.state, window=3, epochs=2)
+    if after < 14:
+        assert without_clock(memory.states[whole.global_step]) == final
+        assert cut.module.seen + resumed.module.seen == whole.module.seen
+        assert logs.logged | later.logged == logged.logged
+
+
+def test_a_module_that_does_the_update_its_own_way_is_cut_at_the_boundary():
+    class Manual(TinyModule):
+        @hookimpl
+        def update(self, trainer, window):
+            outputs = trainer.hook.run_window(trainer=trainer, window=window)
+            trainer.step()
+            return outputs
+
+    memory = Memory()
+    trainer = tiny_trainer([memory, Cut(4), windows_of(3)], Manual(), train_batch_size=24)
+    trainer.train()
+    assert (trainer.status, trainer.global_step, "window" in memory.state) == ("preempted", 2, False)
+
+
+def test_a_state_put_back_at_a_boundary_is_gone_on_with():
+    class Back(CallbackInterface):
+        """Goes back to an earlier state, once."""
+
+        def __init__(self, at, memory):
+            self.at, self.memory = at, memory
+
+        @hookimpl
+        def on_boundary(self, trainer):
+            if trainer.global_step == self.at:
+                self.at = None
+                trainer.hook.set_run_state(trainer=trainer, state=self.memory.states[4], stage=trainer.stage)
+
+    whole, kept, _ = run(TinyModule())
+    for at in (5, 7, 12, 14, 21):  # in an epoch, at its end, in the next one, and at the end of training
+        memory = Memory(every="1 steps")
+        module = TinyModule()
+        options = {"epochs": 3, "log_every": "2 steps", "evaluate_every": "3 steps"}
+        trainer = tiny_trainer(
+            {"memory": memory, "logs": Logs(), "windows": windows_of(1), "back": Back(at, memory)}, module, **options
+        )
+        trainer.train()
+        assert without_clock(memory.states[21]) == without_clock(kept.states[21]), at
+        assert module.seen == whole.module.seen[:at] + whole.module.seen[4:], at
+
+
+def test_a_copy_of_a_state_is_nobody_elses_and_keeps_ties():
+    weight = torch.arange(6.0).reshape(2, 3)
+    module = torch.nn.Linear(2, 2)
+    state = {"a": weight, "b": [weight.view(2, 3), weight.t()], "c": (1, {"d": {2, 3}}), "e": module.state_dict()}
+    copied = copy_state(state)
+    assert copied["a"] is copied["b"][0]
+    assert copied["a"] is not copied["b"][1]
+    assert copied["e"]._metadata == state["e"]._metadata
+    assert type(copied["e"]) is type(state["e"])
+    weight.zero_()
+    assert copied["a"].sum() == copied["b"][1].sum() == 15
+    assert copied["c"] == state["c"]
 
 
 class Augmented(Dataset):

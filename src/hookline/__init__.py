@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hookline.marks import hookimpl as hookimpl
     from hookline.marks import verb as verb
     from hookline.schedule import every as every
+    from hookline.state import copy_state as copy_state
     from hookline.state import set_seed as set_seed
     from hookline.trainer import Trainer as Trainer
 
@@ -25,6 +26,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "ModuleInterface": "interfaces",
     "Stage": "interfaces",
     "Trainer": "trainer",
+    "copy_state": "state",
     "event": "marks",
     "every": "schedule",
     "hookimpl": "marks",

@@ -25,8 +25,8 @@ import torch
 from hookline import data
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
-from hookline.outputs import Outputs, with_loss
-from hookline.state import get_optimizer_state, get_rng_state, set_optimizer_state
+from hookline.outputs import Outputs, WindowCut, with_loss
+from hookline.state import get_gradients, get_optimizer_state, get_rng_state, set_gradients, set_optimizer_state
 
 if TYPE_CHECKING:
     from hookline.trainer import Trainer
@@ -171,22 +171,32 @@ def restore(trainer: Trainer, stage: Stage) -> bool:
 
 @verb
 def get_run_state(trainer: Trainer) -> dict[str, Any]:
-    """Answer the whole state of the run in named sections; whole only in `on_boundary` and `save`."""
+    """Answer the whole state of the run in named sections; whole only in `on_begin_train`, `on_boundary` and `save`.
+
+    The section `window` is there where `save` comes within a window: the gradients so far by parameter,
+    and the outputs of the micro-batches that gave them.
+    """
     names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
     plugins = {name: plugin.get_state() for name, plugin in trainer.plugins.stateful()}
-    return {
+    state = {
         "trainer": trainer.get_state(),
         "module": trainer.module.get_state(),
         "optimizers": [get_optimizer_state(optimizer, names) for optimizer in trainer.optimizers],
         "schedulers": [scheduled.scheduler.state_dict() for scheduled in trainer.schedulers],
         "plugins": {name: state for name, state in plugins.items() if state},
-        "rng": get_rng_state(),
+        "rng": trainer.restored_rng or get_rng_state(),
     }
+    if trainer.begun:
+        state["window"] = {"outputs": trainer.begun, "gradients": get_gradients(trainer.module)}
+    return state
 
 
 @verb
 def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> bool:
-    """Put a state back; answer True. Stages other than training take module and plugins alone."""
+    """Put a state back; answer True. Stages other than training take module and plugins alone.
+
+    Called in `restore`; or in `on_boundary`, and then training goes on, data too, where that state stood.
+    """
     trainer.module.update_state(state["module"])
     trainer.plugins.receive(state["plugins"])
     if stage is not Stage.TRAIN:
@@ -198,6 +208,9 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
             set_optimizer_state(optimizer, names, kept)
         for scheduled, kept in zip(trainer.schedulers, state["schedulers"], strict=True):
             scheduled.scheduler.load_state_dict(kept)
+    window = state.get("window", {"outputs": [], "gradients": {}})
+    trainer.begun = data.to_device(window["outputs"], trainer.device)
+    set_gradients(trainer.module, window["gradients"])
     trainer.restored_rng = state["rng"]
     return True
 
@@ -260,9 +273,12 @@ def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
 @verb
 def run_window(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
     """Take the micro-batches of a window forward and backward; answer their outputs."""
-    hook, size, outputs = trainer.hook, len(window), []
-    for index, batch in enumerate(window):
-        outputs.append(hook.forward_backward(trainer=trainer, batch=batch, index=index, size=size))
+    hook, size = trainer.hook, len(window)
+    outputs, trainer.begun = trainer.begun, []  # what a run has of its window that was cut within it
+    for index in range(len(outputs), size):
+        outputs.append(hook.forward_backward(trainer=trainer, batch=window[index], index=index, size=size))
+        if trainer.cutting and index + 1 < size:
+            raise WindowCut(outputs)
     return outputs
 
 

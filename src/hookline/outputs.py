@@ -44,6 +44,14 @@ def with_loss(returned: Any) -> Outputs:
     return outputs
 
 
+class WindowCut(BaseException):
+    """Leaves a window half done, for a run that is to be gone on with; no error, so nobody may handle it as one."""
+
+    def __init__(self, outputs: list[Outputs]) -> None:
+        super().__init__()
+        self.outputs = outputs
+
+
 class Collector:
     """Collects the outputs of many batches, the first `room` of each, without a copy or a sync.
 

@@ -418,13 +418,17 @@ class PluginManager(pluggy.PluginManager):
 
     def _check_conflicts(self) -> None:
         for hook in self._verbs():
-            performers = [impl.plugin_name for impl in self._plugged(hook) if not impl.wrapper]
+            performers = self.performers(hook)
             if len(performers) > 1:
                 one, other, *_ = reversed(performers)
                 raise ValueError(
                     f"{one!r} and {other!r} both perform {hook!r}, which is done once; turn one of them off "
                     f"(`plugins.{other}: null`), or let it wrap the verb"
                 )
+
+    def performers(self, hook: str) -> list[str]:
+        """Return who performs a verb besides the core, at most one where all is well."""
+        return [impl.plugin_name for impl in self._plugged(hook) if not impl.wrapper]
 
     def _verbs(self) -> Iterator[str]:
         for name, caller in vars(self.hook).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import operator
@@ -139,6 +140,52 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
                 state["numpy"]["cached"],
             )
         )
+
+
+# The host ----------------------------------------------------------------------------
+
+
+def copy_state(state: Any) -> Any:
+    """Return a copy of a state that nobody else changes, its tensors on the CPU; what is tied stays tied.
+
+    Args:
+        state: nested containers of tensors and plain data, as `get_run_state` answers them.
+    """
+    copied: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def copy_of(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
+            if value.layout is not torch.strided or not value.numel():
+                return value.to("cpu", copy=True)
+            memory = value.data_ptr(), value.device, value.dtype, value.shape, value.stride()
+            if memory not in copied:
+                copied[memory] = value.to("cpu", copy=True)
+            return copied[memory]
+        if isinstance(value, dict):
+            other = copy.copy(value)  # keeps its kind, and what is attached to a state dict
+            other.update((key, copy_of(kept)) for key, kept in value.items())
+            return other
+        if type(value) in (list, tuple):
+            return type(value)(map(copy_of, value))
+        return copy.deepcopy(value)
+
+    return copy_of(state)
+
+
+# Gradients ----------------------------------------------------------------------------
+
+
+def get_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients of a module by parameter."""
+    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+
+def set_gradients(module: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
+    """Put gradients back; a parameter that has none here gets none."""
+    for name, parameter in module.named_parameters():
+        gradient = gradients.get(name)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
 
 # Optimizers ---------------------------------------------------------------------------

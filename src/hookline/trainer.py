@@ -28,7 +28,7 @@ from hookline.interfaces import Loader, ModuleInterface, Stage
 from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, as_number, to_floats, wide
 from hookline.masking import mask
 from hookline.options import make_options, run_folder
-from hookline.outputs import Collector, Outputs, as_outputs, collate, detached
+from hookline.outputs import Collector, Outputs, WindowCut, as_outputs, collate, detached
 from hookline.plugins import MODULE, PluginManager, build, options_of
 from hookline.schedule import Every, every, seconds
 from hookline.state import (
@@ -97,6 +97,10 @@ class Trainer:
         """How the last run ended: "finished", "stopped", "preempted" or "failed"; "running" until then."""
         self.stop_reason: str | None = None
         self.restored_rng: Mapping[str, Any] | None = None
+        self.begun: list[Outputs] = []
+        """The outputs of the window under way, where a run was cut within one; else empty."""
+        self.cutting = False
+        """Whether training stops behind the micro-batch under way instead of the step."""
         self._stop_status = "stopped"
         self._preempted_code = 1
         self._save_reasons: list[str] = []
@@ -193,14 +197,19 @@ class Trainer:
             )
         self._run(Stage.PREDICT)
 
-    def stop(self, reason: str, status: str = "stopped", exit_code: int = 1) -> None:
+    def stop(self, reason: str, status: str = "stopped", exit_code: int = 1, *, within_window: bool = False) -> None:
         """Ask for the end of training; it comes at the next boundary. Anyone may ask.
 
         Args:
             reason: said to the user and to `on_end_run`.
             status: "stopped", or "preempted" where the run shall be gone on with later.
             exit_code: of the command line, where the run is preempted.
+            within_window: do not wait for the boundary, but save and end behind the micro-batch under
+                way, its window half done. Only where the core itself does the window; whoever performs `update`,
+                `run_window` or `train_epoch` comes to the boundary first.
         """
+        own = not any(self.plugins.performers(hook) for hook in ("train_epoch", "update", "run_window"))
+        self.cutting = self.cutting or (within_window and own)
         if self.stop_reason is None:
             self.stop_reason, self._stop_status, self._preempted_code = reason, status, exit_code
 
@@ -222,7 +231,7 @@ class Trainer:
     def _run(self, stage: Stage) -> None:
         """Do a run and tell its beginning and its end, the end to every plugin whatever happened."""
         self.stage = stage
-        self.stop_reason, self._stop_status = None, "stopped"
+        self.stop_reason, self._stop_status, self.cutting = None, "stopped", False
         self.status, reason, first = "running", "", None
         try:
             self._raise(self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config))
@@ -276,8 +285,8 @@ class Trainer:
             self._evaluate()
         while not self._finished():
             self._train_one_epoch()
-        self._flush(self._interval)
-        if not self._preempted():
+        if not self._preempted():  # else what was logged so far is in the state, and told when it is due
+            self._flush(self._interval)
             self.hook.on_end_train(trainer=self, global_step=self.global_step)
 
     def run_evaluation(self, stage: Stage) -> None:
@@ -394,7 +403,7 @@ class Trainer:
         hook, counters = self.hook, self.counters
         if self.cursor.epoch != counters.epochs:
             self.cursor.begin_epoch(counters.epochs)
-        resumed = self.cursor.position > 0
+        resumed = self.cursor.position > 0 or bool(self.begun)
         hook.on_begin_train_epoch(trainer=self, global_step=self.global_step, epoch=self.epoch)
         loader, self._first_loader = self._first_loader, None
         if loader is None or resumed or self.epoch:
@@ -436,7 +445,14 @@ class Trainer:
             return False
         hook, counters, cursor, size = self.hook, self.counters, self.cursor, len(window)
         self._stepped = True
-        outputs = hook.update(trainer=self, window=window)
+        try:
+            outputs = hook.update(trainer=self, window=window)
+        except WindowCut as cut:
+            room = max(1, self.plugins.rooms["on_end_train_step"], self.plugins.rooms["on_end_train_epoch"])
+            self.begun = [detached(row[:room]) for row in cut.outputs]
+            assert self.stop_reason is not None
+            hook.save(trainer=self, reason=self.stop_reason, state=None)
+            return False
         counters.global_step += 1
         counters.batches += size
         cursor.position += size
@@ -546,14 +562,15 @@ class Trainer:
             if (finished or self.stop_reason is not None) and self.options.eval_when_finish and not self._preempted():
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
-            if finished or self.stop_reason is not None:
-                finished = True
+            put_back = self.restored_rng is not None  # another state was, so the data go on where that one stood
+            finished = self._is_over() or self.stop_reason is not None
+            if finished:
                 self._save_reasons.append(self.stop_reason or "end of training")
             if self._save_reasons:
                 reasons, self._save_reasons = self._save_reasons, []
                 self.hook.save(trainer=self, reason=", ".join(dict.fromkeys(reasons)), state=None)
             self.settled = snapshot(self.counters)
-            return not finished
+            return not finished and not put_back
         return True  # what was asked for between two steps is served at the boundary of the second
 
     def _finished(self) -> bool:

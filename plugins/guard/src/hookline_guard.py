@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline import CallbackInterface, hookimpl
+from hookline import CallbackInterface, copy_state, hookimpl
 from hookline import every as cadence
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Guard(CallbackInterface):
             cadence(self.every)
         except ValueError as error:
             raise ValueError(f"guard.every={self.every!r}: {error}") from None
-        self._copy: io.BytesIO | None = None
+        self._copy: Any = None
 
     @hookimpl
     def on_begin_run(self) -> None:
@@ -67,9 +66,7 @@ class Guard(CallbackInterface):
     @hookimpl(trylast=True)
     def on_boundary(self, trainer: Trainer) -> None:
         if trainer.due(self.every):
-            state = trainer.hook.get_run_state(trainer=trainer)
-            self._copy = io.BytesIO()
-            torch.save(state, self._copy)
+            self._copy = copy_state(trainer.hook.get_run_state(trainer=trainer))
 
     @hookimpl(wrapper=True)
     def save(self) -> Generator[None, bool, bool]:
@@ -88,10 +85,8 @@ class Guard(CallbackInterface):
         if trainer.world_size > 1:
             log.warning("guard saves nothing: other ranks may still be training, and would be waited for without end")
             return
-        self._copy.seek(0)
-        state = torch.load(self._copy, map_location="cpu", weights_only=False)  # our own bytes, never on a disk
-        step, now = state["trainer"]["counters"]["global_step"], trainer.global_step
-        if trainer.hook.save(trainer=trainer, reason=f"{type(exception).__name__} after step {now}", state=state):
+        step, now = self._copy["trainer"]["counters"]["global_step"], trainer.global_step
+        if trainer.hook.save(trainer=trainer, reason=f"{type(exception).__name__} after step {now}", state=self._copy):
             log.warning("guard had the state of step %d saved; the run raised after step %d", step, now)
         else:
             log.warning("guard has the state of step %d, but nobody saves it: name a plugin that does, "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hookline.interfaces import CallbackInterface, Stage
 from hookline.marks import hookimpl
+from hookline.state import copy_state
 
 if TYPE_CHECKING:
     from hookline.trainer import Trainer
@@ -35,12 +35,12 @@ class Memory(CallbackInterface):
     def save(self, trainer: Trainer, state: Any) -> bool:
         if state is None:
             state = trainer.hook.get_run_state(trainer=trainer)
-        self.state = self.states[state["trainer"]["counters"]["global_step"]] = copy.deepcopy(state)
+        self.state = self.states[state["trainer"]["counters"]["global_step"]] = copy_state(state)
         return True
 
     @hookimpl
     def restore(self, trainer: Trainer, stage: Stage) -> bool:
         if self.state is None:
             return False
-        state = copy.deepcopy(self.state)
+        state = copy_state(self.state)
         return bool(trainer.hook.set_run_state(trainer=trainer, state=state, stage=stage))
