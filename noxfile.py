@@ -19,6 +19,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def faults(session: nox.Session) -> None:
+    """Run every row of docs/reliability.md, the slow ones too."""
+    session.install("-r", "requirements-dev.txt")
+    rows = ["tests/faults", "plugins/checkpoint/tests/test_foreign.py", "plugins/finite/tests"]
+    session.run("pytest", "-n", "auto", *rows, "-m", "slow or not slow", "--durations=20", *session.posargs)
+
+
+@nox.session
 @nox.parametrize("name", PLUGINS)
 def plugin(session: nox.Session, name: str) -> None:
     """Build one plugin's wheel and the core's, install those alone, and run the plugin's tests that need no other."""
@@ -27,14 +35,18 @@ def plugin(session: nox.Session, name: str) -> None:
     for folder in (".", f"plugins/{name}"):
         session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, folder)
     session.install(TORCH, *map(str, Path(wheels).glob("*.whl")))
-    session.run("pytest", "-c", "pyproject.toml", f"plugins/{name}/tests", "-m", "not plugins", *session.posargs)
+    session.run(
+        "pytest", "-c", "pyproject.toml", f"plugins/{name}/tests", "-m", "not plugins and not slow", *session.posargs
+    )
 
 
 @nox.session
 def bare(session: nox.Session) -> None:
     """Run the core's tests with the core alone: no plugin is installed."""
     session.install(TORCH, ".", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "numpy")
-    session.run("pytest", "-n", "auto", "tests", "-m", "not plugins", *session.posargs)
+    session.run(
+        "pytest", "-n", "auto", "tests", "--ignore", "tests/faults", "-m", "not plugins and not slow", *session.posargs
+    )
 
 
 @nox.session
@@ -65,9 +77,10 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what a step costs."""
+    """Measure what a step costs, and what a checkpoint costs."""
     session.install("-r", "requirements-dev.txt")
-    session.run("python", "benchmarks/step_overhead.py", "--json", *session.posargs)
+    session.run("python", "benchmarks/step_overhead.py", "--json")
+    session.run("python", "benchmarks/checkpoint.py", "--json")
 
 
 @nox.session

@@ -34,7 +34,7 @@ PROSE = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "
 RUN_BY_LINE = [DOCS / "tutorial.md"]  # pages whose commands are not only parsed but run, in order with their code
 HOOKS = {hook.name: hook for hook in read_hooks()}
 
-BLOCK = re.compile(r"^```(\w+)(?: +title=\"([^\"]+)\")?\n(.*?)^```$|^<!-- test: (.*?) -->$", re.M | re.S)
+BLOCK = re.compile(r"^```(\w+)(?: +title=\"([^\"]+)\")?\n(.*?)^```$|^<!-- test:\s(.*?)\s-->$", re.M | re.S)
 CODE_SPAN = re.compile(r"(`+)(.+?)\1")
 
 

@@ -109,26 +109,28 @@ def test_a_state_put_back_at_a_boundary_is_gone_on_with():
     class Back(CallbackInterface):
         """Goes back to an earlier state, once."""
 
-        def __init__(self, at, memory):
-            self.at, self.memory = at, memory
+        def __init__(self, at, to, memory):
+            self.at, self.to, self.memory = at, to, memory
 
         @hookimpl
         def on_boundary(self, trainer):
             if trainer.global_step == self.at:
                 self.at = None
-                trainer.hook.set_run_state(trainer=trainer, state=self.memory.states[4], stage=trainer.stage)
+                trainer.hook.set_run_state(trainer=trainer, state=self.memory.states[self.to], stage=trainer.stage)
 
     whole, kept, _ = run(TinyModule())
-    for at in (5, 7, 12, 14, 21):  # in an epoch, at its end, in the next one, and at the end of training
+    for at, to in ((5, 4), (7, 4), (12, 4), (14, 4), (21, 4), (9, 7), (21, 14)):
         memory = Memory(every="1 steps")
         module = TinyModule()
         options = {"epochs": 3, "log_every": "2 steps", "evaluate_every": "3 steps"}
         trainer = tiny_trainer(
-            {"memory": memory, "logs": Logs(), "windows": windows_of(1), "back": Back(at, memory)}, module, **options
+            {"memory": memory, "logs": Logs(), "windows": windows_of(1), "back": Back(at, to, memory)},
+            module,
+            **options,
         )
         trainer.train()
-        assert without_clock(memory.states[21]) == without_clock(kept.states[21]), at
-        assert module.seen == whole.module.seen[:at] + whole.module.seen[4:], at
+        assert without_clock(memory.states[21]) == without_clock(kept.states[21]), (at, to)
+        assert module.seen == whole.module.seen[:at] + whole.module.seen[to:], (at, to)
 
 
 def test_a_copy_of_a_state_is_nobody_elses_and_keeps_ties():

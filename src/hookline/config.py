@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import omegaconf
 import yaml
@@ -28,21 +28,28 @@ from hookline.state import set_seed
 from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")
+MOST, DEEPEST = 100_000, 50  # values of a configuration and how deep they are nested, its aliases written out
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """A safe loader that refuses a key that is written twice, and reads 1e-3 as a number."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"the key in line {key.start_mark.line + 1} is neither a text nor a number")
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise ValueError(
+                    f"the key {key.value!r} is written twice, the second time in line {key.start_mark.line + 1}"
+                )
+            seen.add(key.value)
+        super().flatten_mapping(node)
+        # What is merged again and again stays there once, or a few lines would make a billion keys.
+        node.value = list({(key.tag, key.value): (key, kept) for key, kept in node.value}.values())
 
-def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key, _ in node.value:
-        if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-            raise ValueError(
-                f"the key {key.value!r} is written twice, the second time in line {key.start_mark.line + 1}"
-            )
-        seen.add(key.value)
-    loader.flatten_mapping(node)
+
+def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
@@ -85,7 +92,8 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequen
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
+        with path.open(encoding="utf-8") as file:  # of a text, errors would quote lines, which may hold secrets
+            tree = _load_yaml(file) or {}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -95,12 +103,45 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _load_yaml(given: str | IO[str]) -> Any:
+    """Return what YAML says.
+
+    Raises:
+        ValueError: it is nested too deeply, or a few lines of aliases say far too much.
+        yaml.YAMLError: it is none.
+    """
+    measured: dict[int, tuple[int, int]] = {}
+
+    def measure(value: Any) -> tuple[int, int]:
+        if not isinstance(value, (dict, list)):
+            return 1, 0
+        if id(value) not in measured:
+            inner = [measure(kept) for kept in (value.values() if isinstance(value, dict) else value)]
+            measured[id(value)] = (
+                1 + sum(count for count, _ in inner),
+                1 + max((depth for _, depth in inner), default=0),
+            )
+        return measured[id(value)]
+
+    try:
+        tree = yaml.load(given, _UniqueKeys)
+        values, depth = measure(tree)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if values > MOST or depth > DEEPEST:
+        raise ValueError(
+            f"it has {values} values nested {depth} deep when its aliases are written out; at most {MOST} nested "
+            f"{DEEPEST} deep are read"
+        )
+    return tree
+
+
 def _override(config: DictConfig, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"{override!r} is no override; write key.of.node=value, e.g. trainer.epochs=3")
     try:
-        value = yaml.load(text, _UniqueKeys)
+        value = _load_yaml(text)
         OmegaConf.update(config, key, value, force_add=True)
     except (yaml.YAMLError, ValueError, omegaconf.errors.OmegaConfBaseException) as error:
         raise ValueError(f"{override!r} cannot be read: {error}") from error

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import hashlib
 import itertools
 import logging
 import random
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, get_worker_info
+
+from hookline.schedule import seconds
 
 log = logging.getLogger("hookline")
 
@@ -40,6 +45,8 @@ class Cursor:
     """Samples of this epoch drawn for them, over all ranks."""
     draw: int = 0
     """Samples that one batch draws over all ranks; 0 where the loader does not say."""
+    samples: int | None = None
+    """Samples of the data set; None where nobody can know."""
     generator: torch.Generator = dataclasses.field(default_factory=torch.Generator)
     """What loaders seed their workers from."""
     warned: bool = False
@@ -98,7 +105,7 @@ def length(loader: Any) -> int | None:
         return None
 
 
-def make_resumable(loader: Any, cursor: Cursor, world_size: int) -> Any:
+def make_resumable(loader: Any, cursor: Cursor, world_size: int, timeout: str | None = None) -> Any:
     """Prepare a training loader so that iterating it begins at the cursor.
 
     A `DataLoader` of a map-style data set is prepared in place: it skips by index, and what
@@ -107,8 +114,9 @@ def make_resumable(loader: Any, cursor: Cursor, world_size: int) -> Any:
     Anything else is iterated from its beginning, and the batches before the cursor dropped.
     """
     cursor.draw = 0
+    cursor.samples = length(getattr(loader, "dataset", None))
     if isinstance(loader, DataLoader):
-        seed_loading(loader, cursor)
+        seed_loading(loader, cursor, timeout)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         if cursor.position:
             log.warning(
@@ -136,17 +144,19 @@ def make_resumable(loader: Any, cursor: Cursor, world_size: int) -> Any:
             "`sampler=sampler(dataset)` in get_train_dataloader for an exact resume.",
             stacklevel=2,
         )
-    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    vars(loader)[name] = _FromCursor(sampler, cursor)
+    vars(loader)["sampler" if loader.batch_sampler is None else "batch_sampler"] = _FromCursor(sampler, cursor)
     return loader
 
 
-def seed_loading(loader: DataLoader[Any], cursor: Cursor) -> None:
+def seed_loading(loader: DataLoader[Any], cursor: Cursor, timeout: str | None = None) -> None:
     """Make what happens while a loader loads a function of (seed, epoch, index) alone.
 
     `iter(loader)` would also draw from the global random state, so the loader gets a
-    generator of its own. The data set stays the user's object behind a view.
+    generator of its own. The data set stays the user's object behind a view. Its workers
+    are waited for no longer than `timeout`, unless the loader has one of its own.
     """
+    if timeout is not None and loader.num_workers and not loader.timeout:
+        loader.timeout = seconds(timeout)
     if loader.generator is None:
         loader.generator = cursor.generator
     if loader.generator is cursor.generator:
@@ -157,7 +167,7 @@ def seed_loading(loader: DataLoader[Any], cursor: Cursor) -> None:
     if not isinstance(view, _SeededDataset):
         collate = loader.collate_fn if loader.batch_sampler is not None else None
         # DataLoader forbids to set `dataset`; the view answers to all that the data set does.
-        vars(loader)["dataset"] = view = _SeededDataset(loader.dataset, collate, cursor.seed)
+        vars(loader)["dataset"] = view = _SeededDataset(loader.dataset, collate, cursor.seed, loader.timeout)
         if collate is not None:
             loader.collate_fn = _collated_already
         if loader.num_workers:
@@ -166,24 +176,27 @@ def seed_loading(loader: DataLoader[Any], cursor: Cursor) -> None:
 
 
 class _SeededDataset:
-    """A view of a map-style data set that loads and collates under a seed of the batch's own."""
+    """A view of a map-style data set that loads and collates under a seed of the batch's own.
 
-    def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int) -> None:
+    An error says which samples were loaded, and a worker that is late with a batch says where it is.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int, patience: float) -> None:
         self.dataset = dataset
         self.collate = collate
         self.seed = seed
         self.epoch = torch.zeros(1, dtype=torch.int64)  # shared with workers, who may outlive an epoch
+        self._patience = patience  # seconds that the main process waits for a batch of workers; 0 for ever
+        self._under_way: Any = None  # in a worker that is watched: since when it loads what, or ()
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:
-        with self._seeded(indices):
-            if getattr(self.dataset, "__getitems__", None):
-                loaded = self.dataset.__getitems__(indices)
-            else:
-                loaded = [self.dataset[index] for index in indices]
+        with _loading(self, indices):
+            load = getattr(self.dataset, "__getitems__", None)
+            loaded = load(indices) if load else [self.dataset[index] for index in indices]
             return loaded if self.collate is None else self.collate(loaded)
 
     def __getitem__(self, index: Any) -> Any:
-        with self._seeded(index):
+        with _loading(self, index):
             return self.dataset[index]
 
     def __len__(self) -> int:
@@ -194,41 +207,65 @@ class _SeededDataset:
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def _seeded(self, index: Any) -> contextlib.AbstractContextManager[None]:
-        first = index[0] if isinstance(index, (list, tuple)) and index else index
-        return seeded(mix(self.seed, self.epoch.tolist()[0], first))
-
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, Python and numpy, and put them back afterwards.
+def _loading(view: _SeededDataset, index: Any) -> Iterator[None]:
+    """Seed torch's CPU generator, Python and numpy for a batch, and put them back afterwards; watch over a worker.
 
     About 20 us, most of it Python's own. A worker has its random states to itself, and puts nothing back.
     """
+    indices = index if isinstance(index, (list, tuple)) and index else [index]
+    seed = mix(view.seed, view.epoch.tolist()[0], indices[0])
     numpy = sys.modules.get("numpy")
-    alone = get_worker_info() is not None
-    if not alone:
+    worker = get_worker_info()
+    if worker is None:
         kept = torch.default_generator.get_state(), random.getstate()
         if numpy:  # exchanging the generator is 15 times cheaper than reading and writing its state
             kept_bits = numpy.random.get_bit_generator()
             numpy.random.set_bit_generator(_bits_of_loading(numpy))
+    elif view._patience:
+        if view._under_way is None:
+            threading.Thread(target=_watch, args=[view], daemon=True).start()
+        view._under_way = time.monotonic(), indices
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     if numpy:
         numpy.random.seed(seed % 2**32)
     try:
         yield
+    except Exception as error:
+        error.add_note(f"while loading {_name(indices)}")
+        raise
     finally:
-        if not alone:
+        view._under_way = view._under_way and ()  # None stays None: nobody watches yet
+        if worker is None:
             torch.default_generator.set_state(kept[0])
             random.setstate(kept[1])
             if numpy:
                 numpy.random.set_bit_generator(kept_bits)
 
 
-@functools.cache
-def _bits_of_loading(numpy: Any) -> Any:
-    return numpy.random.MT19937()
+_bits_of_loading = functools.cache(lambda numpy: numpy.random.MT19937())
+
+
+def _watch(view: _SeededDataset) -> None:
+    """Have this worker write where it is, shortly before the main process gives up waiting for its batch.
+
+    A thread of Python's, because `faulthandler.dump_traceback_later` blocks for ever in a process that
+    was forked from one where it is armed. It cannot speak while code in C holds the interpreter.
+    """
+    while True:
+        time.sleep(view._patience / 10)
+        under_way = view._under_way
+        if under_way and time.monotonic() - under_way[0] > 0.8 * view._patience:
+            view._under_way = ()  # said once a batch
+            print(f"still loading {_name(under_way[1])}; trainer.loader_timeout is near:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.stderr)  # an error, and the end of this, where stderr is no file
+
+
+def _name(indices: Sequence[Any]) -> str:
+    shown = ", ".join(map(repr, indices[:8])) + (f" and {len(indices) - 8} more" if len(indices) > 8 else "")
+    return f"samples [{shown}]" + (f" (loading worker {worker.id})" if (worker := get_worker_info()) else "")
 
 
 def _collated_already(batch: Any) -> Any:

@@ -139,9 +139,9 @@ def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler
 def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Loader:
     """Answer the loader to iterate; a training loader then begins at `trainer.position`."""
     if stage is Stage.TRAIN:
-        loader = data.make_resumable(loader, trainer.cursor, trainer.world_size)
+        loader = data.make_resumable(loader, trainer.cursor, trainer.world_size, trainer.options.loader_timeout)
     elif isinstance(loader, torch.utils.data.DataLoader):
-        data.seed_loading(loader, data.Cursor(seed=trainer.options.seed))
+        data.seed_loading(loader, data.Cursor(seed=trainer.options.seed), trainer.options.loader_timeout)
     return loader
 
 
@@ -171,9 +171,10 @@ def restore(trainer: Trainer, stage: Stage) -> bool:
 
 @verb
 def get_run_state(trainer: Trainer) -> dict[str, Any]:
-    """Answer the whole state of the run in named sections; whole only in `on_begin_train`, `on_boundary` and `save`.
+    """Answer the state of the run in named sections.
 
-    The section `window` is there where `save` comes within a window: the gradients so far by parameter,
+    Whole only in `on_begin_train`, `on_begin_train_epoch`, `on_boundary` and `save`. The section
+    `window` is there where `save` comes within a window: the gradients so far by parameter,
     and the outputs of the micro-batches that gave them.
     """
     names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}

@@ -67,7 +67,7 @@ def load_path(path: str) -> Any:
         ValueError: there is no such thing.
     """
     home, _, name = path.rpartition(".")
-    if not home:
+    if not all(path.split(".")) or not home:
         raise ValueError(f"{path!r} is no dotted path, such as package.module.Name")
     try:
         module = importlib.import_module(home)

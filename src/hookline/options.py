@@ -54,6 +54,8 @@ class Options:
     """Device of this rank; auto is CUDA where there is one, else the CPU."""
     keep_loaders: bool = False
     """Ask for loaders once instead of every epoch, so that their workers live on."""
+    loader_timeout: str | None = "10 min"
+    """How long a batch of loading workers may take; null to wait for ever."""
     reset_optimizers_schedulers: bool = False
     """Resume with fresh optimizers and schedulers."""
     resume: str | bool = False
@@ -84,13 +86,14 @@ def make_options(given: Mapping[str, Any]) -> Options:
         raise ValueError(
             f"evaluate_every={options.evaluate_every!r} counts evaluations by themselves; count steps or epochs"
         )
-    if options.max_time is not None:
-        seconds(options.max_time)
+    for duration in (options.max_time, options.loader_timeout):
+        if duration is not None:
+            seconds(duration)
     least = {"epochs": 0, "max_steps": 0, "sanity_val_steps": 0}
     for name, value in dataclasses.asdict(options).items():
         if type(value) is int and name != "seed" and value < least.get(name, 1):
             raise ValueError(f"{name}={value} must be at least {least.get(name, 1)}")
-    if not re.fullmatch(r"[\w.-]+", options.run_name) or options.run_name.startswith("."):
+    if not re.fullmatch(r"[\w.-]{1,200}", options.run_name) or options.run_name.startswith("."):
         raise ValueError(f"run_name={options.run_name!r} must be a plain name of letters, digits, '_', '-' and '.'")
     return options
 
@@ -126,5 +129,5 @@ def run_folder(options: Options, training: bool) -> Path:
 def _numbered_runs(options: Options) -> dict[int, Path]:
     pattern = re.compile(re.escape(options.run_name) + r"-(\d+)")
     folder = Path(options.runs_folder)
-    found = [(pattern.fullmatch(path.name), path) for path in folder.glob("*")] if folder.is_dir() else []
-    return {int(match[1]): path for match, path in found if match}
+    names = os.listdir(folder) if folder.is_dir() else []  # a glob would take what may not be read for empty
+    return {int(match[1]): folder / match[0] for match in map(pattern.fullmatch, names) if match}

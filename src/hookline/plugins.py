@@ -216,14 +216,14 @@ class PluginManager(pluggy.PluginManager):
         """Return the plugins by name in the order in which they are called, without core and module."""
         return [pair for pair in reversed(self.list_name_plugin()) if pair[0] != MODULE and pair[0] not in self._specs]
 
-    def tell_each(self, hook: str, **arguments: Any) -> list[Exception]:
+    def tell_each(self, hook: str, **arguments: Any) -> list[BaseException]:
         """Tell an event to every plugin, each on its own; return what they raised, with blame."""
-        errors = []
+        errors: list[BaseException] = []
         for impl in reversed(self._plugged(hook)):
             try:
                 impl.function(*map(arguments.__getitem__, (*impl.argnames, *impl.kwargnames)))
-            except Exception as error:
-                if is_observer(impl.plugin):
+            except BaseException as error:  # Ctrl-C in one teardown must not cost the others theirs
+                if is_observer(impl.plugin) and isinstance(error, Exception):
                     self._failed(hook, impl.plugin_name, error)
                 else:
                     error.add_note(self._note(hook, impl))

@@ -151,26 +151,27 @@ def copy_state(state: Any) -> Any:
     Args:
         state: nested containers of tensors and plain data, as `get_run_state` answers them.
     """
-    copied: dict[tuple[Any, ...], torch.Tensor] = {}
+    return _copy(state, {})
 
-    def copy_of(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            value = value.detach()
-            if value.layout is not torch.strided or not value.numel():
-                return value.to("cpu", copy=True)
-            memory = value.data_ptr(), value.device, value.dtype, value.shape, value.stride()
-            if memory not in copied:
-                copied[memory] = value.to("cpu", copy=True)
-            return copied[memory]
-        if isinstance(value, dict):
-            other = copy.copy(value)  # keeps its kind, and what is attached to a state dict
-            other.update((key, copy_of(kept)) for key, kept in value.items())
-            return other
-        if type(value) in (list, tuple):
-            return type(value)(map(copy_of, value))
-        return copy.deepcopy(value)
 
-    return copy_of(state)
+def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
+    """Copy a value; `copied` knows the copy of each memory that was met."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach()
+        if value.layout is not torch.strided or not value.numel():
+            return value.to("cpu", copy=True)
+        memory = value.data_ptr(), value.device, value.dtype, value.shape, value.stride()
+        if memory not in copied:
+            copied[memory] = value.to("cpu", copy=True)
+        return copied[memory]
+    if isinstance(value, dict):
+        other = copy.copy(value)  # keeps its kind, and what is attached to a state dict
+        for key, kept in value.items():  # a Counter's `update` would count the pairs
+            other[key] = _copy(kept, copied)
+        return other
+    if type(value) in (list, tuple):
+        return type(value)([_copy(kept, copied) for kept in value])
+    return copy.deepcopy(value)
 
 
 # Gradients ----------------------------------------------------------------------------

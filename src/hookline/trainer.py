@@ -130,19 +130,23 @@ class Trainer:
             if getattr(plugin, "hookspecs", None) is not None:
                 self.plugins.add_contract(plugin.hookspecs, f"{name}.hookspecs")
         self._register(named)
-        self.rank, self.local_rank, self.world_size = self.hook.get_ranks(trainer=self)
-        self.device: torch.device = self.hook.get_device(trainer=self)
-        self.on_cpu = self.device.type == "cpu"
-        self.module = self._adapt(module)
-        # pluggy calls last whom it met first: the module's own hooks are the innermost.
-        for name in named:
-            self.plugins.unregister(name=name)
-        self.plugins.register(self.module, MODULE)
-        self._register(named)
-        self.model: torch.nn.Module = self.module
-        self._model_stands = False
-        self.config = dict(config) if config is not None else self._own_config(named)
-        self.plugins.hook.on_setup.call_historic(kwargs={"trainer": self})
+        try:
+            self.rank, self.local_rank, self.world_size = self.hook.get_ranks(trainer=self)
+            self.device: torch.device = self.hook.get_device(trainer=self)
+            self.on_cpu = self.device.type == "cpu"
+            self.module = self._adapt(module)
+            # pluggy calls last whom it met first: the module's own hooks are the innermost.
+            for name in named:
+                self.plugins.unregister(name=name)
+            self.plugins.register(self.module, MODULE)
+            self._register(named)
+            self.model: torch.nn.Module = self.module
+            self._model_stands = False
+            self.config = dict(config) if config is not None else self._own_config(named)
+            self.plugins.hook.on_setup.call_historic(kwargs={"trainer": self})
+        except BaseException as error:
+            self.plugins.blame(error)
+            raise
 
     def _register(self, named: Mapping[str, Any]) -> None:
         for name, plugin in reversed(list(named.items())):
@@ -222,6 +226,11 @@ class Trainer:
         """Ask for the state to be stored; done at the next boundary, once for all who ask."""
         self._save_reasons.append(reason)
 
+    @property
+    def save_asked(self) -> bool:
+        """Whether somebody has asked for the state to be stored at this boundary, or training ends at it."""
+        return bool(self._save_reasons) or self._finished()
+
     def export_model(self) -> dict[str, torch.Tensor]:
         """Return the portable weights of the model alone."""
         return self.hook.export_model(trainer=self)  # type: ignore[no-any-return]
@@ -249,16 +258,17 @@ class Trainer:
             self.plugins.report_failures()
             if first is not None:
                 self._add_notes(first, errors)
-            else:
+            elif errors:
+                self.status = "failed"
                 self._raise(errors)
 
-    def _raise(self, errors: list[Exception]) -> None:
+    def _raise(self, errors: list[BaseException]) -> None:
         if errors:
             self._add_notes(errors[0], errors[1:])
             raise errors[0]
 
     @staticmethod
-    def _add_notes(error: BaseException, others: Iterable[Exception]) -> None:
+    def _add_notes(error: BaseException, others: Iterable[BaseException]) -> None:
         for other in others:
             notes = ", ".join(getattr(other, "__notes__", ()))
             error.add_note(f"and then {type(other).__name__}: {other} ({notes})")
@@ -273,6 +283,7 @@ class Trainer:
         self._set_up_training()
         if self._finished():
             log.warning("nothing is left to train: the run is at step %d, epoch %d", self.global_step, self.epoch)
+            self._flush(self._interval)  # it may have been killed between its last save and this
             return
         self.model.train()
         self._session_began = time.monotonic() - self.counters.seconds
@@ -435,6 +446,7 @@ class Trainer:
         hook.on_end_train_epoch(trainer=self, global_step=self.global_step, train_step_collated_outputs=outputs)
         counters.epochs += 1
         self.cursor.begin_epoch(counters.epochs)
+        self._settling_due = True  # also where nothing was trained of what was left of the epoch
 
     def advance(self, window: Sequence[Any]) -> bool:
         """Settle the step before, then take one: update, count, tell; answer False if training stops instead.
@@ -562,7 +574,9 @@ class Trainer:
             if (finished or self.stop_reason is not None) and self.options.eval_when_finish and not self._preempted():
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
-            put_back = self.restored_rng is not None  # another state was, so the data go on where that one stood
+            back = self.restored_rng  # another state was put back, so the data go on where that one stood
+            if back is not None:
+                set_rng_state(back)
             finished = self._is_over() or self.stop_reason is not None
             if finished:
                 self._save_reasons.append(self.stop_reason or "end of training")
@@ -570,7 +584,7 @@ class Trainer:
                 reasons, self._save_reasons = self._save_reasons, []
                 self.hook.save(trainer=self, reason=", ".join(dict.fromkeys(reasons)), state=None)
             self.settled = snapshot(self.counters)
-            return not finished and not put_back
+            return not finished and back is None
         return True  # what was asked for between two steps is served at the boundary of the second
 
     def _finished(self) -> bool:
@@ -759,6 +773,7 @@ class Trainer:
             "losses": torch.stack(self._losses) if self._losses else None,
             "interval": self._interval.get_state(),
             "epoch": self._epoch.get_state(),
+            "frozen": [name for name, weight in self.module.named_parameters() if not weight.requires_grad],
         }
 
     def update_state(self, state: Mapping[str, Any]) -> None:
@@ -773,6 +788,9 @@ class Trainer:
         self._losses = [] if state["losses"] is None else list(state["losses"].unbind())
         self._interval.update_state(state["interval"])
         self._epoch.update_state(state["epoch"])
+        if not self.options.reset_optimizers_schedulers:
+            for name, weight in self.module.named_parameters():
+                weight.requires_grad_(name not in state["frozen"])
 
     @property
     def global_step(self) -> int:

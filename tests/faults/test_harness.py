@@ -1,15 +1,19 @@
 """The harness itself: faults come where they are said to come, and a checker that finds nothing wrong can find it."""
 
 import errno
+import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from hookline.testing import tiny_trainer
 from hookline.testing.faults import (
+    PRELOADED,
     Child,
     Recorder,
     at_file,
@@ -37,6 +41,16 @@ def raise_something():
     raise ValueError("something")
 
 
+def imported(names):
+    return [name for name in names if name in sys.modules]
+
+
+def leave_one_behind():
+    if os.fork() == 0:
+        time.sleep(60)
+    kill()
+
+
 def sleep():
     print("asleep", flush=True)
     time.sleep(60)
@@ -58,10 +72,32 @@ def test_a_hook_that_is_not_reached_so_often_does_nothing():
     assert run(die_at, "update", 15).code == 0
 
 
+def test_a_process_starts_others_as_this_one_does():
+    assert run(multiprocessing.get_start_method).value == multiprocessing.get_start_method()
+
+
+def test_a_process_that_dies_is_not_waited_for_longer_than_it_lives():
+    began = time.monotonic()
+    assert run(leave_one_behind, timeout=30).code == -signal.SIGKILL
+    assert time.monotonic() - began < 20
+
+
+def test_modules_that_take_long_are_imported_already():
+    assert run(imported, PRELOADED).value == PRELOADED
+
+
 def test_a_process_that_hangs_is_ended_and_shown():
     child = Child(sleep)
     with pytest.raises(TimeoutError, match=r"still running after 1 s; it wrote:\nasleep"):
         child.wait(1)
+
+
+def test_a_process_that_has_ended_gets_no_signal():
+    child, deadline = Child(add, 1, 2), time.monotonic() + 20
+    while Path(f"/proc/{child.pid}").exists():
+        assert time.monotonic() < deadline
+    child.signal(signal.SIGKILL)
+    assert child.wait() == (0, 3, "adding\n")
 
 
 def test_an_unknown_hook_is_refused():

@@ -198,7 +198,7 @@ def test_each_rank_has_its_own_random_states(tmp_path):
 
         @hookimpl
         def all_gather(self, value):
-            return [value, {**value, "torch": torch.Generator().manual_seed(5).get_state()}]
+            return [value, {"rng": {**value["rng"], "torch": torch.Generator().manual_seed(5).get_state()}}]
 
     trained(tmp_path, Two(0), max_steps=1)
     assert {path.name for path in at(tmp_path, 1).iterdir()} == FILES | {"rank-0001.safetensors", "rank-0001.json"}
@@ -211,10 +211,10 @@ def test_each_rank_has_its_own_random_states(tmp_path):
 
 def test_a_failed_write_changes_nothing(tmp_path):
     def contents():
-        yield "model.safetensors", b"1"
+        yield "model.safetensors", [b"1"]
         raise OSError(28, "No space left on device")
 
-    storage.write(tmp_path, 1, [("a.json", b"{}")], {})
+    storage.write(tmp_path, 1, [("a.json", [b"{}"])], {})
     with pytest.raises(OSError, match="No space left"):
         storage.write(tmp_path, 2, contents(), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000001"]
@@ -258,13 +258,13 @@ def test_an_earlier_checkpoint_by_its_path_leaves_the_newer_alone(tmp_path, capl
 
 
 def test_saving_a_step_again_keeps_a_good_one_and_replaces_a_bad_one(tmp_path):
-    path = storage.write(tmp_path, 7, [("a.json", b"{}")], {})
+    path = storage.write(tmp_path, 7, [("a.json", [b"{}"])], {})
     before = (path / "manifest.json").stat().st_ino
-    assert storage.write(tmp_path, 7, [("a.json", b"[]")], {}) == path
+    assert storage.write(tmp_path, 7, [("a.json", [b"[]"])], {}) == path
     assert (path / "manifest.json").stat().st_ino == before
     flip(path / "a.json")
-    storage.write(tmp_path, 7, [("a.json", b"[]")], {})
-    assert storage.read(path, ["a.json"])[1] == {"a.json": b"[]"}
+    storage.write(tmp_path, 7, [("a.json", [b"[]"])], {})
+    assert storage.read(path, {"a.json": storage.read_tree})[1] == {"a.json": []}
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000007"]
 
 
@@ -301,7 +301,7 @@ DAMAGES = {
         lambda path: (path / "manifest.json").write_bytes(
             (path.parent / "step-000000000003/manifest.json").read_bytes()
         ),
-        r"manifest\.json is of step 3",
+        r"manifest\.json is of step-000000000003",
     ),
     "link": (
         lambda path: (
@@ -386,11 +386,17 @@ def test_a_manifest_that_lies(change, said, tmp_path):
         unpack(path, 0)
 
 
+def whole(file):
+    return bytes(file.take(file.left))
+
+
 def test_state_that_is_no_tree(tmp_path):
     trained(tmp_path, max_steps=1)
-    about, contents = storage.read(at(tmp_path, 1), FILES - {"manifest.json"})
+    about, contents = storage.read(at(tmp_path, 1), dict.fromkeys(FILES - {"manifest.json"}, whole))
     contents["state.json"] = b'{"module": {"$unknown": 1}}'
-    path = storage.write(tmp_path, 5, contents.items(), {"world_size": about["world_size"]})
+    path = storage.write(
+        tmp_path, 5, ((name, [content]) for name, content in contents.items()), {"world_size": about["world_size"]}
+    )
     with pytest.raises(CheckpointError, match=r"it cannot be understood: not a tree that this version reads"):
         unpack(path, 0)
 
@@ -418,11 +424,11 @@ def test_a_damaged_one_does_not_count(tmp_path):
 def test_leftovers_of_dead_writers_are_swept_at_the_first_save(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     folder = tmp_path / "runs/run-1/checkpoints"
-    kept = [f".tmp-000000000001-{os.getppid()}-00", ".tmp-mine", "notes.txt"]
-    for name in [f".tmp-000000000001-{int(gone.stdout)}-00", f".tmp-000000000002-{os.getpid()}-0a", *kept]:
+    kept = [f".tmp-{os.getppid()}-00", ".tmp-mine", "notes.txt"]
+    for name in [f".tmp-{int(gone.stdout)}-00", f".tmp-{os.getpid()}-0a", *kept]:
         (folder / name).mkdir(parents=True)
         (folder / name / "model.safetensors").write_text("half")
-    (folder / ".trash-000000000001-1-00").mkdir()
+    (folder / f".trash-{int(gone.stdout)}-00").mkdir()
     trained(tmp_path, resume=True, max_steps=1)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*kept, "step-000000000001"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import enum
 import functools
+import io
 import json
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from dataclasses import dataclass
@@ -14,17 +15,24 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hookline_checkpoint.codec import join, split, tensors_from_bytes, tensors_to_bytes, tree_to_bytes
+from hookline.testing import digest
+from hookline_checkpoint.codec import join, read_tensors, split, tensors_to_parts, tree_to_bytes
+from hookline_checkpoint.storage import Reader
 
 
 def through(tree: Any) -> Any:
     """Return what comes back from the bytes of the two files."""
     tensors, encoded = split(tree, "plugins")
-    return join(tensors_from_bytes(tensors_to_bytes(tensors)), json.loads(tree_to_bytes(encoded)))
+    content = b"".join(tensors_to_parts(tensors))
+    kept = read_tensors(Reader(io.BytesIO(content), len(content)))
+    theirs = safetensors.torch.load(content)
+    assert {name: digest(tensor) for name, tensor in kept.items()} == {n: digest(t) for n, t in theirs.items()}
+    return join(kept, json.loads(tree_to_bytes(encoded)))
 
 
 def same(one: Any, other: Any) -> bool:

@@ -88,7 +88,7 @@ def test_help_shows_what_can_be_said(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["checkpoints", "--help"])
     said = capsys.readouterr().out
-    for name in ("list", "show", "verify", "export", "diff", "hookline checkpoints export digits-1 --to"):
+    for name in ("list", "show", "verify", "export", "import", "diff", "hookline checkpoints export digits-1 --to"):
         assert name in said
 
 
@@ -99,6 +99,7 @@ def test_the_commands_that_are_shown_run(text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for seed in (3, 4):
         trained(run_name="digits", seed=seed)
+    torch.save({"state_dict": torch.nn.Linear(2, 2).state_dict(), "epoch": 3}, "model.ckpt")
     shown = re.findall(r"^ *hookline checkpoints (.*?)(?:#.*| &&.*)?$", text, re.M)
     assert len(shown) >= 7
     for line in shown:

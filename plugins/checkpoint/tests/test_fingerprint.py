@@ -97,7 +97,7 @@ def test_the_same_run_says_nothing(tmp_path, caplog):
 CHANGES = {
     "batch": ({"train_batch_size": 8}, [], Line, "train_batch_size: was 4, is 8; batches_per_epoch: was 4, is 2"),
     "seed": ({"seed": 2}, [], Line, "seed: was 1, is 2"),
-    "data": ({}, [], Longer, "batches_per_epoch: was 4, is 6; module: was Line, is Longer"),
+    "data": ({}, [], Longer, "batches_per_epoch: was 4, is 6; samples: was 16, is 24; module: was Line, is Longer"),
     "window": (
         {},
         [Doubler],
@@ -142,8 +142,11 @@ def test_evaluations_ask_for_nothing_of_it(tmp_path, caplog):
 
 def test_a_checkpoint_without_a_fingerprint_is_taken(tmp_path, caplog):
     path = cut(tmp_path)
-    about, contents = storage.read(path, storage.read_manifest(path)["files"])
-    storage.remove(path, 3)
-    storage.write(path.parent, 3, contents.items(), {"world_size": about["world_size"]})
+    about = storage.read_manifest(path)
+    contents = {name: (path / name).read_bytes() for name in about["files"]}
+    storage.remove(path)
+    storage.write(
+        path.parent, 3, ((name, [content]) for name, content in contents.items()), {"world_size": about["world_size"]}
+    )
     make(tmp_path, strict=True, seed=5).train()
     assert warnings(caplog) == []

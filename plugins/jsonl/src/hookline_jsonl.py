@@ -166,7 +166,7 @@ class Jsonl(CallbackInterface):
         record = {"event": event, "session": self._session, "time": round(time.time(), 3), **fields}
         line = json.dumps(record, allow_nan=False) + "\n"
         if self._descriptor is None:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
             self._descriptor = os.open(self._path, flags, 0o666)
             if is_torn(self._descriptor):
                 line = "\n" + line

@@ -33,6 +33,8 @@ class Signals(CallbackInterface):
     """Signals that save and let training go on."""
     exit_codes: dict[str, int] = field(default_factory=dict)
     """Exit code of the command line by signal; 128 + its number where it is not named."""
+    within_window: bool = False
+    """Save and end behind the micro-batch under way, not the optimizer step: for a short notice and long windows."""
 
     def __post_init__(self) -> None:
         for option in ("stop_on", "save_on"):
@@ -55,6 +57,8 @@ class Signals(CallbackInterface):
                 raise ValueError(
                     f"signals.exit_codes.{name}={code} must be from 1 to 255; 0 would say that the run is done"
                 )
+        if not self.within_window:
+            self.on_end_backward = None  # type: ignore[assignment,method-assign]  # costs nothing where it is not asked for
         self._former: dict[int, Any] = {}
         self._stop = self._save = 0
 
@@ -108,7 +112,15 @@ class Signals(CallbackInterface):
         if self._save:
             number, self._save = self._save, 0
             trainer.save(f"received {signal.Signals(number).name}")
+        self._end(trainer)
+
+    @hookimpl
+    def on_end_backward(self, trainer: Trainer) -> None:  # type: ignore[override]
+        if trainer.world_size == 1:  # ranks would have to agree on the micro-batch
+            self._end(trainer)
+
+    def _end(self, trainer: Trainer) -> None:
         if self._stop:
             name = signal.Signals(self._stop).name
             code = self.exit_codes.get(name, 128 + self._stop)
-            trainer.stop(f"received {name}", status="preempted", exit_code=code)
+            trainer.stop(f"received {name}", "preempted", code, within_window=self.within_window)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hookline import hookimpl
+from hookline import CallbackInterface, hookimpl
 from hookline.testing import Memory, TinyModule, check_plugin, digest, tiny_trainer
 from hookline_signals import Signals
 
@@ -222,6 +222,34 @@ def test_ends_at_the_boundary_with_one_save(number, code, handlers):
     assert (trainer.status, trainer.exit_code, trainer.stop_reason) == ("preempted", code, f"received {number.name}")
     assert list(memory.states) == [3]
     assert now() == {handlers}
+
+
+@pytest.mark.parametrize(("within", "steps", "phase"), [(False, 1, 0), (True, 0, 2)])
+def test_within_a_window_it_need_not_wait_for_the_step(within, steps, phase, handlers):
+    class Windows(CallbackInterface):
+        @hookimpl
+        def get_window_size(self):
+            return 3
+
+    class Second(Signalled):
+        batches = 0
+
+        def train_step(self, global_step, batch, device):
+            self.batches += 1
+            if self.batches == 2:
+                signal.raise_signal(signal.SIGTERM)
+            return TinyModule.train_step(self, global_step, batch, device)
+
+    memory = Memory()
+    module = Second(signal.SIGTERM)
+    trainer = tiny_trainer([Signals(within_window=within), memory, Windows()], module, train_batch_size=24)
+    trainer.train()
+    assert (trainer.status, trainer.exit_code, trainer.global_step) == ("preempted", 143, steps)
+    assert len(memory.state.get("window", {"outputs": []})["outputs"]) == phase
+    whole, resumed = (tiny_trainer([plugin, Windows()], train_batch_size=24) for plugin in (Memory(), memory))
+    whole.train()
+    resumed.train()
+    assert digest(whole.module.state_dict()) == digest(resumed.module.state_dict())
 
 
 def test_one_save_also_where_the_cadence_is_due(handlers):

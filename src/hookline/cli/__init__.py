@@ -193,18 +193,32 @@ def _run(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.to_yaml(config.masked(loaded)), end="")
         return 0
-    trainer = _trainer(loaded)
-    if options.door == "train":
-        kept = trainer.run_dir / "config.yaml"
-        if not kept.exists():
+    with _no_early_success():
+        trainer = _trainer(loaded)
+        if options.door == "train":
             tree = {**trainer.config, "trainer": {**trainer.config["trainer"], "resume": False}}
-            kept.write_text(config.to_yaml(tree), encoding="utf-8")
-    with _mendable(ValueError):
-        metrics = getattr(trainer, options.door)()
+            kept = trainer.run_dir / "config.yaml"
+            with contextlib.suppress(FileExistsError), kept.open("x", encoding="utf-8") as file:  # follows no link
+                file.write(config.to_yaml(tree))
+        with _mendable(ValueError):
+            metrics = getattr(trainer, options.door)()
     if metrics:
         print(json.dumps(metrics, indent=2))
     code: int = trainer.exit_code
     return code
+
+
+@contextlib.contextmanager
+def _no_early_success() -> Iterator[None]:
+    """Let a `sys.exit()` in the middle of a run not pass for a run that is done."""
+    try:
+        yield
+    except SystemExit as error:
+        if error.code is None or (isinstance(error.code, int) and error.code % 256 == 0):
+            notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+            print(f"hookline: the run was left by SystemExit({error.code}) before it was done{notes}", file=sys.stderr)
+            error.code = 1
+        raise
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -307,6 +308,9 @@ def cut_off(path: Path, keep: float | int) -> None:
 
 # Processes ----------------------------------------------------------------------------
 
+PRELOADED = ["torch", "torch._dynamo", "hookline.trainer", "hookline.testing.faults"]  # optimizers import dynamo
+"""Modules that every `Child` finds imported; what is appended before the first one is, too."""
+
 
 class Outcome(NamedTuple):
     """How a process ended."""
@@ -329,10 +333,12 @@ class Child:
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "hookline.trainer", "hookline.testing.faults"])
+        context.set_forkserver_preload(PRELOADED)
         self._output = tempfile.NamedTemporaryFile("r", prefix="hookline-child-")  # noqa: SIM115 - closed in wait
         self._ours, theirs = context.Pipe(duplex=False)
-        self._process = context.Process(target=_run, args=(theirs, self._output.name, function, args), daemon=False)
+        method = multiprocessing.get_start_method(allow_none=True)
+        given = theirs, self._output.name, method, function, args
+        self._process = context.Process(target=_run, args=given, daemon=False)
         self._process.start()
         theirs.close()
 
@@ -349,8 +355,9 @@ class Child:
         return Path(self._output.name).read_text(errors="replace")
 
     def signal(self, number: int) -> None:
-        """Send it a signal."""
-        os.kill(self.pid, number)
+        """Send it a signal; one that has ended by itself gets none."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def wait(self, timeout: float = 60.0) -> Outcome:
         """Return how it ended.
@@ -359,8 +366,9 @@ class Child:
             TimeoutError: it did not, and was killed with all that it had started.
         """
         deadline, value = time.monotonic() + timeout, None
+        connection.wait([self._ours, self._process.sentinel], timeout)  # what it has started may keep the pipe open
         with contextlib.suppress(EOFError):
-            value = self._ours.recv() if self._ours.poll(timeout) else None
+            value = self._ours.recv() if self._ours.poll() else None
         self._process.join(max(deadline - time.monotonic(), 0))
         hangs = self._process.is_alive()
         with contextlib.suppress(ProcessLookupError):
@@ -382,7 +390,8 @@ def run(function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> Outc
     return Child(function, *args).wait(timeout)
 
 
-def _run(pipe: Any, output: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(pipe: Any, output: str, method: str | None, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    multiprocessing.set_start_method(method, force=True)  # it would hand its own on to loading workers, say
     os.setsid()
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)

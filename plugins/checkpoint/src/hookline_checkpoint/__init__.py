@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from hookline_checkpoint.storage import CheckpointError as CheckpointError
 
 if TYPE_CHECKING:
+    from hookline_checkpoint.foreign import ForeignError as ForeignError
+    from hookline_checkpoint.foreign import load_foreign as load_foreign
     from hookline_checkpoint.plugin import Checkpoint as Checkpoint
 
 __version__ = "0.1.0"
+PLACES = {"Checkpoint": "plugin", "ForeignError": "foreign", "load_foreign": "foreign"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import the plugin, and torch with it, when it is asked for: the commands that list and verify need neither."""
-    if name != "Checkpoint":
+    """Import what needs torch when it is asked for: the commands that list and verify need none of it."""
+    if name not in PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hookline_checkpoint.plugin import Checkpoint
-
-    return Checkpoint
+    return getattr(importlib.import_module(f"{__name__}.{PLACES[name]}"), name)

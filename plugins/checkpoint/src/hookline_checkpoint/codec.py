@@ -15,22 +15,24 @@ import json
 import math
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import TensorSpec, serialize
-from safetensors.torch import load
+
+from hookline_checkpoint.storage import Buffer, Reader
 
 Tensors = dict[str, torch.Tensor]
 
-NATIVE = {  # what safetensors writes and reads; tensors of other dtypes are stored as their bytes
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
-    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
-    torch.float8_e4m3fn, torch.float8_e5m2,
+NATIVE = {  # what safetensors knows, in its words; tensors of other dtypes are stored as their bytes
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+DTYPES = {word: dtype for dtype, word in NATIVE.items()}
 FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict, set)}
 ARRAY_KINDS = "biufcmMSU"  # of numpy dtypes: those whose bytes are their value
 
@@ -63,32 +65,53 @@ def join(tensors: Mapping[str, torch.Tensor], encoded: Any) -> Any:
     """
     try:
         return _Joiner(tensors).decode(encoded)
-    except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"not a tree that this version reads: {type(error).__name__}: {error}") from error
 
 
-def tensors_to_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Return a safetensors file."""
-    host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    specs = {
-        name: TensorSpec(
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            shape=list(tensor.shape),
-            data_ptr=tensor.data_ptr(),
-            data_len=tensor.nbytes,
-        )
-        for name, tensor in host.items()
-    }
-    return bytes(serialize(specs))
+def tensors_to_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Buffer]:
+    """Yield a safetensors file part by part: its head, then each tensor's bytes, copied only from another device.
+
+    The format asks for the length of the head, the head as JSON, and the data without gaps; the
+    widest dtypes come first and the head is padded to 8 bytes, so that every tensor is aligned.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    head, end = {}, 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        head[name] = {"dtype": NATIVE[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    written = json.dumps(head).encode()
+    written += b" " * (-len(written) % 8)
+    yield len(written).to_bytes(8, "little") + written
+    for _, tensor in ordered:
+        if tensor.numel():
+            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def tensors_from_bytes(content: bytes) -> Tensors:
-    """Return the tensors of a safetensors file.
+def read_tensors(file: Reader) -> Tensors:
+    """Return the tensors of a safetensors file, each read into memory of its own.
+
+    Not into one memory for all: sums depend in the last bit on how a tensor lies in memory, and
+    torch lays its own out alike.
 
     Raises:
-        safetensors.SafetensorError: it is none.
+        ValueError: it is none.
     """
-    return load(content)
+    tensors, place = {}, 0
+    try:
+        head = json.loads(file.take(int.from_bytes(file.take(8), "little")))
+        for name, entry in sorted(head.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            end = place + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [place, end] or end - place > file.left:
+                raise ValueError(f"{name} is not where the head says")
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            if end > place:
+                file.fill(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+            place = end
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"no safetensors file: {type(error).__name__}: {error}") from error
+    return tensors
 
 
 def tree_to_bytes(encoded: Any) -> bytes:

@@ -1,12 +1,13 @@
-"""The command `hookline checkpoints`: look at checkpoints, check them, take the weights out, compare two.
+"""The command `hookline checkpoints`: look at checkpoints, check them, take weights out and in, compare two.
 
-Nothing here imports torch, so list, show and verify answer at once; export and diff import it when they begin.
+Nothing here imports torch, so list, show and verify answer at once; export, import and diff import it when they begin.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ examples:
   hookline checkpoints export digits-1 --to digits.safetensors
   hookline checkpoints export digits-1 --to digits.pt --format torch
   hookline checkpoints export digits-1 --to exported/ --max-shard-size 2GB
+  hookline checkpoints import model.ckpt --to model.safetensors
   hookline checkpoints diff digits-1 digits-2 --section module
 """
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,7 +52,7 @@ def main(words: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "hookline checkpoints",
-        description="Look at the checkpoints of a run, check them, take the weights out, compare two.",
+        description="Look at the checkpoints of a run, check them, take weights out and in, compare two.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -61,7 +63,8 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         for run in runs:
             added.add_argument(run, metavar=run.upper(), help="a run folder, a run's name, or a checkpoint")
-        added.add_argument("--folder", default="runs", help="where runs are looked for by name (default: runs)")
+        if runs:
+            added.add_argument("--folder", default="runs", help="where runs are looked for by name (default: runs)")
         return added
 
     add(
@@ -88,6 +91,16 @@ def _parser() -> argparse.ArgumentParser:
         help="split what is larger, e.g. 2GB, into several safetensors files and an index, as Hugging Face does",
     )  # fmt: skip
     export.add_argument("--force", action="store_true", help="replace files that are there")
+    foreign = add("import", "write the weights of another program's file as safetensors, running no code", _import)
+    foreign.add_argument("source", metavar="SOURCE", help="a file of torch.save or safetensors, or its http(s):// URL")
+    foreign.add_argument("--to", required=True, metavar="FILE", help="the safetensors file to write")
+    foreign.add_argument(
+        "--key", help="where in SOURCE the tensors by name are, if not in a usual place; dots lead deeper"
+    )
+    foreign.add_argument(
+        "--unsafe", action="store_true", help="run whatever code SOURCE holds; only if you trust its maker"
+    )
+    foreign.add_argument("--force", action="store_true", help="replace a file that is there")
     diff = add("diff", "tell by name in what two checkpoints differ; exit code 1 if they do", _diff, "a", "b")
     diff.add_argument(
         "--section", action="append", metavar="NAME",
@@ -151,7 +164,7 @@ def _list(options: argparse.Namespace) -> int:
     print(f"{'step':>12}  {'epoch':>5}  {'created':25}  {'size':>9}  state")
     for path in found:
         about, verdict = _judge(path)
-        step, epoch, created = int(path.name[5:]), about.get("epoch", "?"), about.get("created", "?")
+        step, epoch, created = storage.step_of(path), about.get("epoch", "?"), about.get("created", "?")
         size = 0
         with contextlib.suppress(OSError):  # a run that goes on may remove it meanwhile
             size = sum(entry.stat().st_size for entry in path.iterdir())
@@ -208,6 +221,23 @@ def _export(options: argparse.Namespace) -> int:
     written = export.export(path, to, options.format, options.max_shard_size, options.force, is_folder)
     for file in written:
         print(f"{file}  {_bytes(file.stat().st_size)}")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from hookline_checkpoint import export, foreign
+
+    to = Path(options.to)
+    if to.is_dir() or options.to.endswith("/"):
+        raise ValueError(f"--to={options.to} is a folder; name a file in it, like model.safetensors")
+    export.check_free([to] if os.path.lexists(to) else [], options.force)
+    loaded = foreign.load_foreign(options.source, unsafe=options.unsafe)
+    state, left = foreign.state_dict_of(loaded, options.key)
+    otherwise = "take it in Python, by load_foreign"
+    (file,) = export.put_safetensors(state, to.parent, to.name, otherwise)
+    print(f"{file}  {len(state)} tensors, {_bytes(file.stat().st_size)}")
+    if left:
+        print(f"left out: {', '.join(left)}")
     return 0
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hookline_checkpoint.layout import OWN, unpack
+from hookline_checkpoint.headers import ranks_of
+from hookline_checkpoint.layout import own, unpack
 from hookline_checkpoint.storage import read_manifest
 
 
@@ -37,10 +38,10 @@ def differences(a: Path, b: Path, *, sections: Collection[str] | None = None) ->
 
 
 def _leaves(path: Path, sections: Collection[str] | None) -> dict[str, Any]:
-    """Return all tensors and values of a checkpoint by dotted name; random states bear the number of their rank."""
-    state = unpack(path, 0)
-    ranks = read_manifest(path).get("world_size", 1)
-    state[OWN] = {f"rank {rank}": state[OWN] if rank == 0 else unpack(path, rank)[OWN] for rank in range(ranks)}
+    """Return all tensors and values of a checkpoint by dotted name; what ranks have for themselves bears a number."""
+    states = [unpack(path, rank) for rank in range(ranks_of(read_manifest(path)))]
+    owned = {name: {f"rank {rank}": state[name] for rank, state in enumerate(states)} for name in own(states[0])}
+    state = states[0] | owned
     unknown = set(sections or ()) - set(state)
     if unknown:
         raise ValueError(f"--section={min(unknown)}: {path} has {', '.join(state)}")

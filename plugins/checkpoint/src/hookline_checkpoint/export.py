@@ -6,17 +6,16 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from hookline_checkpoint.codec import NATIVE, join, tensors_from_bytes
+from hookline_checkpoint.codec import NATIVE, join, read_tensors
 from hookline_checkpoint.headers import SHARED, TREES
-from hookline_checkpoint.storage import CheckpointError, read
+from hookline_checkpoint.storage import CheckpointError, read, read_tree
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
 INDEX = "model.safetensors.index.json"
@@ -54,24 +53,22 @@ def export(
     there = [home / name] if os.path.lexists(home / name) else []
     if folder and form == "safetensors" and home.is_dir():
         there = sorted(file for file in home.iterdir() if OURS.fullmatch(file.name))
-    if there and not force:
-        raise ValueError(f"{', '.join(map(str, there))} is there already; name another place, or say --force")
-    home.mkdir(parents=True, exist_ok=True)
+    check_free(there, force)
     if form == "torch":
+        home.mkdir(parents=True, exist_ok=True)
         written = [_put(home / name, lambda file: torch.save(state, file))]
     else:
-        written = _safetensors(state, home, name, max_shard_size)
+        written = put_safetensors(state, home, name, "say --format torch", max_shard_size)
     for file in set(there) - set(written):
         file.unlink()
     return written
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
-    _, contents = read(path, [SHARED["module"], TREES])
+    _, contents = read(path, {SHARED["module"]: read_tensors, TREES: read_tree})
     try:
-        tree = json.loads(contents[TREES])["module"]
-        state = join(tensors_from_bytes(contents[SHARED["module"]]), tree)
-    except (KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        state = join(contents[SHARED["module"]], contents[TREES]["module"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"it cannot be understood: {error}") from error
     if not isinstance(state, dict) or not state:
         raise ValueError(f"the module's get_state gave no tensors by name in {path}, so there is nothing to export")
@@ -83,18 +80,52 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _safetensors(state: Mapping[str, torch.Tensor], home: Path, name: str, limit: int | None) -> list[Path]:
+def check_free(there: Sequence[Path], force: bool) -> None:
+    """Refuse to replace files, unless it is forced.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if there and not force:
+        raise ValueError(f"{', '.join(map(str, there))} is there already; name another place, or say --force")
+
+
+def put_safetensors(
+    state: Mapping[str, torch.Tensor], home: Path, name: str, otherwise: str, limit: int | None = None
+) -> list[Path]:
+    """Write tensors as safetensors; return the files.
+
+    Args:
+        state: tensors by name. Those that are one memory are stored once, under the first name,
+            and the metadata says which name is which.
+        home: the folder, which is made if it is not there.
+        name: the file's name, if there is one file.
+        otherwise: what to do with a tensor that safetensors cannot hold, for the message.
+        limit: bytes of tensors in one file.
+
+    Raises:
+        ValueError: safetensors cannot hold a tensor.
+    """
     stored: dict[str, torch.Tensor] = {}
-    first: dict[int, str] = {}
+    first: dict[Any, str] = {}
     tied: dict[str, str] = {}
+    storages: set[int] = set()
     for key, tensor in state.items():
-        kept = first.setdefault(id(tensor), key)  # what was tied comes out of `join` as one object
+        if tensor.dtype not in NATIVE:
+            raise ValueError(f"safetensors has no {tensor.dtype}, which {key!r} is; {otherwise}")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            raise ValueError(f"safetensors holds dense tensors, and {key!r} is not one; {otherwise}")
+        # An empty tensor has no memory of its own, so it is tied only to itself.
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        kept = first.setdefault(memory if tensor.numel() else id(tensor), key)
         if kept != key:
             tied[key] = kept
             continue
-        if tensor.dtype not in NATIVE:
-            raise ValueError(f"safetensors has no {tensor.dtype}, which {key!r} is; say --format torch")
-        stored[key] = tensor.contiguous()
+        dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        storage = dense.untyped_storage().data_ptr()
+        stored[key] = dense.clone() if storage in storages else dense  # safetensors refuses other views of one memory
+        storages.add(storage)
+    home.mkdir(parents=True, exist_ok=True)
     shards = _shards(stored, limit)
     if len(shards) == 1:
         return [_put_shard(home / name, shards[0], tied)]

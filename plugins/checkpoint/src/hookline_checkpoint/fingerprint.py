@@ -26,6 +26,7 @@ def take(trainer: Trainer) -> dict[str, Any]:
         "train_batch_size": trainer.options.train_batch_size,
         "window_size": trainer.window_size,
         "batches_per_epoch": trainer.totals.batches_per_epoch,
+        "samples": trainer.cursor.samples,
         "seed": trainer.options.seed,
         "module": type(trainer.module).__qualname__,
         # Who only watches changes no bit, and the order of those who do is the configuration's own affair.

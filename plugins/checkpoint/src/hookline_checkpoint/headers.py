@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hookline_checkpoint.storage import CheckpointError, read, read_head
+from hookline_checkpoint.storage import CheckpointError, read, read_head, read_tree
 
 SHARED = {  # part of the shared state: the file of its tensors; their names in it are those of the part
     "module": "model.safetensors",
@@ -30,6 +29,18 @@ def own_files(rank: int) -> tuple[str, str]:
     return f"rank-{rank:04d}.safetensors", f"rank-{rank:04d}.json"
 
 
+def ranks_of(about: Mapping[str, Any]) -> int:
+    """Return by how many ranks a checkpoint was written, as its manifest says.
+
+    Raises:
+        CheckpointError: it has fewer files than that.
+    """
+    ranks = about.get("world_size", 1)
+    if type(ranks) is not int or not 0 < ranks <= len(about["files"]):
+        raise CheckpointError(f"it says that {ranks!r} ranks have written it, and lists {len(about['files'])} files")
+    return ranks
+
+
 class Tensor(NamedTuple):
     """What is known of a tensor without its data; `tied_to` names the one that it is, `size` is in bytes."""
 
@@ -46,10 +57,9 @@ def tensors_of(path: Path, about: Mapping[str, Any]) -> dict[str, list[Tensor]]:
     Raises:
         CheckpointError: it is damaged.
     """
-    ranks = [own_files(rank) for rank in range(about.get("world_size", 1))]
-    _, contents = read(path, [TREES, *(tree for _, tree in ranks)])
+    ranks = [own_files(rank) for rank in range(ranks_of(about))]
+    _, trees = read(path, dict.fromkeys([TREES, *(tree for _, tree in ranks)], read_tree))
     try:
-        trees = {name: json.loads(content) for name, content in contents.items()}
         sections: dict[str, list[Tensor]] = {}
         for part, file in SHARED.items():
             tree = trees[TREES][part]
@@ -57,7 +67,9 @@ def tensors_of(path: Path, about: Mapping[str, Any]) -> dict[str, list[Tensor]]:
             for section, below in tree.items() if part == "others" else [(part, tree)]:
                 sections[section] = list(_tensors(below, heads))
         for rank, (file, tree) in enumerate(ranks):
-            sections[f"rng of rank {rank}"] = list(_tensors(trees[tree], read_head(path, file)))
+            heads = read_head(path, file)
+            for section, below in trees[tree].items():
+                sections[f"{section} of rank {rank}"] = list(_tensors(below, heads))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"it cannot be understood: {type(error).__name__}: {error}") from error
     return sections

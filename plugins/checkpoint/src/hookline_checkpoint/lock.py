@@ -1,7 +1,8 @@
 """One writer for a run folder: a lock that names its owner, and that a dead owner does not hold.
 
-The lock is a folder with a file in it: renaming a folder onto one that is not empty fails, so of
-two that take it at once one gets it, and it is never there without its owner's name.
+The lock is a folder with a file in it, whose name is the owner's alone. Renaming a folder onto one that is
+not empty fails, so of two that take it at once one gets it; and who takes it from a dead owner removes
+that owner's file and no other.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import errno
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hookline_checkpoint.storage import leftover
 
 NAME = ".lock"
-OWNER = "owner.json"
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
 log = logging.getLogger("hookline")
@@ -41,14 +42,21 @@ class Lock:
     def __init__(self, run: Path) -> None:
         self.path = run / NAME
         self.owner = _me()
+        self.file = f"owner-{secrets.token_hex(8)}.json"
         while not self._take():
-            self._clear_stale()
+            stale = refuse_locked(run)
+            if stale is not None:
+                for name in stale.files:  # by their own names: the lock of who was faster stays
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self.path / name)
+                log.info("%s was left by process %s, which is dead; took it over", self.path, stale.owner.get("pid"))
 
     def _take(self) -> bool:
+        """Rename a folder with our name in it to the lock: that fails where one is that is not empty."""
         temporary = leftover(self.path.parent, "tmp")
         temporary.mkdir()
         try:
-            (temporary / OWNER).write_text(json.dumps(self.owner))
+            (temporary / self.file).write_text(json.dumps(self.owner))
             temporary.rename(self.path)
         except OSError as error:
             if error.errno in TAKEN:
@@ -58,38 +66,47 @@ class Lock:
             shutil.rmtree(temporary, ignore_errors=True)
         return True
 
-    def _clear_stale(self) -> None:
-        """Put the lock of a dead owner aside; one that lives, or may live, is an error."""
-        owner = _read(self.path)
-        if owner is None:  # released meanwhile
-            return
-        if not _is_dead(owner, self.owner):
-            raise LockedError(
-                f"{self.path.parent} belongs to another job: process {owner.get('pid')} on {owner.get('host')} "
-                f"(boot {owner.get('boot')}), since {owner.get('since')}. Two jobs must not save into one run folder: "
-                f"end that one, or start without resume to get a run folder of your own. If it is surely gone, remove "
-                f"{self.path}"
-            )
-        aside = leftover(self.path.parent, "trash")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:
-            return
-        if _read_owner(aside) != owner:  # somebody was faster, and this lock is alive: it goes back
-            with contextlib.suppress(OSError):
-                aside.rename(self.path)
-            return
-        shutil.rmtree(aside, ignore_errors=True)
-        log.info("%s was left by process %s, which is dead; took it over", self.path, owner.get("pid"))
-
     def release(self) -> None:
         """Give the lock back, if it is still ours."""
-        if _read_owner(self.path) != self.owner:
+        try:
+            os.unlink(self.path / self.file)
+        except OSError:
             log.warning("%s is not ours any more: somebody has removed it, and another job may have written", self.path)
             return
-        aside = leftover(self.path.parent, "trash")
-        self.path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        with contextlib.suppress(OSError):  # somebody was quick, and has it
+            self.path.rmdir()
+
+
+class Left(NamedTuple):
+    """A lock whose owner is dead."""
+
+    owner: dict[str, Any]
+    files: list[str]
+
+
+def refuse_locked(run: Path) -> Left | None:
+    """Return the lock that a dead owner has left in a run folder; None where there is none.
+
+    Raises:
+        LockedError: its owner lives, or may live.
+    """
+    path = run / NAME
+    try:
+        files = os.listdir(path)
+    except FileNotFoundError:
+        return None
+    owners = []
+    for name in files:
+        owners.append(owner := _read(path / name))
+        released = not owner and not os.path.lexists(path / name)
+        if not released and not _is_dead(owner, _me()):
+            raise LockedError(
+                f"{run} belongs to another job: process {owner.get('pid')} on {owner.get('host')} "
+                f"(boot {owner.get('boot')}), since {owner.get('since')}. Two jobs must not save into one run folder: "
+                f"end that one, or start without resume to get a run folder of your own. If it is surely gone, remove "
+                f"{path}"
+            )
+    return Left(owners[0], files) if owners else None
 
 
 def _me() -> dict[str, Any]:
@@ -131,16 +148,10 @@ def _line(path: str) -> str:
         return ""
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return the owner of a lock; None where there is no lock, and nothing about him where he cannot be read."""
-    if not os.path.lexists(path):
-        return None
-    return _read_owner(path) or {}
-
-
-def _read_owner(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file says of an owner; nothing about him where it cannot be read."""
     try:
-        owner = json.loads((path / OWNER).read_text())
+        owner = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, Stage, hookimpl
+from hookline import CallbackInterface, Stage, copy_state, hookimpl
 from hookline import every as cadence
 from hookline_checkpoint import __version__, fingerprint, storage
+from hookline_checkpoint.background import Background
 from hookline_checkpoint.codec import join, split, tree_to_bytes
-from hookline_checkpoint.layout import pack, unpack
-from hookline_checkpoint.lock import Lock
+from hookline_checkpoint.layout import own, pack, unpack
+from hookline_checkpoint.lock import Lock, refuse_locked
 from hookline_checkpoint.storage import FOLDER, CheckpointError
 
 if TYPE_CHECKING:
@@ -73,7 +75,13 @@ class Checkpoint(CallbackInterface):
     mode: str = "min"
     """Whether the smallest ("min") or the largest ("max") is the best."""
     strict: bool = False
-    """Refuse to resume a run that cannot go on exactly, instead of saying so."""
+    """Refuse, instead of warning, to resume a run that cannot go on exactly, or what others may have changed."""
+    on_error: str = "stop"
+    """What to do where a checkpoint cannot be written: "stop" raises; "go_on" warns, and the next save tries again."""
+    asynchronous: bool = False
+    """Write in the background; training waits only while the state is copied. Takes memory for one more state."""
+    timeout: str = "10 min"
+    """How long a save in the background may take before the run ends."""
 
     def __post_init__(self) -> None:
         self._cadences = cadences(self.every)
@@ -84,6 +92,20 @@ class Checkpoint(CallbackInterface):
         self._prepared: Path | None = None
         self._good: set[Path] = set()
         self._lock: Lock | None = None
+        if self.on_error not in ("stop", "go_on"):
+            raise ValueError(f"checkpoint.on_error={self.on_error!r} must be stop or go_on")
+        try:
+            limit = cadence(self.timeout)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.timeout={self.timeout!r}: {error}") from None
+        if limit.unit != "seconds":
+            raise ValueError(
+                f'checkpoint.timeout={self.timeout!r} is not a duration; write one like "90 s" or "10 min"'
+            )
+        self._timeout = limit.number
+        self._background: Background[Path] | None = None
+        if not self.asynchronous:
+            self.run = None  # type: ignore[assignment,method-assign]  # hides the wrapper: nothing is to be waited for
 
     def _rules(self) -> storage.Retention | None:
         kept = None
@@ -112,6 +134,8 @@ class Checkpoint(CallbackInterface):
         resume = trainer.options.resume
         if not resume:
             return False
+        if stage is Stage.TRAIN and self._cadences and trainer.rank == 0:
+            refuse_locked(trainer.run_dir)  # before reading, since whoever has it removes what is read
         named = Path(str(resume))
         folder = trainer.run_dir / FOLDER
         if storage.NAME.fullmatch(named.name):
@@ -133,6 +157,8 @@ class Checkpoint(CallbackInterface):
                 f"resume={resume!r}: there is no checkpoint in {folder} to {stage.value} with; name a run or a "
                 "checkpoint folder that has one, or leave resume away"
             )
+        if others := storage.changeable_by_others(path):
+            self._object(trainer, f"others may have changed {path}: {'; '.join(others)}", "take the right from them")
         if stage is Stage.TRAIN:
             self._compare(trainer, path)
         trainer.hook.set_run_state(trainer=trainer, state=state, stage=stage)
@@ -146,9 +172,12 @@ class Checkpoint(CallbackInterface):
         if not different:
             return
         said = f"what follows is not what an unbroken run would do, since {path} was written otherwise: "
-        said += "; ".join(different)
+        self._object(trainer, said + "; ".join(different), "go on as before")
+
+    def _object(self, trainer: Trainer, said: str, cure: str) -> None:
+        """Warn of what speaks against a resume, or refuse it."""
         if self.strict:
-            raise ValueError(f"{said}. Go on as before, or turn checkpoint.strict off to go on nevertheless")
+            raise ValueError(f"{said}. Either {cure}, or turn checkpoint.strict off to go on nevertheless")
         if trainer.rank == 0:
             log.warning("%s", said)
 
@@ -175,6 +204,23 @@ class Checkpoint(CallbackInterface):
                 join(tensors, json.loads(tree_to_bytes(tree)))
             if trainer.rank == 0:
                 self._lock = Lock(trainer.run_dir)
+                storage.sweep(trainer.run_dir)
+
+    @hookimpl(wrapper=True)
+    def run(self, trainer: Trainer) -> Generator[None, bool, bool]:
+        background = self._background = Background(self._timeout)
+        try:
+            answer = yield
+        except BaseException as error:
+            self._background = None  # what is saved from here on is saved in the foreground
+            try:
+                self._finish(trainer, background.take)
+            except Exception as another:
+                error.add_note(f"and the save under way failed: {type(another).__name__}: {another}")
+            raise
+        self._background = None
+        self._finish(trainer, background.take)
+        return answer
 
     @hookimpl(trylast=True)
     def on_end_run(self) -> None:
@@ -184,6 +230,8 @@ class Checkpoint(CallbackInterface):
 
     @hookimpl
     def on_boundary(self, trainer: Trainer) -> None:
+        if self._background is not None:
+            self._finish(trainer, functools.partial(self._background.take, wait=False))
         for text in self._cadences:
             if trainer.due(text):
                 trainer.save(f"every {text}")
@@ -194,21 +242,53 @@ class Checkpoint(CallbackInterface):
             return False
         if state is None:
             state = trainer.hook.get_run_state(trainer=trainer)
-        rngs = trainer.hook.all_gather(trainer=trainer, value=state["rng"])
+        owned = trainer.hook.all_gather(trainer=trainer, value=own(state))
         if trainer.rank != 0:
             return True
-        folder = trainer.run_dir / FOLDER
+        background = self._background
+        if background is not None:
+            self._finish(trainer, background.take)  # before the copy: one state more in memory, not two
+            state, owned = copy_state((state, owned))
+        write = functools.partial(
+            self._write,
+            trainer.run_dir / FOLDER,
+            state,
+            pack(state, owned),
+            describe(trainer, reason, state["trainer"]),
+        )
+        self._warn_of_no_metric(trainer)
+        if background is None:
+            return self._finish(trainer, write)
+        background.start(write)
+        return True
+
+    def _write(
+        self, folder: Path, state: Mapping[str, Any], contents: Iterable[tuple[str, Any]], about: Mapping[str, Any]
+    ) -> Path:
+        """Write a checkpoint and remove what is not needed any more; in the background too, so ask nobody else."""
         if self._prepared != folder:
             storage.prepare(folder)
             self._prepared = folder
         step = state["trainer"]["counters"]["global_step"]
-        path = storage.write(folder, step, pack(state, rngs), describe(trainer, reason, state["trainer"]))
+        path = storage.write(folder, step, contents, about, len(state.get("window", {}).get("outputs", ())))
         self._good.add(path)
-        trainer.hook.on_checkpoint(trainer=trainer, path=path, kind="checkpoint")
         if self._retention is not None:
-            self._warn_of_no_metric(trainer)
             storage.retain(path, self._retention, self._good)
-        log.info("saved %s (%s)", path, reason)
+        log.info("saved %s (%s)", path, about["reason"])
+        return path
+
+    def _finish(self, trainer: Trainer, write: Callable[[], Path | None]) -> bool:
+        """Bring a save to its end and tell of it; answer whether it did not fail."""
+        try:
+            path = write()
+        except OSError as error:
+            if self.on_error == "stop":
+                raise
+            said = "; ".join([str(error), *getattr(error, "__notes__", ())])
+            log.warning("no checkpoint could be written: %s; training goes on, and the next save tries it again", said)
+            return False
+        if path is not None:
+            trainer.hook.on_checkpoint(trainer=trainer, path=path, kind="checkpoint")
         return True
 
     def _warn_of_no_metric(self, trainer: Trainer) -> None:

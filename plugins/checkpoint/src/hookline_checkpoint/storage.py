@@ -19,19 +19,23 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 FORMAT = "hookline-checkpoint/1"
 FOLDER = "checkpoints"  # of a run folder
 MANIFEST = "manifest.json"
-NAME = re.compile(r"step-(\d{12})")
-LEFTOVER = re.compile(r"\.(tmp|trash)-\d+-(\d+)-[0-9a-f]+")
+NAME = re.compile(r"step-(\d{12})(?:-\d{6})?")  # sorts by step, and within it by what is done of the next
+LEFTOVER = re.compile(r"\.(?:tmp|trash)-(\d+)-[0-9a-f]+")
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+PIECE = 8 << 20  # bytes that are written and hashed at a time
+FOLDER_MODE, FILE_MODE = 0o755, 0o644  # at most: nobody else may change a checkpoint, whatever the umask
 
 T = TypeVar("T")
+Buffer = bytes | memoryview
 
 log = logging.getLogger("hookline")
 
@@ -44,66 +48,111 @@ class CheckpointError(ValueError):
 
 
 def prepare(folder: Path) -> None:
-    """Make a folder of checkpoints where there is none, safe from power cuts, and sweep it, before the first save."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for parent in folder.absolute().parents[:3]:  # the run folder and those of all runs may be as new
+    """Make a folder of checkpoints where there is none, safe from power cuts, before the first save."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    device = os.stat(folder).st_dev
+    for parent in folder.absolute().parents:  # any of them may be as new
+        if os.stat(parent).st_dev != device:
+            break
         with contextlib.suppress(PermissionError):  # a folder that may be entered need not be readable
             _sync(parent)
-    sweep(folder)
 
 
-def write(folder: Path, step: int, contents: Iterable[tuple[str, bytes]], about: Mapping[str, Any]) -> Path:
+def write(
+    folder: Path, step: int, contents: Iterable[tuple[str, Iterable[Buffer]]], about: Mapping[str, Any], part: int = 0
+) -> Path:
     """Write a checkpoint; return its folder when all of it is on the disk.
 
-    A good one of the same step stays as it is; a damaged one is replaced.
+    A good one of the same place stays as it is; a damaged one is replaced.
 
     Args:
-        folder: where checkpoints are; `prepare` has made it.
+        folder: where checkpoints are; `prepare` has made it. What killed writers left in it is swept.
         step: the optimizer step.
-        contents: names and contents of the files, taken one at a time.
+        contents: names and contents of the files, in parts, each taken when it is written.
         about: what else the manifest shall say.
+        part: micro-batches of the next step that are done; 0 at a boundary.
 
     Raises:
         OSError: it could not be written; nothing else has changed.
     """
-    final = folder / f"step-{step:012d}"
+    final = folder / _name(step, part)
     if os.path.lexists(final):
         with contextlib.suppress(CheckpointError):
             verify(final)
+            _sync(folder)  # its writer may have ended between the rename and this
             return final
-    temporary = leftover(folder, "tmp", step)
-    temporary.mkdir()
+    sweep(folder)
+    temporary = leftover(folder, "tmp")
     try:
-        files = {name: _write_file(temporary / name, content) for name, content in contents}
-        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        body = json.dumps({"format": FORMAT, "step": step, "created": created, **about, "files": files})
-        # The body is text within the manifest, so its hash needs no canonical JSON.
-        manifest = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}
-        _write_file(temporary / MANIFEST, json.dumps(manifest).encode())
+        temporary.mkdir(mode=FOLDER_MODE)
+        with ThreadPoolExecutor(1, "hookline-hashing") as hashing:
+            files = {name: _write_file(temporary / name, content, hashing) for name, content in contents}
+            created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            body = json.dumps(
+                {"format": FORMAT, "step": step, "part": part, "created": created, **about, "files": files}
+            )
+            # The body is text within the manifest, so its hash needs no canonical JSON.
+            manifest = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}
+            _write_file(temporary / MANIFEST, [json.dumps(manifest).encode()], hashing)
         _sync(temporary)
         if os.path.lexists(final):
-            remove(final, step)
+            remove(final)
         temporary.rename(final)
         _sync(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        error.add_note(f"while saving {final}; the checkpoints before it are as they were")
         raise
     return final
 
 
-def leftover(folder: Path, kind: str, step: int = 0) -> Path:
+def _name(step: int, part: int) -> str:
+    return f"step-{step:012d}" + (f"-{part:06d}" if part else "")
+
+
+def step_of(path: Path) -> int:
+    """Return the optimizer step that the name of a checkpoint says."""
+    match = NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def leftover(folder: Path, kind: str) -> Path:
     """Return a new name in a folder for what is "tmp" or "trash": `sweep` removes it when this process is dead."""
-    return folder / f".{kind}-{step:012d}-{os.getpid()}-{secrets.token_hex(4)}"
+    return folder / f".{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _write_file(path: Path, content: bytes) -> dict[str, Any]:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    with open(descriptor, "wb", buffering=0) as file:
-        left = memoryview(content)
-        while left:
-            left = left[file.write(left) :]
+def _write_file(path: Path, content: Iterable[Buffer], hashing: ThreadPoolExecutor) -> dict[str, Any]:
+    """Write a file and flush it; each piece is hashed in the other thread while it is written in this one."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, FILE_MODE)
+    try:
+        hasher, size = hashlib.sha256(), 0
+        for piece in _pieces(content):
+            hashed = hashing.submit(hasher.update, piece)
+            left = memoryview(piece)
+            while left:
+                left = left[os.write(descriptor, left) :]
+            hashed.result()
+            size += len(piece)
         os.fsync(descriptor)
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": hasher.hexdigest()}
+
+
+def _pieces(content: Iterable[Buffer]) -> Iterator[Buffer]:
+    """Bring a content into pieces of a good size: small parts are put together, large ones cut."""
+    small = bytearray()
+    for part in content:
+        if len(small) + len(part) <= PIECE:
+            small += part
+            continue
+        yield bytes(small)
+        small = bytearray()
+        for begin in range(0, len(part), PIECE):
+            yield part[begin : begin + PIECE]
+    yield bytes(small)
 
 
 def _sync(folder: Path) -> None:
@@ -148,8 +197,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads(body)
         if about["format"] != FORMAT:
             raise CheckpointError(f"its format is {about['format']!r}, and this version reads {FORMAT!r}")
-        if path.name != f"step-{about['step']:012d}":
-            raise CheckpointError(f"{MANIFEST} is of step {about['step']}")
+        if path.name != _name(about["step"], about["part"]):
+            raise CheckpointError(f"{MANIFEST} is of {_name(about['step'], about['part'])}")
         for name, entry in about["files"].items():
             if not PLAIN.fullmatch(name) or type(entry["size"]) is not int or type(entry["sha256"]) is not str:
                 raise CheckpointError(f"{MANIFEST} lists {name!r}, which is no plain file name with size and SHA-256")
@@ -168,27 +217,87 @@ def verify(path: Path) -> dict[str, Any]:
     """
     about = read_manifest(path)
     _check_sizes(path, about)
-    for name, entry in about["files"].items():
+
+    def check(name: str) -> None:
         with _reading(name), open(path / name, "rb", opener=_no_link) as file:
-            _compare(name, entry, hashlib.file_digest(file, "sha256").hexdigest())
+            _compare(name, about["files"][name], hashlib.file_digest(file, "sha256").hexdigest())
+
+    _for_each(check, about["files"])
     return about
 
 
-def read(path: Path, names: Iterable[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return what the manifest says, and the files of these names: the very bytes that were checked.
+class Reader:
+    """The content of a file from its beginning; what is read is hashed."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self.file = file
+        self.left = size
+        """Bytes that are to come."""
+        self.hasher = hashlib.sha256()
+
+    def fill(self, buffer: memoryview | bytearray) -> None:
+        """Read as many bytes as the buffer has."""
+        got = self.file.readinto(buffer)  # type: ignore[attr-defined]
+        if got != len(buffer):
+            raise CheckpointError("it ends too early")
+        self.left -= got
+        self.hasher.update(buffer)
+
+    def take(self, count: int) -> bytearray:
+        """Return the next bytes."""
+        if count > self.left:
+            raise CheckpointError("it ends too early")
+        taken = bytearray(count)
+        self.fill(taken)
+        return taken
+
+    def digest(self) -> str:
+        """Read what is left; return the SHA-256 of the whole."""
+        while self.left:
+            self.take(min(PIECE, self.left))
+        return self.hasher.hexdigest()
+
+
+def read(path: Path, uses: Mapping[str, Callable[[Reader], Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the manifest says, and by name what was made of files: of the very bytes that were checked.
+
+    Args:
+        path: the checkpoint.
+        uses: what makes something of a file, by its name.
 
     Raises:
-        CheckpointError: a file is not what was written, or not listed.
+        CheckpointError: a file is not what was written, or cannot be understood, or is not listed.
     """
     about = read_manifest(path)
     _check_sizes(path, about)
-    contents = {}
-    for name in names:
+
+    def take(name: str) -> Any:
         if name not in about["files"]:
             raise CheckpointError(f"{MANIFEST} lists no {name}; it was written by {about.get('world_size')} rank(s)")
-        contents[name] = _read(path, name)
-        _compare(name, about["files"][name], hashlib.sha256(contents[name]).hexdigest())
-    return about, contents
+        made, puzzle = None, None
+        with _reading(name), open(path / name, "rb", opener=_no_link) as file:
+            reader = Reader(file, about["files"][name]["size"])
+            try:
+                made = uses[name](reader)
+            except (RecursionError, ValueError) as error:
+                puzzle = error
+            _compare(name, about["files"][name], reader.digest())  # first: damage may be why it is a puzzle
+        if puzzle is not None:
+            raise CheckpointError(f"{name} cannot be understood: {puzzle}") from puzzle
+        return made
+
+    return about, dict(zip(uses, _for_each(take, uses), strict=True))
+
+
+def read_tree(file: Reader) -> Any:
+    """Return what a JSON file holds."""
+    return json.loads(file.take(file.left))
+
+
+def _for_each(use: Callable[[str], T], names: Collection[str]) -> list[T]:
+    """Read files two at a time: hashing is what takes its time, and does not need the interpreter."""
+    with ThreadPoolExecutor(2, "hookline-hashing") as pool:
+        return list(pool.map(use, names))
 
 
 def read_head(path: Path, name: str) -> dict[str, Any]:
@@ -221,19 +330,22 @@ def newest_good(folder: Path, use: Callable[[Path], T]) -> tuple[Path, T]:
     Raises:
         CheckpointError: none can; the reason of each.
     """
-    damaged: list[str] = []
-    for path in listed(folder):
-        try:
-            made = use(path)
-        except CheckpointError as error:
-            damaged.append(f"{path}: {error}")
-            continue
-        if damaged:
-            log.warning("going back to %s, because newer checkpoints are damaged:\n  %s", path, "\n  ".join(damaged))
-        return path, made
+    damaged: dict[Path, str] = {}
+    # Looked for until there is none that was not tried: a run that is under way adds some, and removes some.
+    while untried := [path for path in listed(folder) if path not in damaged]:
+        for path in untried:
+            try:
+                made = use(path)
+            except CheckpointError as error:
+                damaged[path] = f"\n  {path}: {error}"
+                continue
+            newer = "".join(said for other, said in damaged.items() if other.name > path.name and other.exists())
+            if newer:
+                log.warning("going back to %s, because newer checkpoints are damaged:%s", path, newer)
+            return path, made
     raise CheckpointError(
         "no checkpoint can be used, and starting from scratch would hide that; remove them, or bring back a good one:"
-        + "".join(f"\n  {line}" for line in damaged or [f"{folder}: there is none"])
+        + ("".join(damaged.values()) or f"\n  {folder}: there is none")
     )
 
 
@@ -276,12 +388,29 @@ def _compare(name: str, entry: Mapping[str, Any], digest: str) -> None:
         raise CheckpointError(f"{name} has not the SHA-256 that it was written with")
 
 
+def changeable_by_others(path: Path) -> list[str]:
+    """Tell what of a checkpoint another user may change.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    said = []
+    for each in (path.parent, path, *sorted(path.iterdir())):
+        found = os.lstat(each)
+        if found.st_uid not in (0, os.geteuid()):
+            said.append(f"{each.name} belongs to user {found.st_uid}")
+        shared = 0 if found.st_mode & stat.S_ISVTX else found.st_mode & 0o022
+        if shared:
+            said.append(f"{each.name} may be written by {'everybody' if shared & 0o002 else 'its group'}")
+    return said
+
+
 # Remove -------------------------------------------------------------------------------
 
 
-def remove(path: Path, step: int) -> None:
+def remove(path: Path) -> None:
     """Remove a checkpoint: first its name, so that a half-deleted one is never listed."""
-    trash = leftover(path.parent, "trash", step)
+    trash = leftover(path.parent, "trash")
     path.rename(trash)
     _delete(trash)
 
@@ -332,9 +461,12 @@ def retain(newest: Path, rules: Retention, good: set[Path]) -> None:
     for path in reversed(older):  # the oldest first: if this is cut, the newer ones are there
         if path not in kept:
             try:
-                remove(path, int(path.name.removeprefix("step-")))
+                remove(path)
             except OSError as error:
-                log.warning("checkpoint %s is not needed any more and cannot be removed: %s", path, error)
+                log.warning(
+                    "checkpoint %s is not needed any more and cannot be removed now: %s; the next save tries it again",
+                    path, error,
+                )  # fmt: skip
 
 
 def _known_good(path: Path, good: set[Path]) -> bool:
@@ -352,6 +484,8 @@ def _manifest_of(path: Path) -> dict[str, Any] | None:
 
 def _is_multiple(about: Mapping[str, Any], every: tuple[int, str]) -> bool:
     number, unit = every
+    if about["part"]:
+        return False
     if unit == "epochs":  # an epoch is complete where the next one has not begun
         return about.get("position") == 0 and about["epoch"] % number == 0
     return bool(about["step"] % number == 0)
@@ -381,7 +515,7 @@ def sweep(folder: Path) -> None:
     """Remove what writers that were killed have left; those that are alive keep theirs."""
     for path in folder.glob(".t*"):
         match = LEFTOVER.fullmatch(path.name)
-        if match and (match[1] == "trash" or int(match[2]) == os.getpid() or not _alive(int(match[2]))):
+        if match and (int(match[1]) == os.getpid() or not _alive(int(match[1]))):
             try:
                 _delete(path)
             except OSError as error:

@@ -118,7 +118,7 @@ def _last(run: Path) -> int:
     found = storage.listed(run / storage.FOLDER)
     if not found:
         raise ValueError(f"{run} holds no checkpoint to compare; plugins.checkpoint.every must not be null")
-    return int(found[0].name.removeprefix("step-"))
+    return storage.step_of(found[0])
 
 
 # What is compared ---------------------------------------------------------------------

@@ -41,7 +41,7 @@ def policies(given: Any) -> list[str]:
         raise ValueError("model_saving.policy=[] names nothing; write null to save nothing")
     folders: dict[str, str] = {}
     for name in names:
-        if not isinstance(name, str) or not (name == ALWAYS or re.fullmatch(r"best_.+", name)):
+        if not isinstance(name, str) or not (name == ALWAYS or re.fullmatch(r"best_.{1,200}", name)):
             raise ValueError(f"model_saving.policy={given!r}: {name!r} is no policy; there are {OFFERED}")
         if (other := folders.setdefault(folder_name(name), name)) != name or names.count(name) > 1:
             raise ValueError(
