@@ -100,3 +100,13 @@ def test_the_benchmark_runs():
     figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert figures["microseconds_per_step"].keys() == {"plain", "contract", "hookline", "by_hand", "standard"}
     assert 0.8 < figures["hookline_over_contract"] < 1.6  # what it is exactly, a busy machine cannot tell
+
+
+@pytest.mark.plugins
+def test_the_benchmark_of_checkpoints_runs(tmp_path):
+    small = ["--megabytes", "6", "--held", "6", "--rounds", "1", "--folder", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint.py"), "--json", *small]
+    figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert figures.keys() == {"save_and_load", "in_the_background", "position"}
+    assert figures["save_and_load"]["save_over_torch_save"] > 0
+    assert figures["position"]["seconds_to_the_first_batch_after_90_percent"] < 10

@@ -278,7 +278,7 @@ def run_window(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
     outputs, trainer.begun = trainer.begun, []  # what a run has of its window that was cut within it
     for index in range(len(outputs), size):
         outputs.append(hook.forward_backward(trainer=trainer, batch=window[index], index=index, size=size))
-        if trainer.cutting and index + 1 < size:
+        if index + 1 < size and trainer.cutting:
             raise WindowCut(outputs)
     return outputs
 
