@@ -13,6 +13,7 @@ import torch
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
 from hookline_checkpoint import Checkpoint, storage
+from hookline_checkpoint.retention import Retention, retain
 
 LOSSES = [5.0, 2.0, 4.0, 1.0, 3.0, 6.0]  # of the evaluations after steps 1 to 6
 
@@ -141,7 +142,7 @@ def test_only_good_ones_are_the_best(tmp_path):
     trained(tmp_path, keep_best=1, resume=str(home(tmp_path) / "step-000000000003"), epochs=3)
     assert steps(tmp_path) == [6, 4]  # 4 was done again, which made it good
     flip(home(tmp_path) / "step-000000000004/model.safetensors")
-    storage.retain(home(tmp_path) / "step-000000000006", storage.Retention(1, None, 2, "val_loss", "min"), set())
+    retain(home(tmp_path) / "step-000000000006", Retention(1, None, 2, "val_loss", "min"), set())
     assert steps(tmp_path) == [6]
 
 

@@ -22,6 +22,7 @@ from hookline_checkpoint.background import Background
 from hookline_checkpoint.codec import join, split, tree_to_bytes
 from hookline_checkpoint.layout import own, pack, unpack
 from hookline_checkpoint.lock import Lock, refuse_locked
+from hookline_checkpoint.retention import Retention, retain
 from hookline_checkpoint.storage import FOLDER, CheckpointError
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Checkpoint(CallbackInterface):
         if not self.asynchronous:
             self.run = None  # type: ignore[assignment,method-assign]  # hides the wrapper: nothing is to be waited for
 
-    def _rules(self) -> storage.Retention | None:
+    def _rules(self) -> Retention | None:
         kept = None
         if self.keep_every is not None:
             try:
@@ -121,7 +122,7 @@ class Checkpoint(CallbackInterface):
         if self.mode not in ("min", "max"):
             raise ValueError(f"checkpoint.mode={self.mode!r} must be min or max")
         if self.keep_last is not None:
-            return storage.Retention(self.keep_last, kept, self.keep_best, self.monitor, self.mode)
+            return Retention(self.keep_last, kept, self.keep_best, self.monitor, self.mode)
         if kept is not None or self.keep_best:
             raise ValueError(
                 "checkpoint.keep_last=null keeps all checkpoints, so keep_every and keep_best would do nothing; "
@@ -273,7 +274,7 @@ class Checkpoint(CallbackInterface):
         path = storage.write(folder, step, contents, about, len(state.get("window", {}).get("outputs", ())))
         self._good.add(path)
         if self._retention is not None:
-            storage.retain(path, self._retention, self._good)
+            retain(path, self._retention, self._good)
         log.info("saved %s (%s)", path, about["reason"])
         return path
 

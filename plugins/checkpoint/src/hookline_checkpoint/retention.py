@@ -1,0 +1,95 @@
+"""Which checkpoints stay: the rules, and the removal of what none of them keeps."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hookline_checkpoint.storage import CheckpointError, is_good, listed, read_manifest, remove
+
+log = logging.getLogger("hookline")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay, besides the newest: all that one of these rules keeps."""
+
+    last: int
+    """This many good ones."""
+    every: tuple[int, str] | None
+    """Those whose step, or whose complete epochs, are a multiple: (number, "steps" or "epochs")."""
+    best: int
+    """This many good ones by the value of `monitor` in their evaluation."""
+    monitor: str
+    mode: str
+
+
+def retain(newest: Path, rules: Retention, good: set[Path]) -> None:
+    """Remove what is older than `newest` and kept by no rule; a failure is a warning.
+
+    Args:
+        newest: the one just written, which stays; those of later steps, which a run that was
+            resumed from an earlier one can find, are none of its business.
+        rules: which stay. A damaged one does not count; it stays while it is newer than the
+            good ones that `last` keeps.
+        good: those known to be good, which need not be read again; more are added.
+    """
+    older = [path for path in listed(newest.parent) if path.name <= newest.name]
+    kept, found = set(), 0
+    for path in older:
+        if found >= rules.last:
+            break
+        kept.add(path)
+        found += _known_good(path, good)
+    if rules.every is not None or rules.best:
+        abouts = {path: about for path in older if (about := _manifest_of(path))}
+        kept.update(path for path, about in abouts.items() if rules.every and _is_multiple(about, rules.every))
+        ranked = (path for path in _ranked(abouts, rules.monitor, rules.mode) if _known_good(path, good))
+        kept.update(itertools.islice(ranked, rules.best))
+    for path in reversed(older):  # the oldest first: if this is cut, the newer ones are there
+        if path not in kept:
+            try:
+                remove(path)
+            except OSError as error:
+                log.warning(
+                    "checkpoint %s is not needed any more and cannot be removed now: %s; the next save tries it again",
+                    path, error,
+                )  # fmt: skip
+
+
+def _known_good(path: Path, good: set[Path]) -> bool:
+    if path not in good and is_good(path):
+        good.add(path)
+    return path in good
+
+
+def _manifest_of(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(path)
+    except CheckpointError:
+        return None
+
+
+def _is_multiple(about: Mapping[str, Any], every: tuple[int, str]) -> bool:
+    number, unit = every
+    if about["part"]:
+        return False
+    if unit == "epochs":  # an epoch is complete where the next one has not begun
+        return about.get("position") == 0 and about["epoch"] % number == 0
+    return bool(about["step"] % number == 0)
+
+
+def _ranked(abouts: Mapping[Path, Mapping[str, Any]], monitor: str, mode: str) -> list[Path]:
+    """Return the checkpoints that have a value, the best first; of each evaluation the one next to it."""
+    first: dict[int, tuple[float, int, Path]] = {}
+    for path, about in abouts.items():
+        value, at = about.get("metrics", {}).get(monitor), about.get("evaluated_at")
+        if isinstance(value, (int, float)) and math.isfinite(value) and isinstance(at, int):
+            entry = (value if mode == "min" else -value, about["step"], path)
+            first[at] = min(first.get(at, entry), entry, key=lambda entry: entry[1])
+    return [path for _, _, path in sorted(first.values())]
