@@ -101,7 +101,7 @@ def test_the_core_can_be_read_in_one_sitting():
                 documented |= set(range(node.lineno, node.end_lineno + 1))
         text = path.read_text().splitlines()
         lines += sum(bool(line.strip()) and number not in documented for number, line in enumerate(text, 1))
-    assert lines <= 2500
+    assert lines <= 2600
 
 
 # The hook API -------------------------------------------------------------------------
@@ -175,6 +175,7 @@ def test_every_hook_is_reached_and_every_verb_answers():
     trainer.log_object("text", "x")
     trainer.export_model()
     trainer.hook.all_gather(trainer=trainer, value=1)
+    trainer.hook.vote(trainer=trainer, asked=False, seconds=0.0)
     trainer.hook.on_checkpoint(trainer=trainer, path=Path(), kind="model")
     memory = Memory(every="2 steps")
     with pytest.raises(ZeroDivisionError):

@@ -105,6 +105,32 @@ def test_nan_is_shown():
     assert math.isnan(to_floats(buffer.collect())["loss"])
 
 
+def test_what_is_reduced_over_all_ranks_is_the_same_on_each():
+    here, there = LogBuffer(), LogBuffer()
+    for buffer, names in ((here, "zac"), (there, "ba")):
+        for name in names:
+            buffer.reduction(name, "sum").sync = name != "c"
+            buffer.reduction(name, "sum").add(1)
+    said = [here.synced(), there.synced()]
+    assert said == [{"z": "sum", "a": "sum"}, {"b": "sum", "a": "sum"}]
+    orders, names = [], []
+    for buffer in (here, there):
+        buffer.agree(said)
+        orders.append([])
+        values = buffer.collect(lambda value, op: orders[-1].append((op, value[0].item())) or value)
+        names.append(list(values))
+    assert names == [["a", "b", "c", "z"], ["a", "b", "z"]]
+    assert orders == [
+        [("sum", 1.0), ("sum", 0.0), ("sum", 1.0)],
+        [("sum", 1.0), ("sum", 1.0), ("sum", 0.0)],
+    ]
+
+
+@pytest.mark.parametrize(("reduce", "nothing"), [("sum", 0.0), ("min", math.inf), ("max", -math.inf)])
+def test_nothing_changes_no_reduction(reduce, nothing):
+    assert Reduction(reduce).value().item() == nothing
+
+
 def test_one_name_with_two_reductions():
     buffer = LogBuffer()
     buffer.reduction("x", "mean")

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hookline import CallbackInterface, Stage, Trainer, hookimpl
+from hookline.data import Cursor, sampler_class
 from hookline.testing import TinyModule, digest, tiny_trainer
 
 
@@ -746,3 +747,141 @@ def test_small_values_of_all_ranks():
     trainer = tiny_trainer()
     assert trainer.hook.all_gather(trainer=trainer, value="x") == ["x"]
     assert trainer.hook.all_reduce(trainer=trainer, value=torch.ones(2), op="sum").tolist() == [1.0, 1.0]
+
+
+# Several ranks ------------------------------------------------------------------------
+
+
+class Ranks(CallbackInterface):
+    """Plays rank 0 of two: the other has asked for what is given, and a vote finds it at a step."""
+
+    def __init__(self, at, stop=(None, "stopped", 1), saves=(), synced=None):
+        self.at, self.other, self.synced = at, (stop, list(saves)), synced or {}
+        self.asked, self.saved, self.steps = [], [], 0
+
+    @hookimpl
+    def get_ranks(self):
+        return 0, 0, 2
+
+    @hookimpl
+    def get_sampler(self, trainer, stage):
+        return sampler_class(trainer.cursor if stage is Stage.TRAIN else Cursor(), stage is Stage.TRAIN, 0, 1)
+
+    @hookimpl
+    def all_gather(self, value):
+        return [value, self.other if isinstance(value, tuple) else self.synced]
+
+    @hookimpl
+    def vote(self, trainer, asked, seconds):
+        self.asked.append(asked)
+        return trainer.global_step == self.at, 10.0 * trainer.global_step
+
+    @hookimpl
+    def save(self, trainer, reason):
+        self.saved.append((trainer.global_step, reason))
+        return True
+
+
+def of_two(ranks, ask=None, at=2, **options):
+    class Asks(CallbackInterface):
+        @hookimpl
+        def on_end_train_step(self, trainer, global_step):
+            if ask is not None and global_step == at:
+                ask(trainer)
+
+    trainer = tiny_trainer([ranks, Asks()], TinyModule(26), **({"epochs": 1, "evaluate_every": None} | options))
+    trainer.train()
+    return trainer
+
+
+def test_a_stop_that_this_rank_asks_for_waits_for_the_vote():
+    ranks = Ranks(at=5)
+    trainer = of_two(ranks, lambda trainer: trainer.stop("enough", "preempted", 75))
+    assert (trainer.global_step, trainer.status, trainer.stop_reason, trainer.exit_code) == (
+        5,
+        "preempted",
+        "enough",
+        75,
+    )
+    assert ranks.asked == [False, True, True, True, True]  # it goes on asking
+    assert ranks.saved == [(5, "enough")]
+
+
+def test_a_stop_that_another_rank_asks_for_ends_this_one_as_that_one():
+    ranks = Ranks(at=4, stop=("received SIGTERM", "preempted", 143))
+    trainer = of_two(ranks)
+    assert (trainer.global_step, trainer.stop_reason, trainer.exit_code) == (4, "received SIGTERM", 143)
+    assert not any(ranks.asked)
+
+
+def test_of_two_stops_that_of_the_lower_rank_counts():
+    trainer = of_two(Ranks(at=4, stop=("theirs", "preempted", 143)), lambda trainer: trainer.stop("ours"))
+    assert (trainer.stop_reason, trainer.status, trainer.exit_code) == ("ours", "stopped", 0)
+
+
+def test_a_stop_that_nobody_has_agreed_on_when_training_is_over():
+    ranks = Ranks(at=99)
+    trainer = of_two(ranks, lambda trainer: trainer.stop("too late", "preempted", 75))
+    assert (trainer.global_step, trainer.status, trainer.exit_code) == (7, "finished", 0)
+    assert ranks.saved == [(7, "end of training")]
+
+
+def test_a_save_that_one_rank_alone_asks_for():
+    ranks = Ranks(at=4, saves=["theirs", "both"])
+    of_two(ranks, lambda trainer: (trainer.save("ours", alone=True), trainer.save("both", alone=True)))
+    assert ranks.saved == [(4, "ours, both, theirs"), (7, "end of training")]
+    assert ranks.asked == [False, True, True, True, False, False, False]
+    ranks = Ranks(at=4)
+    of_two(ranks, lambda trainer: trainer.save("all of us"))
+    assert ranks.saved == [(2, "all of us"), (7, "end of training")]
+
+
+def test_alone_nobody_is_asked():
+    saved = []
+
+    class Alone(Diary):
+        @hookimpl(wrapper=True)
+        def vote(self):
+            raise AssertionError("there is nobody to vote with")
+            yield
+
+        @hookimpl
+        def on_end_train_step(self, trainer, global_step):
+            if global_step == 2:
+                trainer.save("at once", alone=True)
+
+        @hookimpl
+        def save(self, trainer, reason):
+            saved.append((trainer.global_step, reason))
+            return True
+
+    tiny_trainer([Alone()], epochs=1).train()
+    assert saved[0] == (2, "at once")
+
+
+def test_time_is_what_the_vote_says():
+    trainer = of_two(Ranks(at=99), max_time="45 s")
+    assert (trainer.global_step, trainer.counters.seconds) == (5, 50.0)
+
+
+def test_values_that_only_another_rank_has_are_reduced_here_too():
+    class Logs(Diary):
+        @hookimpl
+        def all_reduce(self, value, op):
+            reduced.append((op, value.tolist()))
+            return value
+
+    reduced, logs = [], Logs()
+    ranks = Ranks(at=99, synced={"x": "max", "here": "mean"})
+    tiny_trainer([ranks, logs], epochs=1, evaluate_every=None, log_every="7 steps", max_steps=7).train()
+    assert ("max", [-math.inf, 0.0]) in reduced
+    assert logs.logged[0][1]["x"] == -math.inf
+    assert math.isnan(logs.logged[0][1]["here"])  # 0 values of it: what the others have is not in this double
+    assert list(logs.logged[0][1]) == sorted(logs.logged[0][1])  # the order in which all ranks reduce
+
+
+def test_with_several_ranks_a_batch_counts_as_a_full_one():
+    assert of_two(Ranks(at=99)).counters.samples == 7 * 8  # though the last is half a one
+    alone = tiny_trainer(epochs=1)
+    alone.train()
+    assert alone.counters.samples == 50

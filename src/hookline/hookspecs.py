@@ -171,7 +171,7 @@ def restore(trainer: Trainer, stage: Stage) -> bool:
 
 @verb
 def get_run_state(trainer: Trainer) -> dict[str, Any]:
-    """Answer the state of the run in named sections.
+    """Answer the state of the run in named sections; `logs`, `rng` and `window` are of this rank, the others of all.
 
     Whole only in `on_begin_train`, `on_begin_train_epoch`, `on_boundary` and `save`. The section
     `window` is there where `save` comes within a window: the gradients so far by parameter,
@@ -185,6 +185,7 @@ def get_run_state(trainer: Trainer) -> dict[str, Any]:
         "optimizers": [get_optimizer_state(optimizer, names) for optimizer in trainer.optimizers],
         "schedulers": [scheduled.scheduler.state_dict() for scheduled in trainer.schedulers],
         "plugins": {name: state for name, state in plugins.items() if state},
+        "logs": trainer.get_logs(),
         "rng": trainer.restored_rng or get_rng_state(),
     }
     if trainer.begun:
@@ -212,7 +213,8 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
     window = state.get("window", {"outputs": [], "gradients": {}})
     trainer.begun = data.to_device(window["outputs"], trainer.device)
     set_gradients(trainer.module, window["gradients"])
-    trainer.restored_rng = state["rng"]
+    trainer.update_logs(state.get("logs", {}))  # a rank that was not there before has neither these
+    trainer.restored_rng = state.get("rng") or get_rng_state()  # nor this
     return True
 
 
@@ -532,6 +534,17 @@ def all_reduce(trainer: Trainer, value: torch.Tensor, op: str) -> torch.Tensor:
 def all_gather(trainer: Trainer, value: Any) -> list[Any]:
     """Answer every rank's object, in the order of ranks."""
     return [value]
+
+
+@verb
+def vote(trainer: Trainer, asked: bool, seconds: float) -> tuple[bool, float]:
+    """Answer whether a rank has asked for what all have to do together, and the seconds of training that all count.
+
+    Called at each boundary where there are several ranks; the answer is the same on all of them. `asked` is
+    whether this one has, by `trainer.stop` or `trainer.save(…, alone=True)`. Who asked goes on asking
+    until the answer is yes, so it may come some steps later, and steps need not wait for it.
+    """
+    return asked, seconds
 
 
 # When it ends -------------------------------------------------------------------------

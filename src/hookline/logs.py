@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ _COMBINE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "last": lambda values: values[-1],
 }
 
+_NOTHING = {"mean": 0.0, "sum": 0.0, "min": math.inf, "max": -math.inf, "last": math.nan}
 Number = float | int | torch.Tensor
 AllReduce = Callable[..., torch.Tensor]
 
@@ -74,7 +76,8 @@ class Reduction:
     def value(self, all_reduce: AllReduce | None = None) -> torch.Tensor:
         """Return the reduced value, a tensor of shape () on its device; of all ranks if `sync` is set."""
         self._fold()
-        assert self._value is not None
+        if self._value is None:  # only other ranks have any
+            self._value = torch.tensor(_NOTHING[self.reduce], dtype=torch.float64)
         value, weight = self._value, torch.full_like(self._value, self._weight)
         if self.sync and all_reduce is not None and self.reduce != "last":
             op = "sum" if self.reduce == "mean" else self.reduce
@@ -126,6 +129,17 @@ class LogBuffer:
                 "one flush; use one of them, or two names"
             )
         return found
+
+    def synced(self) -> dict[str, str]:
+        """Return the reductions that are over all ranks, by name."""
+        return {name: reduction.reduce for name, reduction in self.reductions.items() if reduction.sync}
+
+    def agree(self, ranks: Iterable[Mapping[str, str]]) -> None:
+        """Reduce over all ranks what one of them does, in the same order on each; `ranks` say what `synced` answers."""
+        for synced in ranks:
+            for name, reduce in synced.items():
+                self.reduction(name, reduce).sync = True
+        self.reductions = dict(sorted(self.reductions.items()))
 
     def clear(self) -> None:
         """Forget everything."""

@@ -460,20 +460,24 @@ class PluginManager(pluggy.PluginManager):
         at hand; where pluggy calls on, it is the one whose code the next frame runs. Costs
         nothing until something is raised.
         """
-        note, traceback = None, error.__traceback__
+        blamed: tuple[str, HookImpl] | None = None
+        traceback = error.__traceback__
         while traceback is not None:
             frame, below = traceback.tb_frame, traceback.tb_next
             if frame.f_code.co_qualname == "PluginManager._tell.<locals>.tell" and "impl" in frame.f_locals:
-                note = self._note(frame.f_locals["name"], frame.f_locals["impl"])
+                blamed = frame.f_locals["name"], frame.f_locals["impl"]
             elif frame.f_code is _multicall.__code__ and below is not None:
+                hook = frame.f_locals["hook_name"]
                 for impl in frame.f_locals["hook_impls"]:
                     function = inspect.unwrap(impl.function)
-                    if (
-                        getattr(function, "__code__", None) is below.tb_frame.f_code
-                        and impl.plugin_name not in self._specs
-                    ):
-                        note = self._note(frame.f_locals["hook_name"], impl)
+                    if getattr(function, "__code__", None) is not below.tb_frame.f_code:
+                        continue
+                    if impl.plugin_name not in self._specs:
+                        blamed = hook, impl
+                    elif blamed is not None and blamed[0] == hook:  # it only passed through who wraps this
+                        blamed = None
             traceback = below
+        note = self._note(*blamed) if blamed is not None else None
         if note is not None and note not in getattr(error, "__notes__", ()):
             error.add_note(note)
 

@@ -26,7 +26,7 @@ class Counters:
     """Epochs completed; while one is under way this is its index."""
     evaluations: int = 0
     samples: int = 0
-    """Samples trained on, over all ranks."""
+    """Samples trained on, over all ranks; with several, each batch counts as a full one, so that they agree."""
     skipped_steps: int = 0
     """Updates that left the weights as they were."""
     seconds: float = 0.0

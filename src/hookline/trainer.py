@@ -104,6 +104,8 @@ class Trainer:
         self._stop_status = "stopped"
         self._preempted_code = 1
         self._save_reasons: list[str] = []
+        self._asked_alone: list[str] = []
+        self._agreed = True  # whether all ranks know of `stop_reason`
         self._settling_due = False
         self._stepped = True
         self._evaluated_at: int | None = None
@@ -204,27 +206,36 @@ class Trainer:
     def stop(self, reason: str, status: str = "stopped", exit_code: int = 1, *, within_window: bool = False) -> None:
         """Ask for the end of training; it comes at the next boundary. Anyone may ask.
 
+        With several ranks any of them may ask alone: all end at the boundary at which they have agreed.
+
         Args:
             reason: said to the user and to `on_end_run`.
             status: "stopped", or "preempted" where the run shall be gone on with later.
             exit_code: of the command line, where the run is preempted.
             within_window: do not wait for the boundary, but save and end behind the micro-batch under
-                way, its window half done. Only where the core itself does the window; whoever performs `update`,
-                `run_window` or `train_epoch` comes to the boundary first.
+                way, its window half done. Only on one rank, and where the core itself does the window; whoever
+                performs `update`, `run_window` or `train_epoch` comes to the boundary first.
         """
         own = not any(self.plugins.performers(hook) for hook in ("train_epoch", "update", "run_window"))
-        self.cutting = self.cutting or (within_window and own)
+        self.cutting = self.cutting or (within_window and own and self.world_size == 1)
         if self.stop_reason is None:
             self.stop_reason, self._stop_status, self._preempted_code = reason, status, exit_code
+            self._agreed = self.world_size == 1
 
     @property
     def exit_code(self) -> int:
         """What the command line ends with: 0 only for a run that is done."""
         return {"finished": 0, "stopped": 0, "preempted": self._preempted_code}.get(self.status, 1)
 
-    def save(self, reason: str) -> None:
-        """Ask for the state to be stored; done at the next boundary, once for all who ask."""
-        self._save_reasons.append(reason)
+    def save(self, reason: str, alone: bool = False) -> None:
+        """Ask for the state to be stored; done at the next boundary, once for all who ask.
+
+        Args:
+            reason: stands in what is stored.
+            alone: this rank alone may know of it (a signal), so it is done at the boundary at which
+                all ranks have agreed. Otherwise all ranks ask at the same step.
+        """
+        (self._asked_alone if alone and self.world_size > 1 else self._save_reasons).append(reason)
 
     @property
     def save_asked(self) -> bool:
@@ -241,6 +252,7 @@ class Trainer:
         """Do a run and tell its beginning and its end, the end to every plugin whatever happened."""
         self.stage = stage
         self.stop_reason, self._stop_status, self.cutting = None, "stopped", False
+        self._asked_alone, self._agreed = [], True
         self.status, reason, first = "running", "", None
         try:
             self._raise(self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config))
@@ -469,12 +481,16 @@ class Trainer:
         counters.batches += size
         cursor.position += size
         cursor.consumed += size * cursor.draw
-        for batch in window:
-            counters.samples += data.count_samples(batch) * self.world_size
+        if self.world_size == 1:
+            for batch in window:
+                counters.samples += data.count_samples(batch)
+        else:  # as if all were full: batches of ranks may differ in size, and what is due must not
+            counters.samples += size * self.micro_batch_size * self.world_size
         if not self._stepped:
             counters.skipped_steps += 1
         self._settling_due = True
-        collated = self._collect(outputs) if self.plugins.asking else []
+        several = self.world_size > 1  # who watches may be there on one rank alone; all of them reduce what is logged
+        collated = self._collect(outputs) if self.plugins.asking or several else []
         hook.on_end_train_step(
             trainer=self,
             global_step=counters.global_step,
@@ -483,7 +499,7 @@ class Trainer:
         )
         if self._evaluates_by_counter and self.due(self.options.evaluate_every):
             self._evaluate()
-        if self.plugins.logging and self.due(self.options.log_every):
+        if (self.plugins.logging or several) and self.due(self.options.log_every):
             self._flush(self._interval)
         return True
 
@@ -570,16 +586,17 @@ class Trainer:
         if self._settling_due:
             self._settling_due = False
             self.counters.seconds = time.monotonic() - self._session_began
-            finished = self._is_over()
-            if (finished or self.stop_reason is not None) and self.options.eval_when_finish and not self._preempted():
+            if self.world_size > 1:
+                self._vote()
+            if self._finished() and self.options.eval_when_finish and not self._preempted():
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
             back = self.restored_rng  # another state was put back, so the data go on where that one stood
             if back is not None:
                 set_rng_state(back)
-            finished = self._is_over() or self.stop_reason is not None
+            finished = self._finished()
             if finished:
-                self._save_reasons.append(self.stop_reason or "end of training")
+                self._save_reasons.append((self._stopping() and self.stop_reason) or "end of training")
             if self._save_reasons:
                 reasons, self._save_reasons = self._save_reasons, []
                 self.hook.save(trainer=self, reason=", ".join(dict.fromkeys(reasons)), state=None)
@@ -587,9 +604,27 @@ class Trainer:
             return not finished and back is None
         return True  # what was asked for between two steps is served at the boundary of the second
 
+    def _vote(self) -> None:
+        """Have all ranks know of what some of them have asked for alone."""
+        asked = not self._agreed or bool(self._asked_alone)
+        some, self.counters.seconds = self.hook.vote(trainer=self, asked=asked, seconds=self.counters.seconds)
+        if not some:
+            return
+        stop = self.stop_reason, self._stop_status, self._preempted_code
+        ballots = self.hook.all_gather(trainer=self, value=(stop, self._asked_alone))
+        self._asked_alone = []
+        self._save_reasons += [reason for _, saves in ballots for reason in saves]
+        stops = [stop for stop, _ in ballots if stop[0] is not None]
+        if stops:  # several may have asked: the lowest rank's counts
+            (self.stop_reason, self._stop_status, self._preempted_code), self._agreed = stops[0], True
+
+    def _stopping(self) -> bool:
+        """Tell whether somebody has asked for the end, and all ranks know it."""
+        return self.stop_reason is not None and self._agreed
+
     def _finished(self) -> bool:
         """Tell whether training ends here, by itself or because someone asked for it."""
-        return self.stop_reason is not None or self._is_over()
+        return (self.stop_reason is not None and self._agreed) or self._is_over()  # a call less in each step
 
     def _is_over(self) -> bool:
         """Tell whether all that was to be trained has been trained."""
@@ -598,7 +633,7 @@ class Trainer:
 
     def _preempted(self) -> bool:
         """Tell whether the run shall be gone on with later; one that is over by itself cannot be."""
-        return self.stop_reason is not None and self._stop_status == "preempted" and not self._is_over()
+        return self._stopping() and self._stop_status == "preempted" and not self._is_over()
 
     def due(self, cadence: str | None) -> bool:
         """Tell whether a cadence ("50 steps", "epoch", "10 min") has become due since the last boundary."""
@@ -696,7 +731,7 @@ class Trainer:
     def collect_metrics(self) -> dict[str, float]:
         """Return what this evaluation has logged, over all ranks."""
         assert self._evaluation is not None
-        return to_floats(self._evaluation.collect(self._all_reduce))
+        return self._floats(self._evaluation)
 
     # Logging --------------------------------------------------------------------------
 
@@ -746,10 +781,15 @@ class Trainer:
     def _flush(self, buffer: LogBuffer) -> None:
         """Copy the values of a buffer off the device, once for all, if anybody wants to see them."""
         self._fold_losses()
-        if not self.plugins.heard["on_log"]:
-            buffer.clear()
-        if buffer:
-            self._tell_log(to_floats(buffer.collect(self._all_reduce)))
+        if self.world_size > 1 or (buffer and self.plugins.heard["on_log"]):
+            self._tell_log(self._floats(buffer))
+        buffer.clear()
+
+    def _floats(self, buffer: LogBuffer) -> dict[str, float]:
+        """Empty a buffer; return its values, over all ranks where they are to be."""
+        if self.world_size > 1:
+            buffer.agree(self.hook.all_gather(trainer=self, value=buffer.synced()))
+        return to_floats(buffer.collect(self._all_reduce))
 
     def _all_reduce(self, value: torch.Tensor, op: str) -> torch.Tensor:
         return self.hook.all_reduce(trainer=self, value=value, op=op)  # type: ignore[no-any-return]
@@ -770,9 +810,6 @@ class Trainer:
             "best": dataclasses.asdict(self.best),
             "evaluated_at": self._evaluated_at,
             "metrics": self.metrics,
-            "losses": torch.stack(self._losses) if self._losses else None,
-            "interval": self._interval.get_state(),
-            "epoch": self._epoch.get_state(),
             "frozen": [name for name, weight in self.module.named_parameters() if not weight.requires_grad],
         }
 
@@ -785,12 +822,23 @@ class Trainer:
         self.best = Best(**state["best"])
         self._evaluated_at = state["evaluated_at"]
         self.metrics = dict(state["metrics"])
-        self._losses = [] if state["losses"] is None else list(state["losses"].unbind())
-        self._interval.update_state(state["interval"])
-        self._epoch.update_state(state["epoch"])
         if not self.options.reset_optimizers_schedulers:
             for name, weight in self.module.named_parameters():
                 weight.requires_grad_(name not in state["frozen"])
+
+    def get_logs(self) -> dict[str, Any]:
+        """Return what has been logged and not told yet, by this rank."""
+        return {
+            "losses": torch.stack(self._losses) if self._losses else None,
+            "interval": self._interval.get_state(),
+            "epoch": self._epoch.get_state(),
+        }
+
+    def update_logs(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self._losses = [] if state.get("losses") is None else list(state["losses"].unbind())
+        self._interval.update_state(state.get("interval", {}))
+        self._epoch.update_state(state.get("epoch", {}))
 
     @property
     def global_step(self) -> int:

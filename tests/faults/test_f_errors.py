@@ -1,9 +1,9 @@
 """Row F of the fault catalogue: errors in user code and plugins end the run in order, and never with exit code 0.
 
-What has no test, because nothing bounds it yet: an observer that hangs (F6) and code that keeps the interpreter to
-itself (F10). And `os._exit(0)` by user code cannot be told from success by the exit code; the record of the run can.
+`os._exit(0)` by user code cannot be told from success by the exit code; the record of the run can.
 """
 
+import ctypes
 import faulthandler
 import functools
 import inspect
@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -33,7 +34,7 @@ from hookline_checkpoint.compare import differences
 from hookline_checkpoint.layout import unpack
 
 pytestmark = pytest.mark.plugins
-PRELOADED += [__name__, "hookline.config", "hookline_guard", "hookline_jsonl"]
+PRELOADED += [__name__, "hookline.config", "hookline_guard", "hookline_jsonl", "hookline_watchdog"]
 
 
 class Broken(Exception):
@@ -65,6 +66,7 @@ class Module(TinyModule):
     def on_end_train(self, trainer):
         trainer.log_object("note", "a text")
         trainer.export_model()
+        trainer.hook.vote(trainer=trainer, asked=False, seconds=0.0)
 
     @hookimpl
     def on_end_predict_step(self): ...
@@ -435,6 +437,28 @@ def record(folder):
     return read_run(folder / "runs" / "run-1")
 
 
+@dataclass(eq=False)
+class Unanswered(CallbackInterface):
+    """Waits for the answer of a service."""
+
+    observer = True
+
+    @hookimpl
+    def on_log(self):
+        time.sleep(60)
+
+
+def test_f6_a_tracker_that_hangs_is_ended_by_the_watchdog(tmp_path):
+    plugins = {"watchdog": {"timeout": "3 s"}, "tracker": {"_plugin_": f"{__name__}.Unanswered"}}
+    outcome = run(fit, prepared(tmp_path, plugins), timeout=30)
+    assert outcome.code == 124, outcome.output
+    assert "no sign of life for 3 s (watchdog.timeout); phase: training, after step 7" in outcome.output
+    assert "in on_log" in outcome.output
+    assert good_checkpoints(tmp_path / "runs" / "run-1") == [4]
+    resumed = run(fit, tmp_path, "plugins.tracker=null", "--resume")
+    assert (resumed.code, record(tmp_path).status) == (0, "finished"), resumed.output
+
+
 @pytest.mark.parametrize(
     ("name", "code", "said"),
     [
@@ -598,6 +622,7 @@ DEATHS = {
     "exit 3": functools.partial(os._exit, 3),
     "segfault": faulthandler._sigsegv,
     "abort": os.abort,
+    "interpreter held": functools.partial(ctypes.PyDLL(None).sleep, 60),
 }
 
 
@@ -629,13 +654,16 @@ def whole(tmp_path_factory):
         ("exit 3", 3, "crashed"),
         ("segfault", -signal.SIGSEGV, "crashed"),
         ("abort", -signal.SIGABRT, "crashed"),
+        ("interpreter held", 1, "crashed"),  # the watchdog ends it
     ],
 )
 def test_f10_a_process_that_dies_is_seen_and_gone_on_with(by, code, status, tmp_path, whole, capsys, monkeypatch):
-    folder = prepared(tmp_path, _target_=f"{__name__}.Dying", by=by)
-    outcome = run(fit, folder)
+    watched = {"watchdog": {"timeout": "3 s"}} if by == "interpreter held" else {}
+    folder = prepared(tmp_path, watched, _target_=f"{__name__}.Dying", by=by)
+    outcome = run(fit, folder, timeout=30)
     assert outcome.code == code, outcome.output
     assert ("RecursionError" in outcome.output) is (by == "recursion")
+    assert ("Timeout (" in outcome.output) is (by == "interpreter held")
     assert (record(folder).status, record(folder).step) == (status, 8 if status == "crashed" else 9)
     monkeypatch.chdir(folder)
     assert main(["runs"]) == 0

@@ -198,13 +198,17 @@ def test_each_rank_has_its_own_random_states(tmp_path):
 
         @hookimpl
         def all_gather(self, value):
-            return [value, {"rng": {**value["rng"], "torch": torch.Generator().manual_seed(5).get_state()}}]
+            other = (
+                {"rng": {**value["rng"], "torch": torch.Generator().manual_seed(5).get_state()}}
+                if "rng" in value
+                else value
+            )
+            return [value, other]
 
     trained(tmp_path, Two(0), max_steps=1)
     assert {path.name for path in at(tmp_path, 1).iterdir()} == FILES | {"rank-0001.safetensors", "rank-0001.json"}
     assert torch.equal(unpack(at(tmp_path, 1), 1)["rng"]["torch"], torch.Generator().manual_seed(5).get_state())
-    with pytest.raises(CheckpointError, match=r"lists no rank-0002\.safetensors; it was written by 2 rank\(s\)"):
-        unpack(at(tmp_path, 1), 2)
+    assert "rng" not in unpack(at(tmp_path, 1), 2)  # of a rank that was not there
     trained(tmp_path, Two(1), resume=True, max_steps=2)  # rank 1 reads its own, and leaves the writing to rank 0
     assert steps(tmp_path) == [1]
 

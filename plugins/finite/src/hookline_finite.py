@@ -70,7 +70,7 @@ class Finite(CallbackInterface):
     def on_begin_optimizer_step(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Add up what must be finite: whatever is not makes the sum so."""
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([here(p.grad) for p in parameters if p.grad is not None])
         self._sum = torch.stack([norm, *(loss.reshape(()).to(norm) for loss in self._losses)]).sum()
         self._losses = []
 
@@ -237,9 +237,14 @@ def tensors_of(
 
 
 def floating(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return those of them that are tensors of floating-point numbers, and not empty."""
-    is_tensor = torch.is_tensor
-    return {name: t for name, t in tensors.items() if is_tensor(t) and t.is_floating_point() and t.numel()}
+    """Return what is here of those that are tensors of floating-point numbers, where it is not empty."""
+    found = {name: here(t) for name, t in tensors.items() if torch.is_tensor(t) and t.is_floating_point()}
+    return {name: tensor for name, tensor in found.items() if tensor.numel()}
+
+
+def here(tensor: Any) -> torch.Tensor:
+    """Return this rank's share of a tensor that ranks share: the verdict is that of all of them, anyway."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
 def largest(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

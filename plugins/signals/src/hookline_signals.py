@@ -111,13 +111,12 @@ class Signals(CallbackInterface):
     def on_boundary(self, trainer: Trainer) -> None:
         if self._save:
             number, self._save = self._save, 0
-            trainer.save(f"received {signal.Signals(number).name}")
+            trainer.save(f"received {signal.Signals(number).name}", alone=True)
         self._end(trainer)
 
     @hookimpl
     def on_end_backward(self, trainer: Trainer) -> None:  # type: ignore[override]
-        if trainer.world_size == 1:  # ranks would have to agree on the micro-batch
-            self._end(trainer)
+        self._end(trainer)
 
     def _end(self, trainer: Trainer) -> None:
         if self._stop:

@@ -22,6 +22,7 @@ examples:
   hookline fit examples/digits.yaml trainer.epochs=3 plugins.clip.max_norm=0.5
   hookline fit examples/digits.yaml -p no:progress       without a plugin; -p NAME: with one more
   hookline fit examples/digits.yaml --resume             go on where the newest run was cut
+  hookline fit examples/digits.yaml -p ddp --nproc 2     in two processes of this machine
   hookline fit runs/digits-1/config.yaml                 do a run once more
   hookline predict examples/chars.yaml --resume
   hookline plan examples/digits.yaml                     who does what in which order
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if brought is not None:
             return _run_brought(brought.load(), words[1:])
         options = _parse(words)
+        options.words = words
         code: int = options.command(options)
         return code
     except UserError as error:
@@ -100,13 +102,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"hookline {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, summary: str, command: Any) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    def add(name: str, summary: str, command: Any, **more: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", **more)
         added.set_defaults(command=command)
         return added
 
     for name, (door, summary) in DOORS.items():
-        _add_configuration(added := add(name, summary, _run))
+        _add_configuration(added := add(name, summary, _run_or_launch, parents=[_launching()]))
         added.set_defaults(door=door)
         added.add_argument(
             "--resume", nargs="?", const=True, default=None, metavar="RUN",
@@ -138,6 +140,19 @@ def _add_configuration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", dest="plugins", action="append", default=[], metavar="[no:]NAME", help="turn a plugin on, or off"
     )
+
+
+def _launching() -> argparse.ArgumentParser:
+    """Return what a door understands of launching, and the processes that it starts are not told."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--nproc", metavar="N", help="run it in N processes of this machine; auto for one a CUDA device"
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N",
+        help="with --nproc: how often all start anew, from the newest checkpoint, when one has failed (default: 0)",
+    )  # fmt: skip
+    return parser
 
 
 def _configuration(options: argparse.Namespace) -> Any:
@@ -186,26 +201,65 @@ def _raised_by_user_code(error: BaseException) -> bool:
     return traceback is not None and not traceback.tb_frame.f_globals.get("__name__", "").startswith("hookline")
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run_or_launch(options: argparse.Namespace) -> int:
+    from hookline.cli import launch
+
+    if options.max_restarts < 0 or (options.max_restarts and options.nproc is None):
+        raise UserError(
+            f"--max-restarts={options.max_restarts} is a number from 0, and goes with --nproc; torchrun has its own"
+        )
+    if options.nproc is None or options.print_config:
+        code: int = launch.recorded(_run)(options)
+        return code
     from hookline import config
 
+    loaded = _configuration(options)
+    _, words = _launching().parse_known_args(options.words)
+    with _mendable(ValueError):
+        config.resolve(loaded)  # what is wrong with it is said once, before anything starts
+        return launch.launch(words, options.nproc, options.max_restarts)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from hookline import config
+    from hookline.cli import launch
+
+    if options.door == "train" and (folder := launch.remembered()) is not None:
+        options.resume = folder  # the run of the attempt before, not another one of this name
     loaded = _configuration(options)
     if options.print_config:
         print(config.to_yaml(config.masked(loaded)), end="")
         return 0
     with _no_early_success():
         trainer = _trainer(loaded)
-        if options.door == "train":
+        _refuse_to_train_apart(trainer, options.door)
+        if options.door == "train" and trainer.rank == 0:
+            launch.remember(trainer.run_dir)
             tree = {**trainer.config, "trainer": {**trainer.config["trainer"], "resume": False}}
             kept = trainer.run_dir / "config.yaml"
             with contextlib.suppress(FileExistsError), kept.open("x", encoding="utf-8") as file:  # follows no link
                 file.write(config.to_yaml(tree))
         with _mendable(ValueError):
             metrics = getattr(trainer, options.door)()
-    if metrics:
+    if metrics and trainer.rank == 0:
         print(json.dumps(metrics, indent=2))
-    code: int = trainer.exit_code
-    return code
+    return launch.report(trainer.exit_code)
+
+
+def _refuse_to_train_apart(trainer: Any, door: str) -> None:
+    """Refuse processes that would each do the whole, and restarts that would each begin it."""
+    from hookline.cli import launch
+
+    if trainer.world_size == 1 and launch.launched() > 1:
+        raise UserError(
+            f"{launch.launched()} processes were started, and no plugin makes one run of them, so that each would do "
+            "the same: name one that does, e.g. `-p ddp`"
+        )
+    if door == "train" and launch.restarts() and not trainer.plugins.performers("restore"):
+        raise UserError(
+            "a run that is started anew goes on with its newest checkpoint, and no plugin keeps one: name one that "
+            "does, e.g. `-p checkpoint`, or leave --max-restarts away"
+        )
 
 
 @contextlib.contextmanager

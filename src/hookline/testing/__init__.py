@@ -4,6 +4,7 @@ from hookline.testing.budgets import Budget, calls_per_step, count_syncs
 from hookline.testing.check import check_plugin
 from hookline.testing.digest import digest
 from hookline.testing.memory import Memory
+from hookline.testing.ranks import run_ranks
 from hookline.testing.tiny import TinyModule, hand_written_loop, tiny_trainer
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "count_syncs",
     "digest",
     "hand_written_loop",
+    "run_ranks",
     "tiny_trainer",
 ]

@@ -12,6 +12,7 @@ import fnmatch
 import itertools
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import sys
@@ -368,7 +369,7 @@ class Child:
         deadline, value = time.monotonic() + timeout, None
         connection.wait([self._ours, self._process.sentinel], timeout)  # what it has started may keep the pipe open
         with contextlib.suppress(EOFError):
-            value = self._ours.recv() if self._ours.poll() else None
+            value = pickle.loads(self._ours.recv_bytes()) if self._ours.poll() else None
         self._process.join(max(deadline - time.monotonic(), 0))
         hangs = self._process.is_alive()
         with contextlib.suppress(ProcessLookupError):
@@ -398,4 +399,4 @@ def _run(pipe: Any, output: str, method: str | None, function: Callable[..., Any
     os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - the process ends with it
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    pipe.send(function(*args))
+    pipe.send_bytes(pickle.dumps(function(*args)))  # by value: torch would share tensors with a process that has ended

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hookline_checkpoint.codec import join, read_tensors, split, tensors_to_parts, tree_to_bytes
-from hookline_checkpoint.headers import SHARED, TREES, own_files
-from hookline_checkpoint.storage import Buffer, CheckpointError, read, read_tree
+from hookline_checkpoint.headers import SHARED, TREES, own_files, ranks_of
+from hookline_checkpoint.storage import Buffer, CheckpointError, read, read_manifest, read_tree
 
-OWN = ("rng", "window")  # the sections that each rank has for itself
+OWN = ("logs", "rng", "window")  # the sections that each rank has for itself
 
 
 def own(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,12 +47,13 @@ def _contents(
 
 
 def unpack(path: Path, rank: int) -> dict[str, Any]:
-    """Return the state that a checkpoint holds for one rank.
+    """Return the state that a checkpoint holds for one rank; one that was not there gets no section of its own.
 
     Raises:
-        CheckpointError: it is damaged, or holds nothing for this rank.
+        CheckpointError: it is damaged.
     """
-    file_of_tensors, file_of_tree = own_files(rank)
+    is_new = rank > 0 and rank >= ranks_of(read_manifest(path))
+    file_of_tensors, file_of_tree = own_files(0 if is_new else rank)
     readers = {
         **dict.fromkeys([*SHARED.values(), file_of_tensors], read_tensors),
         **dict.fromkeys([TREES, file_of_tree], read_tree),
@@ -62,6 +63,6 @@ def unpack(path: Path, rank: int) -> dict[str, Any]:
         parts = {part: join(contents[name], contents[TREES][part]) for part, name in SHARED.items()}
         sections = join(contents[file_of_tensors], contents[file_of_tree])
         others = parts.pop("others")
-        return {**parts, **others, **sections}
+        return {**parts, **others} if is_new else {**parts, **others, **sections}
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"it cannot be understood: {error}") from error

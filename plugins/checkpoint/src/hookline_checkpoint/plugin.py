@@ -162,6 +162,8 @@ class Checkpoint(CallbackInterface):
             self._object(trainer, f"others may have changed {path}: {'; '.join(others)}", "take the right from them")
         if stage is Stage.TRAIN:
             self._compare(trainer, path)
+        if trainer.world_size > 1:
+            state.pop("window", None)  # one rank alone has begun it; now all begin it anew
         trainer.hook.set_run_state(trainer=trainer, state=state, stage=stage)
         log.info("resumed from %s", path)
         return True

@@ -138,7 +138,7 @@ def _other_batches(expected: Path, resumed: Path) -> Iterator[str]:
 def _other_state(expected: Path, resumed: Path) -> Iterator[str]:
     """Give a line for each tensor or value in which the last checkpoints differ."""
     ends = [storage.listed(run / storage.FOLDER)[0] for run in (expected, resumed)]
-    order = ("module", "optimizers", "schedulers", "plugins", "rng", "trainer")
+    order = ("module", "optimizers", "schedulers", "plugins", "rng", "logs", "trainer")
     lines = [line for line in differences(*ends) if not line.startswith(f"{CLOCK}:")]
     yield from sorted(lines, key=lambda line: order.index(line.split(".")[0]) if line.split(".")[0] in order else 0)
 

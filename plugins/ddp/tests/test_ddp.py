@@ -1,0 +1,328 @@
+"""Two ranks over gloo, against loops written by hand; and what one process says."""
+
+import contextlib
+import itertools
+import logging
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from hookline import CallbackInterface, Stage, hookimpl, set_seed
+from hookline.data import Cursor, mix, sampler_class
+from hookline.testing import TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
+from hookline.testing.faults import PRELOADED
+from hookline_ddp import Ddp
+
+PRELOADED += ["hookline_ddp", "hookline_distributed", "torch.nn.parallel.distributed"]
+
+
+def two(function, *args):
+    """Run a function on two ranks; return what it returned on each."""
+    outcomes = run_ranks(function, 2, *args)
+    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
+    assert not any("FutureWarning" in outcome.output for outcome in outcomes), outcomes[0].output
+    return [outcome.value for outcome in outcomes]
+
+
+class Plain(TinyModule):
+    """Without batch norm, whose statistics depend on the batch of a rank."""
+
+    def __init__(self, samples=48, dropout=0.0):
+        super().__init__(samples, dropout)
+        self.net[1] = torch.nn.Identity()
+
+
+# Parity -------------------------------------------------------------------------------
+
+
+def by_hand(window):
+    """Train as `tiny_trainer` does on two ranks, in the loop that one would write with DistributedDataParallel."""
+    rank = int(os.environ["RANK"])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    store = dist.TCPStore("localhost", int(os.environ["MASTER_PORT"]), is_master=False)
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"by hand {window}", store), rank=rank, world_size=2)
+    set_seed(mix(0, rank))
+    module = TinyModule(samples=48)
+    model = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    cursor = Cursor(seed=0)
+    sampler = sampler_class(cursor, shuffle=True, rank=rank, world_size=2)
+    batches = len(module.get_train_dataloader(sampler, 4))
+    (optimizer,), (scheduler,) = module.get_optimizers_schedulers(-(-batches // window), 2)
+    model.train()
+    step = 0
+    for epoch in range(2):
+        cursor.begin_epoch(epoch)
+        loader = module.get_train_dataloader(sampler, 4)
+        loader.generator = torch.Generator()
+        iterator = iter(loader)
+        while taken := list(itertools.islice(iterator, window)):
+            for index, batch in enumerate(taken):
+                with model.no_sync() if index + 1 < len(taken) else contextlib.nullcontext():
+                    loss, _ = model(stage=Stage.TRAIN, global_step=step + 1, batch=batch, device="cpu")
+                    (loss / len(taken)).backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            step += 1
+    found = digest(module.state_dict()), digest(optimizer.state_dict()["state"]), digest(torch.get_rng_state())
+    del model
+    dist.destroy_process_group()
+    return found
+
+
+class Watch(CallbackInterface):
+    """Counts the averagings of gradients by whole buckets, and sees the model of each stage."""
+
+    def __init__(self):
+        self.averaged = 0
+        self.evaluated = set()
+
+    @hookimpl(trylast=True)
+    def on_begin_train(self, trainer):
+        if isinstance(trainer.model, DistributedDataParallel) and not self.averaged:
+            trainer.model.register_comm_hook(None, self.average)
+
+    def average(self, state, bucket):
+        self.averaged += 1
+        return default_hooks.allreduce_hook(None, bucket)
+
+    @hookimpl
+    def on_end_val_step(self, trainer):
+        self.evaluated.add(type(trainer.model).__name__)
+
+
+def ours(windows):
+    torch.set_num_threads(1)
+    found = []
+    for window in windows:
+        hand = by_hand(window)
+        plugins = {"ddp": Ddp()} | ({"accumulate": {"steps": window}} if window > 1 else {})
+        options = {"train_batch_size": 8 * window, "evaluate_every": None, "eval_when_finish": False}
+        trainer = tiny_trainer(plugins, TinyModule(samples=48), **options)
+        trainer.train()
+        state = digest(trainer.module.state_dict()), digest(trainer.optimizers[0].state_dict()["state"])
+        found.append((hand, (*state, digest(torch.get_rng_state())), digest(list(trainer.module.parameters()))))
+    return found
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_the_bits_are_those_of_a_loop_by_hand():
+    for of_rank_0, of_rank_1 in zip(*two(ours, [1, 3]), strict=True):
+        for hand, trained, _ in (of_rank_0, of_rank_1):
+            assert trained == hand
+        assert of_rank_0[2] == of_rank_1[2]
+        assert of_rank_0[1][2] != of_rank_1[1][2]  # the random states are not
+
+
+def halves():
+    torch.set_num_threads(1)
+    watch, module = Watch(), Plain()
+    trainer = tiny_trainer({"ddp": {}, "accumulate": {"steps": 2}, "watch": watch}, module)
+    trainer.train()
+    again = trainer.global_step, watch.averaged, watch.evaluated, type(trainer.model).__name__
+    return module.state_dict(), module.seen, trainer.metrics, again
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_with_half_the_batch_are_one_rank_within_rounding():
+    whole = Plain()
+    alone = tiny_trainer({"accumulate": {"steps": 2}}, whole)
+    alone.train()
+    (one, seen, metrics, (steps, averaged, evaluated, after)), (other, seen_too, metrics_too, _) = two(halves)
+    torch.testing.assert_close(one, dict(whole.state_dict()))
+    assert digest(one) == digest(other)
+    together = [sorted(first + second) for first, second in zip(seen, seen_too, strict=True)]
+    assert together == [sorted(batch) for batch in whole.seen]
+    assert metrics == metrics_too == pytest.approx(alone.metrics)
+    assert steps == averaged == 12  # once an optimizer step, though there are two micro-batches in it
+    assert (evaluated, after) == (
+        {"Plain"},
+        "DistributedDataParallel",
+    )  # evaluation has no forward of all ranks together
+
+
+# Options ------------------------------------------------------------------------------
+
+
+class Buffers(Plain):
+    """Keeps the mean of its inputs as a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def train_step(self, global_step, batch, device):
+        loss, *rest = super().train_step(global_step, batch, device)
+        with torch.no_grad():
+            self.mean += batch[0].mean(0)
+        return loss, *rest
+
+
+def with_options(cases):
+    torch.set_num_threads(1)
+    found = []
+    for options in cases:
+        module = Buffers()
+        tiny_trainer([Ddp(**options)], module, max_steps=4).train()
+        found.append((list(module.parameters()), module.mean))
+    return found
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_options_change_how_and_not_what():
+    cases = [
+        {},
+        {"static_graph": True, "bucket_cap_mb": 1},
+        {"find_unused_parameters": True},
+        {"compression": "fp16"},
+        {"compression": "powersgd"},
+        {"broadcast_buffers": False},
+    ]
+    one, other = two(with_options, cases)
+    (plain, mean), *rest = one
+    for (weights, _), (same, _) in zip(one, other, strict=True):
+        assert digest(weights) == digest(same)
+    for weights, _ in rest:
+        torch.testing.assert_close(weights, plain, atol=2e-2, rtol=0)
+    assert digest(plain) == digest(rest[0][0]) == digest(rest[1][0])
+    assert digest(plain) != digest(rest[2][0])  # it did compress
+    assert torch.equal(mean, other[0][1])
+    assert not torch.equal(rest[4][1], other[5][1])  # buffers are each rank's own
+
+
+class Unused(Plain):
+    def __init__(self):
+        super().__init__()
+        self.idle = torch.nn.Linear(2, 2)
+
+
+class Frozen(Plain):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+def refused():
+    torch.set_num_threads(1)
+    found = []
+    for plugin, module in ((Ddp(), Unused()), (Ddp(compression="bf16"), Plain())):
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            tiny_trainer([plugin], module).train()
+        found.append("\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())]))
+    trainer = tiny_trainer([Ddp()], Frozen())  # of which nothing can be averaged
+    trainer.validate()
+    tiny_trainer([Ddp(find_unused_parameters=True)], Unused()).train()
+    return found
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_what_torch_refuses_is_said_in_our_words():
+    for unused, bf16 in two(refused):
+        assert "with hookline this is `ddp.find_unused_parameters: true`" in unused
+        assert "ddp.compression=bf16 needs CUDA: gloo, which joins ranks on CPUs, has none; take fp16" in bf16
+
+
+# Several runs of one process ----------------------------------------------------------
+
+
+def again_and_again():
+    torch.set_num_threads(1)
+    watch = Watch()
+    trainer = tiny_trainer([Ddp(), watch], Plain(), epochs=1)
+    trainer.validate()
+    trainer.train()
+    first = trainer.global_step, digest(trainer.module.state_dict())
+    trainer.options.epochs = 2
+    trainer.train()
+    second = trainer.global_step, digest(trainer.module.state_dict()), trainer.validate(), trainer.test()
+    another = tiny_trainer([Ddp()], Plain(), epochs=2)
+    another.train()
+    return first, second, digest(another.module.state_dict()), watch.averaged, dist.is_initialized()
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_several_runs_of_one_trainer_and_of_two():
+    one, other = two(again_and_again)
+    assert one == other
+    (steps, weights), (steps_too, trained_on, validated, tested), another, averaged, initialized = one
+    assert (steps, steps_too, averaged, initialized) == (6, 12, 12, True)
+    assert weights != trained_on
+    assert validated["val_loss"] == tested["test_loss"]
+    assert another  # a second trainer has the group of the first
+
+
+class Converted(CallbackInterface):
+    """Answers another model than the module, as a compiler may."""
+
+    @hookimpl
+    def compile_model(self, model):
+        return Around(model)
+
+
+class Around(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, **arguments):
+        self.calls += 1
+        return self.inner(**arguments)
+
+
+def converted():
+    torch.set_num_threads(1)
+    trainer = tiny_trainer([Ddp(), Converted()], Plain(), epochs=1)
+    trainer.train()
+    return type(trainer.model.module).__name__, trainer.model.module.calls
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_what_others_made_of_the_model_stays_in_evaluations_and_afterwards():
+    assert two(converted) == [("Around", 6 + 3)] * 2  # batches of training, and of an evaluation
+
+
+@pytest.mark.slow
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_processes_end_in_order():
+    """Torch 2.13 ends one of ten with SIGABRT where its group, or gloo's thread, outlives the run."""
+    for _ in range(10):
+        two(halves)
+
+
+# Alone --------------------------------------------------------------------------------
+
+
+@pytest.mark.plugins
+def test_alone_it_changes_nothing_and_says_what_to_do(caplog):
+    by_hand, module = TinyModule(), TinyModule()
+    hand_written_loop(by_hand)
+    with caplog.at_level(logging.WARNING, "hookline"):
+        tiny_trainer([Ddp()], module).train()
+    assert "ddp: this is one process" in caplog.text
+    assert "torchrun --nproc-per-node 2 -m hookline fit run.yaml" in caplog.text
+    assert digest(module.state_dict()) == digest(by_hand.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"compression": "zip"}, "ddp.compression='zip' must be one of none, fp16, bf16, powersgd"),
+        ({"bucket_cap_mb": 0}, "ddp.bucket_cap_mb=0 must be at least 1 megabyte"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        Ddp(**options)

@@ -1,0 +1,365 @@
+"""Join the processes of a run: their ranks, the process group, what they gather and what they agree on."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import functools
+import gc
+import itertools
+import logging
+import os
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from hookline import CallbackInterface, Stage, every, hookimpl, hookspecs
+from hookline_distributed.environment import ALONE, Place, address, find
+
+if TYPE_CHECKING:
+    from hookline import Trainer
+
+__version__ = "0.1.0"
+
+UNEVEN = ("drop", "error")
+
+log = logging.getLogger("hookline")
+runs = itertools.count(1)  # of this process, whichever trainer's: each meets under another name
+
+
+@dataclass(eq=False)
+class Distributed(CallbackInterface):
+    """Make one run of several processes, as a launcher started them; alone it changes nothing.
+
+    What makes the model one of all ranks is another plugin's: ddp, or a stranger's, that requires this one.
+    """
+
+    backend: str = "auto"
+    """Of torch.distributed; auto is gloo, and with CUDA gloo for the CPU and nccl for it."""
+    init_method: str = "env://"
+    """Where ranks meet: at MASTER_ADDR and MASTER_PORT, or `file:///path` on a file system that all of them see."""
+    start_timeout: str = "5 min"
+    """How long ranks wait for each other at the start."""
+    timeout: str = "2 min"
+    """How long a rank waits for the others later; then the run ends."""
+    vote_every: int = 4
+    """Steps between the votes on what one rank has asked for alone: a stop, a save; served within twice as many."""
+    uneven: str = "drop"
+    """What to do where ranks have different numbers of batches: "drop" what not all have, or raise an "error"."""
+
+    def __post_init__(self) -> None:
+        if self.vote_every < 1:
+            raise ValueError(f"distributed.vote_every={self.vote_every} must be at least 1 step")
+        if self.uneven not in UNEVEN:
+            raise ValueError(f"distributed.uneven={self.uneven!r} must be one of {', '.join(UNEVEN)}")
+        if not self.init_method.startswith(("env://", "file:///")):
+            raise ValueError(f"distributed.init_method={self.init_method!r} must be env:// or file:///path")
+        self._start, self._wait = (self._seconds(name) for name in ("start_timeout", "timeout"))
+        self._place: Place = ALONE
+        self._control: Any = None  # a gloo group of its own, so that votes do not stand between the model's collectives
+        self._unknown = False  # whether some rank does not know how many batches it has
+        self._begin_voting(0.0)
+
+    def _seconds(self, option: str) -> datetime.timedelta:
+        text = getattr(self, option)
+        try:
+            limit = every(text)
+        except ValueError as error:
+            raise ValueError(f"distributed.{option}={text!r}: {error}") from None
+        if limit.unit != "seconds":
+            raise ValueError(f'distributed.{option}={text!r} is not a duration; write one like "100 s" or "5 min"')
+        return datetime.timedelta(seconds=limit.number)
+
+    # Ranks and devices ----------------------------------------------------------------
+
+    @hookimpl
+    def get_ranks(self) -> tuple[int, int, int]:
+        self._place = find()
+        return self._place[:3]
+
+    @hookimpl
+    def get_device(self, trainer: Trainer) -> torch.device:
+        device = hookspecs.get_device(trainer=trainer)
+        if device.type != "cuda" or device.index is not None:
+            return device
+        if self._place.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"rank {self._place.rank} is process {self._place.local_rank} of its machine, which has "
+                f"{torch.cuda.device_count()} CUDA device(s); start one process a device"
+            )
+        torch.cuda.set_device(self._place.local_rank)
+        return torch.device("cuda", self._place.local_rank)
+
+    # The process group ----------------------------------------------------------------
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def run(self, trainer: Trainer) -> Generator[None, bool, bool]:
+        if trainer.world_size == 1:
+            return (yield)
+        try:
+            self._join(trainer)
+            compare(trainer, "configuration", describe(trainer))
+            answer = yield
+            self._end_voting()
+            return answer
+        except BaseException:  # the others notice at once; nothing here waits for them
+            self._control = None
+            leave()
+            raise
+
+    def _join(self, trainer: Trainer) -> None:
+        """Have a process group, which lasts as long as this process: a model of all ranks is of no use without it."""
+        rank, world_size = trainer.rank, trainer.world_size
+        backend = self.backend
+        if backend == "auto":
+            backend = "cpu:gloo,cuda:nccl" if trainer.device.type == "cuda" else "gloo"
+        if not dist.is_initialized():
+            store = self._meet(rank, world_size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=self._wait)
+            atexit.register(leave)
+        if self._control is None:
+            self._control = dist.new_group(backend="gloo", timeout=self._wait)
+        told: list[Any] = [str(trainer.run_dir) if rank == 0 else None]
+        dist.broadcast_object_list(told, src=0, group=self._control)
+        if rank != 0:
+            trainer.run_dir = Path(told[0])  # ranks that look for the next free one would find others
+
+    def _meet(self, rank: int, world_size: int) -> Any:
+        """Return the store of this run when all ranks have come to it.
+
+        Raises:
+            RuntimeError: who has not come in time, or that there is no store.
+        """
+        missing = None
+        try:
+            if self.init_method == "env://":
+                hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher
+                store = tcp_store(*address(self._place), rank == 0 and not hosted, self._start)
+            else:
+                store = file_store(self.init_method.removeprefix("file://"), world_size)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives those that failed
+            store = dist.PrefixStore(f"hookline-{attempt}-{next(runs)}", store)  # type: ignore[attr-defined]
+            store.set(f"rank {rank}", "")
+            for other in range(world_size):
+                missing = other
+                store.wait([f"rank {other}"], self._start)
+        except (RuntimeError, OSError) as error:
+            why = "there is no store to meet at" if missing is None else f"rank {missing} has not come"
+            raise RuntimeError(
+                f"rank {rank} of {world_size} has not met the others within {self.start_timeout} "
+                f"(distributed.start_timeout): {why}: {error}"
+            ) from error
+        return store
+
+    # What ranks tell each other -------------------------------------------------------
+
+    @hookimpl
+    def all_reduce(self, trainer: Trainer, value: torch.Tensor, op: str) -> torch.Tensor:
+        if self._control is None:
+            return value
+        reduced = value.to("cpu", copy=True)  # where a rank has no value of its own, it knows no device of it either
+        dist.all_reduce(reduced, getattr(dist.ReduceOp, op.upper()), group=self._control)
+        return reduced.to(value.device)
+
+    @hookimpl
+    def all_gather(self, trainer: Trainer, value: Any) -> list[Any]:
+        if self._control is None:
+            return [value]
+        gathered = [None] * trainer.world_size
+        dist.all_gather_object(gathered, value, group=self._control)
+        return gathered
+
+    @hookimpl
+    def gather_outputs(self, trainer: Trainer, outputs: list[Any]) -> list[Any]:
+        """Put the outputs of all ranks into the order of the data set, of which each has every n-th sample."""
+        ranks = trainer.hook.all_gather(trainer=trainer, value=[to_host(column) for column in outputs])
+        return [interleaved(columns, trainer.device) for columns in zip(*filter(None, ranks), strict=True)]
+
+    # What ranks agree on --------------------------------------------------------------
+
+    @hookimpl(tryfirst=True)
+    def on_begin_train(self, trainer: Trainer) -> None:
+        self._begin_voting(trainer.counters.seconds)
+        if trainer.world_size == 1:
+            return
+        compare(trainer, "place to begin at", {"counters": asdict(trainer.counters)})
+        if not trainer.plugins.performers("shard_model") and trainer.rank == 0:
+            log.warning("distributed: no plugin makes one model of those of the ranks, so each trains its own; add ddp")
+
+    def _begin_voting(self, seconds: float) -> None:
+        self._counted, self._seconds_of_all = 0, seconds
+        self._under_way: tuple[Any, torch.Tensor] | None = None
+
+    @hookimpl
+    def vote(self, trainer: Trainer, asked: bool, seconds: float) -> tuple[bool, float]:
+        """Read the vote that began some steps ago, and begin another: no step waits for it."""
+        self._counted += 1
+        if self._counted % self.vote_every:
+            return False, self._seconds_of_all
+        some = self._end_voting()
+        ballot = torch.tensor([float(asked), seconds if trainer.rank == 0 else 0.0], dtype=torch.float64)
+        self._under_way = dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self._control, async_op=True), ballot
+        return some, self._seconds_of_all
+
+    def _end_voting(self) -> bool:
+        """Return what the vote under way has come to."""
+        if self._under_way is None:
+            return False
+        work, ballot = self._under_way
+        work.wait()
+        self._under_way = None
+        asked, self._seconds_of_all = ballot.tolist()
+        return bool(asked)
+
+    # Batches --------------------------------------------------------------------------
+
+    @hookimpl(wrapper=True)
+    def setup_loader(self, trainer: Trainer, stage: Stage) -> Generator[None, Any, Any]:
+        loader = yield
+        if stage is not Stage.TRAIN or self._control is None:
+            return loader
+        lengths = trainer.hook.all_gather(trainer=trainer, value=length(loader))
+        cursor = trainer.cursor
+        # Resumed between two batches, as they are now, ranks may have one more or less than their lengths say.
+        self._unknown = lengths[0] is None or bool(cursor.draw and cursor.consumed % cursor.draw)
+        if len(set(lengths)) == 1:
+            return loader
+        if None in lengths:
+            raise ValueError(
+                f"the ranks have {listed(lengths)} batches: the training loader must know its length on all, or on none"
+            )
+        if self.uneven == "error":
+            raise ValueError(
+                f"the ranks have {listed(lengths)} batches, and distributed.uneven=error: make the data set a multiple "
+                "of the ranks, or let distributed.uneven=drop leave out what not all have"
+            )
+        return Shortened(loader, min(lengths), trainer)
+
+    @hookimpl(wrapper=True)
+    def take_window(self, trainer: Trainer) -> Generator[None, list[Any], list[Any]]:
+        """Where nobody knows how many batches there are, agree on each window; the one case in which a step waits."""
+        window = yield
+        if self._control is None or not self._unknown:
+            return window
+        sizes = trainer.hook.all_reduce(trainer=trainer, value=torch.tensor([len(window), -len(window)]), op="min")
+        least, most = int(sizes[0]), -int(sizes[1])
+        if least < most and self.uneven == "error":
+            raise ValueError(
+                f"a rank has a window of {least} micro-batches and another of {most}, and distributed.uneven=error"
+            )
+        return window[:least]
+
+
+@functools.cache
+def tcp_store(host: str, port: int, hosts: bool, timeout: datetime.timedelta) -> Any:
+    """Return the store at an address, one for the whole life of this process: other ranks may still need it."""
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
+    )
+
+
+@functools.cache
+def file_store(path: str, world_size: int) -> Any:
+    """Return the store in a file, one for the whole life of this process."""
+    return dist.FileStore(path, world_size)  # type: ignore[attr-defined]
+
+
+def leave() -> None:
+    """Leave the process group."""
+    gc.collect()  # what still holds the group would end the process with SIGABRT
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        time.sleep(0.02)  # for the same reason: gloo's thread must be gone before Python is
+
+
+class Shortened:
+    """A loader of which only the first batches are taken, so that every rank has as many."""
+
+    def __init__(self, loader: Any, batches: int, trainer: Trainer) -> None:
+        self.loader, self.batches, self.trainer = loader, batches, trainer
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.loader), max(self.batches - self.trainer.position, 0))
+
+
+def length(loader: Any) -> int | None:
+    """Return how many batches a loader gives, None where it does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def to_host(column: Any) -> Any:
+    """Return a collated output where it can be sent."""
+    return column.cpu() if isinstance(column, torch.Tensor) else column
+
+
+def interleaved(columns: Sequence[Any], device: torch.device) -> Any:
+    """Return the items of all ranks, the first of each, then the second of each, and so on."""
+    order = sorted((place, rank) for rank, column in enumerate(columns) for place in range(len(column)))
+    if all(isinstance(column, torch.Tensor) for column in columns):
+        starts = list(itertools.accumulate((len(column) for column in columns), initial=0))
+        return torch.cat(list(columns))[[starts[rank] + place for place, rank in order]].to(device)
+    return [columns[rank][place] for place, rank in order]
+
+
+def listed(lengths: Sequence[int | None]) -> str:
+    """Return numbers of batches in words."""
+    return ", ".join("an unknown number of" if length is None else str(length) for length in lengths)
+
+
+# Comparing ranks ----------------------------------------------------------------------
+
+
+def compare(trainer: Trainer, subject: str, own: dict[str, dict[str, Any]]) -> None:
+    """Refuse, on all ranks, those that would do something else than rank 0.
+
+    Raises:
+        ValueError: what is different, and on which rank.
+    """
+    ranks = trainer.hook.all_gather(trainer=trainer, value=own)
+    for rank, other in enumerate(ranks):
+        for kind, first in ranks[0].items():
+            for name in [*first, *other[kind]]:
+                values = [each[kind].get(name, "missing") for each in (other, ranks[0])]
+                if values[0] != values[1]:
+                    raise ValueError(
+                        f"rank {rank} has another {subject} than rank 0: {kind}.{name} is {values[0]} instead of "
+                        f"{values[1]}; all ranks of a run must have the same"
+                    )
+
+
+def describe(trainer: Trainer) -> dict[str, dict[str, str]]:
+    """Return what must be the same on all ranks, as texts; plugins that only watch may be there on one alone."""
+    weights = trainer.module.named_parameters()
+    plugins = {name: plugin for name, plugin in trainer.plugins.listed() if not getattr(plugin, "observer", False)}
+    return {
+        "trainer": {name: as_text(value) for name, value in asdict(trainer.options).items()},
+        "plugins": {name: type(plugin).__name__ for name, plugin in plugins.items()},
+        "options": {
+            f"{name}.{field.name}": as_text(getattr(plugin, field.name))
+            for name, plugin in plugins.items()
+            if is_dataclass(plugin)
+            for field in fields(plugin)
+            if field.init
+        },
+        "parameters": {name: f"{str(weight.dtype)[6:]}{list(weight.shape)}" for name, weight in weights},
+    }
+
+
+def as_text(value: Any) -> str:
+    """Return a value as text, of objects only the class: what else they show may depend on the process."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {as_text(one)}' for key, one in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_text, value))}]"
+    return str(value) if isinstance(value, (int, float, str, Path, type(None))) else type(value).__name__
