@@ -104,10 +104,12 @@ def without_clock(state):
     return digest({**state, "trainer": trainer})
 
 
+@pytest.mark.plugins
 def test_contract():
     check_plugin(Fsdp)
 
 
+@pytest.mark.plugins
 @pytest.mark.parametrize(("plugin", "window"), [({"wrap": ["Linear"]}, 1), ({"reshard_after_forward": False}, 2)])
 def test_two_ranks_are_one_within_rounding(plugin, window):
     one, other = on_two(plugin, window=window, module=Apart)
@@ -150,6 +152,7 @@ def by_hand():
     return {name: weight.full_tensor() for name, weight in module.state_dict().items()}
 
 
+@pytest.mark.plugins
 def test_the_same_bits_as_a_loop_written_by_hand():
     outcomes = run_ranks(by_hand, 2)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
@@ -157,6 +160,7 @@ def test_the_same_bits_as_a_loop_written_by_hand():
     assert digest(one["weights"]) == digest(outcomes[0].value)
 
 
+@pytest.mark.plugins
 def test_a_resume_has_the_same_bits_and_other_numbers_of_ranks_go_on():
     whole = on_two({"wrap": ["Linear"]}, dropout=0.3)
     states = [rank["states"] for rank in whole]
@@ -171,6 +175,7 @@ def test_a_resume_has_the_same_bits_and_other_numbers_of_ranks_go_on():
     assert_close(on_two({}, [alone["states"][3]] * 2)[0]["weights"], alone["weights"])  # 1 -> 2
 
 
+@pytest.mark.plugins
 @pytest.mark.slow
 def test_copies_of_a_sharded_model_and_half_precision():
     outcomes = run_ranks(train_with, 4, ({"replicas": 2, "wrap": ["Linear"]},), {}, timeout=100)
@@ -208,6 +213,7 @@ def wrong(plugin):
     train(plugin)
 
 
+@pytest.mark.plugins
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
