@@ -245,7 +245,9 @@ def _loading(view: _SeededDataset, index: Any) -> Iterator[None]:
                 numpy.random.set_bit_generator(kept_bits)
 
 
-_bits_of_loading = functools.cache(lambda numpy: numpy.random.MT19937())
+@functools.cache
+def _bits_of_loading(numpy: Any) -> Any:
+    return numpy.random.MT19937()
 
 
 def _watch(view: _SeededDataset) -> None:

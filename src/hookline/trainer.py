@@ -216,8 +216,9 @@ class Trainer:
                 way, its window half done. Only on one rank, and where the core itself does the window; whoever
                 performs `update`, `run_window` or `train_epoch` comes to the boundary first.
         """
-        own = not any(self.plugins.performers(hook) for hook in ("train_epoch", "update", "run_window"))
-        self.cutting = self.cutting or (within_window and own and self.world_size == 1)
+        if within_window and self.world_size == 1:
+            others = any(self.plugins.performers(hook) for hook in ("train_epoch", "update", "run_window"))
+            self.cutting = not others
         if self.stop_reason is None:
             self.stop_reason, self._stop_status, self._preempted_code = reason, status, exit_code
             self._agreed = self.world_size == 1
