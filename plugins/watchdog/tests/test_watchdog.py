@@ -27,7 +27,10 @@ def until(condition, seconds=30):
 
 
 def threads():
-    """Return how many threads this process has, those that Python does not know of as well."""
+    """Return how many threads this process has, those that Python does not know of as well.
+
+    The system may know of one for a moment after its end.
+    """
     return len(os.listdir("/proc/self/task"))
 
 
@@ -56,7 +59,7 @@ def count_threads(doors):
     trainer = tiny_trainer([Watchdog(), within])
     for door in doors:
         getattr(trainer, door)()
-        until(lambda: threads() <= before)  # the system may know of a thread for a moment after its end
+        until(lambda: threads() <= before)
         counts.append(threads() - before)
     return counts
 
@@ -72,6 +75,7 @@ def count_threads_after_an_error():
     trainer = tiny_trainer([Watchdog(), at_hook("update", failing(KeyError("on purpose")))])
     with pytest.raises(KeyError):
         trainer.train()
+    until(lambda: threads() <= before)
     return threads() - before
 
 
