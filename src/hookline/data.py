@@ -67,8 +67,8 @@ class ResumableSampler(Sampler[int]):
 
     cursor: Cursor
     shuffle: bool
-    rank: int
-    world_size: int
+    share: int
+    shares: int
 
     def __init__(self, data_source: Any) -> None:
         self.length = len(data_source)
@@ -79,18 +79,18 @@ class ResumableSampler(Sampler[int]):
             order = torch.randperm(self.length, generator=generator)
         else:
             order = torch.arange(self.length)
-        share = order[self.cursor.consumed + self.rank :: self.world_size]
+        share = order[self.cursor.consumed + self.share :: self.shares]
         for chunk in torch.split(share, CHUNK):
             yield from chunk.tolist()
 
     def __len__(self) -> int:
         """Return the samples of a whole epoch on this rank, wherever the cursor stands."""
-        return len(range(self.rank, self.length, self.world_size))
+        return len(range(self.share, self.length, self.shares))
 
 
-def sampler_class(cursor: Cursor, shuffle: bool, rank: int, world_size: int) -> type[ResumableSampler]:
-    """Return a sampler class that is bound to the cursor and the ranks of a run."""
-    bound = {"cursor": cursor, "shuffle": shuffle, "rank": rank, "world_size": world_size}
+def sampler_class(cursor: Cursor, shuffle: bool, share: int, shares: int) -> type[ResumableSampler]:
+    """Return a sampler class that is bound to the cursor of a run and to this rank's share of the data."""
+    bound = {"cursor": cursor, "shuffle": shuffle, "share": share, "shares": shares}
     return type("RunSampler", (ResumableSampler,), bound)
 
 
@@ -105,7 +105,7 @@ def length(loader: Any) -> int | None:
         return None
 
 
-def make_resumable(loader: Any, cursor: Cursor, world_size: int, timeout: str | None = None) -> Any:
+def make_resumable(loader: Any, cursor: Cursor, shares: int, timeout: str | None = None) -> Any:
     """Prepare a training loader so that iterating it begins at the cursor.
 
     A `DataLoader` of a map-style data set is prepared in place: it skips by index, and what
@@ -131,7 +131,7 @@ def make_resumable(loader: Any, cursor: Cursor, world_size: int, timeout: str | 
         return loader
     plain = loader.batch_sampler is None or type(loader.batch_sampler) is BatchSampler
     if plain and isinstance(loader.sampler, ResumableSampler):
-        cursor.draw = (loader.batch_size or 1) * world_size
+        cursor.draw = (loader.batch_size or 1) * shares
         cursor.position = cursor.consumed // cursor.draw  # the batches of before may have been of another size
         return loader
     if not cursor.warned and not (plain and isinstance(loader.sampler, SequentialSampler)):

@@ -43,6 +43,15 @@ def get_ranks(trainer: Trainer) -> tuple[int, int, int]:
 
 
 @verb
+def get_share(trainer: Trainer) -> tuple[int, int]:
+    """Answer (share, shares): which share of the data this rank takes, and of how many.
+
+    Asked when ranks are known. Ranks that split single layers between them take the same.
+    """
+    return trainer.rank, trainer.world_size
+
+
+@verb
 def get_device(trainer: Trainer) -> torch.device:
     """Answer the device of this rank: `trainer.device` of the options, else CUDA where there is one."""
     name = trainer.options.device
@@ -132,14 +141,14 @@ def shard_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
 def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler[Any]]:
     """Answer the sampler class that the module's `get_*_dataloader` of this stage receives."""
     cursor = trainer.cursor if stage is Stage.TRAIN else data.Cursor(seed=trainer.options.seed)
-    return data.sampler_class(cursor, stage is Stage.TRAIN, trainer.rank, trainer.world_size)
+    return data.sampler_class(cursor, stage is Stage.TRAIN, trainer.share, trainer.shares)
 
 
 @verb
 def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Loader:
     """Answer the loader to iterate; a training loader then begins at `trainer.position`."""
     if stage is Stage.TRAIN:
-        loader = data.make_resumable(loader, trainer.cursor, trainer.world_size, trainer.options.loader_timeout)
+        loader = data.make_resumable(loader, trainer.cursor, trainer.shares, trainer.options.loader_timeout)
     elif isinstance(loader, torch.utils.data.DataLoader):
         data.seed_loading(loader, data.Cursor(seed=trainer.options.seed), trainer.options.loader_timeout)
     return loader
@@ -526,7 +535,10 @@ def on_log_object(trainer: Trainer, name: str, value: Any, global_step: int) -> 
 
 @verb
 def all_reduce(trainer: Trainer, value: torch.Tensor, op: str) -> torch.Tensor:
-    """Answer a small tensor reduced over all ranks; `op` is sum, min or max."""
+    """Answer a small tensor reduced over all ranks; `op` is sum, min or max.
+
+    Ranks with the same share of the data count once in a sum.
+    """
     return value
 
 

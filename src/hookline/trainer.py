@@ -134,6 +134,7 @@ class Trainer:
         self._register(named)
         try:
             self.rank, self.local_rank, self.world_size = self.hook.get_ranks(trainer=self)
+            self.share, self.shares = self.hook.get_share(trainer=self)
             self.device: torch.device = self.hook.get_device(trainer=self)
             self.on_cpu = self.device.type == "cpu"
             self.module = self._adapt(module)
@@ -316,7 +317,7 @@ class Trainer:
     def run_evaluation(self, stage: Stage) -> None:
         """Evaluate on its own: what the verb `run` does for the other stages."""
         if not self.optimizers:  # else this trainer has trained, and what it trained is evaluated
-            set_seed(data.mix(self.options.seed, self.rank))
+            set_seed(data.mix(self.options.seed, self.share))
             self._set_up_model()
             self.hook.restore(trainer=self, stage=stage)
         metrics = self._measure(stage, self.options.max_val_steps_per_epoch if stage is Stage.VAL else None)
@@ -334,7 +335,7 @@ class Trainer:
         if self.optimizers:
             self.totals = self._count_totals()
             return
-        set_seed(data.mix(self.options.seed, self.rank))
+        set_seed(data.mix(self.options.seed, self.share))
         self._set_up_model()
         self.totals = self._count_totals()
         self.optimizers, schedulers = hook.setup_optimizers(trainer=self)
@@ -355,10 +356,10 @@ class Trainer:
     @property
     def micro_batch_size(self) -> int:
         """Samples of one micro-batch on one rank: what `get_train_dataloader` is asked for."""
-        total, parts = self.options.train_batch_size, self.world_size * self.window_size
+        total, parts = self.options.train_batch_size, self.shares * self.window_size
         if total % parts:
             raise ValueError(
-                f"train_batch_size={total} cannot be shared equally by {self.world_size} rank(s) × "
+                f"train_batch_size={total} cannot be shared equally by {self.shares} rank(s) × "
                 f"{self.window_size} micro-batch(es) = {parts}; it leaves {total % parts} over"
             )
         return int(total // parts)
@@ -482,11 +483,11 @@ class Trainer:
         counters.batches += size
         cursor.position += size
         cursor.consumed += size * cursor.draw
-        if self.world_size == 1:
+        if self.shares == 1:
             for batch in window:
                 counters.samples += data.count_samples(batch)
         else:  # as if all were full: batches of ranks may differ in size, and what is due must not
-            counters.samples += size * self.micro_batch_size * self.world_size
+            counters.samples += size * self.micro_batch_size * self.shares
         if not self._stepped:
             counters.skipped_steps += 1
         self._settling_due = True

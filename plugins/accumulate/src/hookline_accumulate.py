@@ -50,7 +50,7 @@ class Accumulate(CallbackInterface):
             return self.steps
         assert self.micro_batch_size is not None
         total, size = trainer.options.train_batch_size, self.micro_batch_size
-        ranks: int = trainer.world_size
+        ranks: int = trainer.shares
         if total % (ranks * size) == 0:
             return total // (ranks * size)
         shared = f"trainer.train_batch_size={total} over {ranks} rank(s)"

@@ -50,7 +50,7 @@ def by_hand(window):
     module = TinyModule(samples=48)
     model = DistributedDataParallel(module, gradient_as_bucket_view=True)
     cursor = Cursor(seed=0)
-    sampler = sampler_class(cursor, shuffle=True, rank=rank, world_size=2)
+    sampler = sampler_class(cursor, shuffle=True, share=rank, shares=2)
     batches = len(module.get_train_dataloader(sampler, 4))
     (optimizer,), (scheduler,) = module.get_optimizers_schedulers(-(-batches // window), 2)
     model.train()

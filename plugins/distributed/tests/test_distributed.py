@@ -66,6 +66,70 @@ def test_small_values_and_the_folder_of_the_run(tmp_path):
     assert initialized
 
 
+# Shares and the mesh -------------------------------------------------------------------
+
+
+class Layers(CallbackInterface):
+    """Splits single layers over two ranks, or would: both take the same share of the data."""
+
+    def __init__(self, size=2):
+        self.size = size
+
+    @hookimpl
+    def get_share(self, trainer):
+        return trainer.rank // self.size, trainer.world_size // self.size
+
+    @hookimpl(wrapper=True)
+    def get_mesh_shape(self):
+        return {**(yield), "layers": self.size}
+
+
+class Counts(Memory):
+    @hookimpl
+    def on_end_val_step(self, trainer, batch):
+        trainer.log(samples=float(len(batch[0])), over="epoch", reduce="sum", sync=True)
+
+    @hookimpl
+    def on_end_val_epoch(self, trainer, val_step_collated_outputs):
+        self.outputs = val_step_collated_outputs[1].shape[0]
+
+
+def shares(folder):
+    torch.set_num_threads(1)
+    memory = Counts()
+    trainer = tiny_trainer([Distributed(), Layers(), memory], epochs=1, runs_folder=folder)
+    trainer.train()
+    mesh = trainer.hook.get_mesh(trainer=trainer)
+    return (
+        (trainer.share, trainer.shares), dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)),
+        mesh is trainer.hook.get_mesh(trainer=trainer), trainer.counters.samples, memory.outputs,
+        trainer.metrics["samples"], digest(trainer.module.state_dict()),
+    )  # fmt: skip
+
+
+@of_ranks
+def test_ranks_with_one_share_of_the_data_count_once(tmp_path):
+    memory = Counts()
+    alone = tiny_trainer([memory], epochs=1, runs_folder=str(tmp_path / "alone"))
+    alone.train()
+    expected = alone.counters.samples, memory.outputs, alone.metrics["samples"], digest(alone.module.state_dict())
+    assert two(shares, str(tmp_path)) == [((0, 1), {"data": 1, "layers": 2}, True, *expected)] * 2
+
+
+def too_many_layers(folder):
+    trainer = tiny_trainer([Distributed(), Layers(3)], runs_folder=folder)
+    with pytest.raises(ValueError, match=r"the mesh asks for a multiple of 3 \(layers\) ranks, and there are 2"):
+        trainer.hook.get_mesh(trainer=trainer)
+
+
+@of_ranks
+def test_a_mesh_that_does_not_divide_the_ranks(tmp_path):
+    two(too_many_layers, str(tmp_path))
+
+
+# Alone --------------------------------------------------------------------------------
+
+
 def test_alone_it_changes_nothing(monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)

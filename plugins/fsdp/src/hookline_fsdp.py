@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -64,6 +63,11 @@ class Fsdp(CallbackInterface):
 
     # The model ------------------------------------------------------------------------
 
+    @hookimpl(wrapper=True, optionalhook=True)  # of distributed, which may be the later one to come
+    def get_mesh_shape(self) -> Generator[None, dict[str, int], dict[str, int]]:
+        shape = yield
+        return {"replicate": self.replicas, **shape} if self.replicas > 1 else shape
+
     @hookimpl
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
         model = model.to(trainer.device)
@@ -75,7 +79,10 @@ class Fsdp(CallbackInterface):
             return model
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)  # as ddp does; modules that were built apart may begin apart
-        self._mesh = self._make_mesh(trainer)
+        if trainer.shares % self.replicas:
+            raise ValueError(f"fsdp.replicas={self.replicas} does not divide the {trainer.shares} ranks")
+        mesh = trainer.hook.get_mesh(trainer=trainer)
+        self._mesh = mesh["replicate", "data"] if self.replicas > 1 else mesh["data"]
         options: dict[str, Any] = {
             "mesh": self._mesh,
             "reshard_after_forward": self.reshard_after_forward,
@@ -90,15 +97,6 @@ class Fsdp(CallbackInterface):
         fully_shard(model, **options)
         log.info("fsdp: %d blocks over %s ranks", len(blocks) + 1, "x".join(map(str, self._mesh.shape)))
         return model
-
-    def _make_mesh(self, trainer: Trainer) -> Any:
-        world_size = trainer.world_size
-        if world_size % self.replicas:
-            raise ValueError(f"fsdp.replicas={self.replicas} does not divide the {world_size} ranks")
-        if self.replicas == 1:
-            return init_device_mesh(trainer.device.type, (world_size,), mesh_dim_names=("shard",))
-        shape = (self.replicas, world_size // self.replicas)
-        return init_device_mesh(trainer.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
     def _blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         """Return the blocks, the innermost first.

@@ -138,7 +138,7 @@ def by_hand():
     fully_shard(module, mesh=mesh)
     (optimizer,), (scheduler,) = module.get_optimizers_schedulers(4, 2)
     cursor = Cursor(seed=0)
-    sampler = sampler_class(cursor, shuffle=True, rank=rank, world_size=2)
+    sampler = sampler_class(cursor, shuffle=True, share=rank, shares=2)
     for epoch in range(2):
         cursor.begin_epoch(epoch)
         loader = module.get_train_dataloader(sampler, 6)

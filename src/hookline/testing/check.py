@@ -37,6 +37,8 @@ def check_plugin(plugin_class: type, make: Callable[[], Any] | None = None, **op
 
     plugin = make()
     manager = PluginManager()
+    if getattr(plugin, "hookspecs", None) is not None:
+        manager.add_contract(plugin.hookspecs, f"{name}.hookspecs")
     manager.register(plugin, name)
     manager.unregister(plugin)
     assert not any(manager.heard.values()), f"{name} is heard after it was unregistered"

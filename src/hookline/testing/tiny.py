@@ -119,7 +119,7 @@ def hand_written_loop(
 
     set_seed(mix(seed, 0))
     cursor = Cursor(seed=seed)
-    sampler = sampler_class(cursor, shuffle=True, rank=0, world_size=1)
+    sampler = sampler_class(cursor, shuffle=True, share=0, shares=1)
     batches = len(module.get_train_dataloader(sampler=sampler, batch_size=batch_size))  # type: ignore[arg-type]
     optimizers, schedulers = module.get_optimizers_schedulers(-(-batches // window), epochs)
     module.train()

@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from hookline import CallbackInterface, Stage, every, hookimpl, hookspecs
+from hookline_distributed import mesh
 from hookline_distributed.environment import ALONE, Place, address, find
 
 if TYPE_CHECKING:
@@ -52,6 +55,8 @@ class Distributed(CallbackInterface):
     uneven: str = "drop"
     """What to do where ranks have different numbers of batches: "drop" what not all have, or raise an "error"."""
 
+    hookspecs = mesh
+
     def __post_init__(self) -> None:
         if self.vote_every < 1:
             raise ValueError(f"distributed.vote_every={self.vote_every} must be at least 1 step")
@@ -62,6 +67,8 @@ class Distributed(CallbackInterface):
         self._start, self._wait = (self._seconds(name) for name in ("start_timeout", "timeout"))
         self._place: Place = ALONE
         self._control: Any = None  # a gloo group of its own, so that votes do not stand between the model's collectives
+        self._speaks = True  # whether this is the first of the ranks with its share of the data
+        self._mesh: Any = None
         self._unknown = False  # whether some rank does not know how many batches it has
         self._begin_voting(0.0)
 
@@ -104,6 +111,8 @@ class Distributed(CallbackInterface):
         try:
             self._join(trainer)
             compare(trainer, "configuration", describe(trainer))
+            shares = trainer.hook.all_gather(trainer=trainer, value=trainer.share)
+            self._speaks = shares.index(trainer.share) == trainer.rank
             answer = yield
             self._end_voting()
             return answer
@@ -156,6 +165,13 @@ class Distributed(CallbackInterface):
             ) from error
         return store
 
+    @hookimpl
+    def get_mesh(self, trainer: Trainer) -> Any:
+        if self._mesh is None:
+            shape = sizes_of(trainer.hook.get_mesh_shape(trainer=trainer), trainer.world_size)
+            self._mesh = init_device_mesh(trainer.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+        return self._mesh
+
     # What ranks tell each other -------------------------------------------------------
 
     @hookimpl
@@ -163,6 +179,8 @@ class Distributed(CallbackInterface):
         if self._control is None:
             return value
         reduced = value.to("cpu", copy=True)  # where a rank has no value of its own, it knows no device of it either
+        if op == "sum" and not self._speaks:
+            reduced.zero_()  # what ranks with the same share of the data have in common counts once
         dist.all_reduce(reduced, getattr(dist.ReduceOp, op.upper()), group=self._control)
         return reduced.to(value.device)
 
@@ -176,8 +194,9 @@ class Distributed(CallbackInterface):
 
     @hookimpl
     def gather_outputs(self, trainer: Trainer, outputs: list[Any]) -> list[Any]:
-        """Put the outputs of all ranks into the order of the data set, of which each has every n-th sample."""
-        ranks = trainer.hook.all_gather(trainer=trainer, value=[to_host(column) for column in outputs])
+        """Put the outputs of all ranks into the order of the data set, of which each share has every n-th sample."""
+        said = [to_host(column) for column in outputs] if self._speaks else []
+        ranks = trainer.hook.all_gather(trainer=trainer, value=said)
         return [interleaved(columns, trainer.device) for columns in zip(*filter(None, ranks), strict=True)]
 
     # What ranks agree on --------------------------------------------------------------
@@ -275,6 +294,19 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         time.sleep(0.02)  # for the same reason: gloo's thread must be gone before Python is
+
+
+def sizes_of(shape: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Return the sizes of a mesh's dimensions, that of the ranks which are left worked out.
+
+    Raises:
+        ValueError: the others do not divide the ranks.
+    """
+    others = math.prod(size for size in shape.values() if size > 0)
+    if world_size % others:
+        said = " x ".join(f"{size} ({name})" for name, size in shape.items() if size > 0)
+        raise ValueError(f"the mesh asks for a multiple of {said} ranks, and there are {world_size}")
+    return {name: size if size > 0 else world_size // others for name, size in shape.items()}
 
 
 class Shortened:

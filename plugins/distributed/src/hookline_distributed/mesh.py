@@ -1,0 +1,27 @@
+"""The hooks that `distributed` brings: the mesh of ranks, to whose dimensions plugins give names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hookline import verb
+
+if TYPE_CHECKING:
+    from hookline import Trainer
+
+REST = "data"  # the dimension of the ranks that are left
+
+
+@verb
+def get_mesh_shape(trainer: Trainer) -> dict[str, int]:
+    """Answer the sizes of the mesh's dimensions by name, the outermost first; -1 stands for the ranks that are left.
+
+    Who lays ranks out in one more way wraps this and adds a dimension: before the others where it
+    goes between machines, behind them where its ranks talk most: neighbours are on one machine.
+    """
+    return {REST: -1}
+
+
+@verb
+def get_mesh(trainer: Trainer) -> Any:
+    """Answer the `DeviceMesh` of all ranks, made once; `mesh["data"]` is a part of it."""
