@@ -5,6 +5,7 @@ differ are refused. A fault notes when it came, so that tests see how long the o
 """
 
 import errno
+import json
 import os
 import signal
 import socket
@@ -168,6 +169,9 @@ def test_g3_a_rank_that_loops_ends_all_with_the_stacks_of_all(rank, tmp_path):
     for text in left.values():
         assert "phase: training, after step 3" in text
     assert any("no sign of life for 3 s (watchdog.timeout)" in text for text in left.values())
+    for recorded in tmp_path.glob("run-*/watchdog-*/rank-*.json"):
+        assert "gloo:all_reduce" in [entry["profiling_name"] for entry in json.loads(recorded.read_text())["entries"]]
+    assert len([*tmp_path.glob("run-*/watchdog-*/rank-*.json")]) == 2
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -240,6 +241,7 @@ class Watchdog(CallbackInterface):
                 self._folder = trainer.run_dir / f"watchdog-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
             if self._folder is not None:
                 _write_file(self._folder, trainer.rank, told)
+                _write_collectives(self._folder, trainer.rank)
                 _say(f"watchdog: the stacks are in {self._folder}")
         self._await_others(trainer, patience)
         _say(f"watchdog: rank {trainer.rank} ends with exit code {EXIT_CODE}")
@@ -281,6 +283,13 @@ def _write_file(folder: Path, rank: int, told: str) -> None:
     with open(part, "wb") as file:
         _write_stacks(file.fileno(), told)
     part.rename(path)  # so that one that is there is whole
+
+
+def _write_collectives(folder: Path, rank: int) -> None:
+    """Write what torch's flight recorder, where there is one, has kept of this rank's last collectives."""
+    recorder = getattr(sys.modules.get("torch._C._distributed_c10d"), "_dump_fr_trace_json", None)
+    if recorder is not None:  # it is not public, so it may be gone in another version
+        _file(folder, rank).with_suffix(".json").write_bytes(recorder())
 
 
 def _write_stacks(descriptor: int, told: str) -> None:
