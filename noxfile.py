@@ -27,6 +27,39 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def distributed(session: nox.Session) -> None:
+    """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
+    session.install("-r", "requirements-dev.txt")
+    names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "tp", "watchdog")
+    rows = [f"tests/faults/test_{name}.py" for name in ("elastic", "g_ranks", "launch", "ranks", "two_machines")]
+    tests = [*(f"plugins/{name}/tests" for name in names), *rows, "tests/test_launch.py", "tests/test_simulate.py"]
+    session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
+
+
+@nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Train by DeepSpeed's engine; its operator for the CPU is compiled first, by g++."""
+    session.install("deepspeed==0.19.8", "-r", "requirements-dev.txt")
+    build = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+    session.run("python", "-c", build, env={"DS_ACCELERATOR": "cpu"})
+    session.run("pytest", "-n", "0", "plugins/deepspeed/tests", "-m", "slow or not slow", *session.posargs)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Train on workers of Ray Train, in a cluster of this machine alone."""
+    session.install("ray[train]==2.60.0", "-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "0", "plugins/ray/tests", "-m", "slow or not slow", *session.posargs)
+
+
+@nox.session
+def ft(session: nox.Session) -> None:
+    """Lose replicas and take them in again, by torchft."""
+    session.install("torchft-nightly==2026.10.26", "-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "0", "plugins/ft/tests", "-m", "slow or not slow", *session.posargs)
+
+
+@nox.session
 @nox.parametrize("name", PLUGINS)
 def plugin(session: nox.Session, name: str) -> None:
     """Build one plugin's wheel and the core's, install those alone, and run the plugin's tests that need no other."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from hookline import CallbackInterface, hookimpl
@@ -16,6 +17,7 @@ class Module(TinyModule):
     def __init__(self, width: int = 16, *, inner: Any = None, api_key: str = "", samples: int = 16) -> None:
         super().__init__(samples=samples)
         self.width, self.inner, self.api_key = width, inner, api_key
+        self.drawn = torch.rand(1)
 
 
 class Part:
@@ -80,6 +82,29 @@ def test_the_python_door_is_equal(write):
     by_yaml.train()
     by_hand.train()
     assert digest(by_yaml.module.state_dict()) == digest(by_hand.module.state_dict())
+
+
+@dataclass(eq=False)
+class Around(CallbackInterface):
+    """Draws random numbers, and is around the making of the module."""
+
+    def __post_init__(self) -> None:
+        torch.randn(1)
+
+    @hookimpl(wrapper=True)
+    def adapt_module(self, module):
+        self.given = module
+        return (yield)
+
+
+def test_the_module_is_made_within_what_plugins_wrap_and_under_the_seed(write):
+    text = BASE + f"  around: {{_plugin_: {HERE}.Around}}\n"
+    trainer, without = build_trainer(load_config(write(text))), build_trainer(load_config(write()))
+    assert callable(trainer.plugins.get_plugin("around").given)
+    assert trainer.module.drawn == without.module.drawn
+    with pytest.raises(ValueError, match=r"module\.inner: Part: missing a required argument: 'size'") as caught:
+        build_trainer(load_config(write(text), [f"module.inner={{_target_: {HERE}.Part}}"]))
+    assert not getattr(caught.value, "__notes__", ())  # it is no fault of who only wraps
 
 
 def test_what_is_built_may_nest(write):

@@ -1,6 +1,7 @@
 """The seed's contract: signatures by position and renamed, outputs spread, steps by keyword."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -167,6 +168,39 @@ def test_neither_a_module_nor_adapted():
         Trainer(torch.nn.Linear(1, 1))
     with pytest.raises(TypeError, match="Trainer got the class TinyModule"):
         Trainer(TinyModule)
+
+
+def test_a_function_makes_the_module_and_a_plugin_says_where():
+    class More(TinyModule):
+        def __init__(self):
+            with torch.device("cpu"):
+                super().__init__()
+            self.more = torch.nn.Linear(2, 2)
+
+    class Elsewhere(CallbackInterface):
+        @hookimpl(wrapper=True)
+        def adapt_module(self):
+            with torch.device("meta"):
+                return (yield)
+
+    assert tiny_trainer(module=functools.partial(TinyModule, samples=24)).module.inputs.shape == (24, 8)
+    assert Trainer(lambda: More()).module.more.weight.device.type == "cpu"
+    module = Trainer(lambda: More(), [Elsewhere()]).module
+    assert module.more.weight.is_meta
+    assert not module.net[0].weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: torch.nn.Linear(1, 1), "Trainer got a function that made a Linear, which is no object of a Mod"),
+        (lambda: None, "Trainer got a function that made a NoneType, which is"),
+        (functools.partial(dict), "Trainer got a partial that made a dict, which is no"),
+    ],
+)
+def test_a_function_that_makes_something_else(function, message):
+    with pytest.raises(TypeError, match=message):
+        Trainer(function)
 
 
 def test_adapters_wrap_and_several_may_be_active():

@@ -16,7 +16,7 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 import hookline_distributed
-from hookline.cli import _parse, main
+from hookline.cli import _parse, launch, main
 from hookline.testing.faults import PRELOADED
 from hookline.testing.ranks import run_ranks
 from hookline_checkpoint import storage
@@ -32,7 +32,7 @@ import json, os, sys, time
 from pathlib import Path
 from hookline.testing import TinyModule
 
-RANK = os.environ.get("RANK") or os.environ["SLURM_PROCID"]
+RANK = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
 
 
 class Mine(TinyModule):
@@ -138,6 +138,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def hookline(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    sys.modules.pop("mine", None)  # of another file's tests
 
     def run(*words):
         try:
@@ -198,9 +199,47 @@ def test_the_configuration_is_shown_without_starting_anything(hookline, folder):
 def test_processes_that_would_each_do_the_same_are_refused(door, folder):
     for outcome in run_ranks(command, 2, folder, door, "run.yaml", "-p", "no:ddp"):
         assert outcome.code == 2
-        assert "2 processes were started, and no plugin makes one run of them" in outcome.output
+        assert "torchrun has started 2 processes, and no plugin makes one run of them" in outcome.output
         assert "`-p ddp`" in outcome.output
     assert not (folder / "runs").exists()
+
+
+BY_OTHERS = {  # what srun, mpirun of Open MPI, and that of MPICH and Intel MPI say
+    "SLURM": {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"},
+    "Open MPI": {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+    "MPI": {"PMI_RANK": "1", "PMI_SIZE": "2"},
+}
+
+
+@pytest.mark.parametrize("launcher", BY_OTHERS)
+def test_processes_of_other_launchers_are_refused_alike(launcher, hookline, folder, monkeypatch):
+    for name, value in BY_OTHERS[launcher].items():
+        monkeypatch.setenv(name, value)
+    code, err = hookline("fit", "run.yaml", "-p", "no:ddp")
+    rank, number = launch.STARTED[launcher]
+    assert code == 2
+    assert f"hookline: {launcher} has started 2 processes, and no plugin makes one run of them" in err
+    assert f"name one that does, e.g. `-p ddp`, or unset {rank}, {number} where each shall be a run of its own" in err
+    code, err = hookline("fit", "run.yaml", "--nproc", "2")
+    assert code == 2
+    assert (
+        f"--nproc=2 would start processes within process 1 of a run that a launcher has started already ({launcher})"
+        in err
+    )
+    assert not (folder / "runs").exists()
+
+
+def test_what_is_one_process_is_not_refused(hookline, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")  # of a script of sbatch itself, whose tasks srun would start
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("PMI_RANK", "0")
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert hookline("fit", "run.yaml", "-p", "no:ddp", "trainer.epochs=1")[0] == 0
+
+
+def test_the_names_of_launchers_are_those_that_distributed_reads():
+    read = {launcher: (rank, number) for launcher, (rank, _, number) in hookline_distributed.environment.NAMES.items()}
+    assert read == launch.STARTED
 
 
 def command_that_may_restart(folder, *words):
@@ -280,6 +319,38 @@ def test_an_agent_is_told_what_was_raised(folder):
     run_ranks(command_of_an_agent, 2, folder, "fit", "run.yaml", "module.width=3")
     told = json.loads((folder / "error-0.json").read_text())["message"]
     assert told["message"].startswith("UserError: module.width: unknown key")
+
+
+# Machines that come and go ------------------------------------------------------------
+
+
+def test_processes_that_are_started_anew_without_a_failure_go_on_too(hookline, folder, monkeypatch):
+    told = folder / "agent" / "attempt_0" / "0" / "error.json"  # in the folder of an agent, as torchrun names it
+    told.parent.mkdir(parents=True)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_ERROR_FILE": str(told)}.items():
+        monkeypatch.setenv(name, value)
+    code, err = hookline("fit", "run.yaml", "-p", "no:ddp", "trainer.epochs=1")
+    assert (code, "started anew" in err) == (0, False)
+    code, err = hookline("fit", "run.yaml", "-p", "no:ddp", "trainer.epochs=2")
+    assert code == 0
+    assert "hookline: started anew (machines have come or gone): going on with runs/run-1\n" in err
+    assert [path.name for path in (folder / "runs").iterdir()] == ["run-1"]
+    assert storage.step_of(last(folder)) == 12
+
+
+def command_of_a_machine(folder, *words):
+    """Be the only process of a machine."""
+    told = folder / f"agent-{os.environ['RANK']}" / "attempt_0" / "0" / "error.json"
+    told.parent.mkdir(parents=True)
+    command(folder, *words, LOCAL_RANK="0", TORCHELASTIC_ERROR_FILE=str(told))
+
+
+@ranks
+def test_each_machine_remembers_the_run(folder):
+    for outcome in run_ranks(command_of_a_machine, 2, folder, "fit", "run.yaml", "trainer.epochs=1"):
+        assert outcome.code == 0, outcome.output
+    for rank in (0, 1):
+        assert (folder / f"agent-{rank}" / "hookline-run").read_text() == "runs/run-1"
 
 
 # Signals ------------------------------------------------------------------------------
@@ -370,6 +441,39 @@ def test_nohup_is_respected(folder, whole):
     (folder / "go").touch()
     ended(process, folder, 0)
     assert_same_end(whole, last(folder))
+
+
+# Orphans ------------------------------------------------------------------------------
+
+
+def runs(pid):
+    """Tell whether a process is there, and not only what is left of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@ranks
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize(
+    "program",
+    [
+        ("-m", "hookline", "fit", "run.yaml", "--nproc", "2"),
+        pytest.param(
+            ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hookline", "fit", "run.yaml"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_no_process_outlives_a_launcher_that_is_killed(program, folder):
+    process = start(folder, "module.wait_at=4", program=program)
+    until(lambda: process.poll() is not None or all((folder / f"waits-{rank}").exists() for rank in (0, 1)))
+    pids = [said(folder, rank)["pid"] for rank in (0, 1)]
+    assert all(map(runs, pids))
+    process.kill()
+    process.wait()
+    until(lambda: not any(map(runs, pids)), seconds=10)
 
 
 # What the page shows ------------------------------------------------------------------

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hookline import hookspecs as hookspecs
+    from hookline.blocks import find_blocks as find_blocks
     from hookline.config import instantiate as instantiate
+    from hookline.data import count_samples as count_samples
     from hookline.interfaces import CallbackInterface as CallbackInterface
     from hookline.interfaces import ModuleInterface as ModuleInterface
     from hookline.interfaces import Stage as Stage
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from hookline.marks import hookimpl as hookimpl
     from hookline.marks import verb as verb
     from hookline.schedule import every as every
+    from hookline.schedule import seconds as seconds
     from hookline.state import copy_state as copy_state
     from hookline.state import set_seed as set_seed
     from hookline.trainer import Trainer as Trainer
@@ -27,11 +30,14 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "Stage": "interfaces",
     "Trainer": "trainer",
     "copy_state": "state",
+    "count_samples": "data",
     "event": "marks",
     "every": "schedule",
+    "find_blocks": "blocks",
     "hookimpl": "marks",
     "hookspecs": "hookspecs",
     "instantiate": "config",
+    "seconds": "schedule",
     "set_seed": "state",
     "verb": "marks",
 }

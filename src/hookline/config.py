@@ -251,9 +251,12 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 def build_trainer(config: DictConfig) -> Trainer:
     """Return the trainer of a configuration, its module built under the seed."""
     tree = resolve(config)
-    set_seed(tree["trainer"]["seed"])
-    module = instantiate(tree["module"], "module")
-    return Trainer(module, plugins=tree["plugins"], config=masked(config), **tree["trainer"])
+
+    def make_module() -> Any:
+        set_seed(tree["trainer"]["seed"])
+        return instantiate(tree["module"], "module")
+
+    return Trainer(make_module, plugins=tree["plugins"], config=masked(config), **tree["trainer"])
 
 
 def instantiate(node: Any, where: str) -> Any:

@@ -15,6 +15,8 @@ plugin `core` at once.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +28,15 @@ from hookline import data
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
 from hookline.outputs import Outputs, WindowCut, with_loss
-from hookline.state import get_gradients, get_optimizer_state, get_rng_state, set_gradients, set_optimizer_state
+from hookline.state import (
+    get_gradients,
+    get_named,
+    get_optimizer_state,
+    get_rng_state,
+    set_gradients,
+    set_optimizer_state,
+    take_shares,
+)
 
 if TYPE_CHECKING:
     from hookline.trainer import Trainer
@@ -62,12 +72,13 @@ def get_device(trainer: Trainer) -> torch.device:
 
 @verb
 def adapt_module(trainer: Trainer, module: Any) -> Any:
-    """Answer a `ModuleInterface` for what the user gave.
+    """Answer a `ModuleInterface` for what the user gave; what is a function (or a `functools.partial`) is called.
 
     An adapter wraps this and bridges only what is its own, so that several may be active:
-    `module = yield; return Bridge(module) if is_mine(module) else module`.
+    `module = yield; return Bridge(module) if is_mine(module) else module`. So may who decides on which
+    device a function makes the module.
     """
-    return module
+    return module() if inspect.isroutine(module) or isinstance(module, functools.partial) else module
 
 
 @event(historic=True)
@@ -180,20 +191,25 @@ def restore(trainer: Trainer, stage: Stage) -> bool:
 
 @verb
 def get_run_state(trainer: Trainer) -> dict[str, Any]:
-    """Answer the state of the run in named sections; `logs`, `rng` and `window` are of this rank, the others of all.
+    """Answer the state of the run in named sections; `own_plugins`, `logs`, `rng` and `window` are of this rank.
 
+    The others are of all ranks. `own_plugins` has the plugins that say `state_of_rank`, `plugins` the rest.
     Whole only in `on_begin_train`, `on_begin_train_epoch`, `on_boundary` and `save`. The section
     `window` is there where `save` comes within a window: the gradients so far by parameter,
     and the outputs of the micro-batches that gave them.
     """
     names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
-    plugins = {name: plugin.get_state() for name, plugin in trainer.plugins.stateful()}
+    plugins: dict[bool, dict[str, Any]] = {False: {}, True: {}}  # by whether their state is of this rank
+    for name, plugin in trainer.plugins.stateful():
+        if kept := plugin.get_state():
+            plugins[getattr(plugin, "state_of_rank", False)][name] = kept
     state = {
         "trainer": trainer.get_state(),
         "module": trainer.module.get_state(),
         "optimizers": [get_optimizer_state(optimizer, names) for optimizer in trainer.optimizers],
         "schedulers": [scheduled.scheduler.state_dict() for scheduled in trainer.schedulers],
-        "plugins": {name: state for name, state in plugins.items() if state},
+        "plugins": plugins[False],
+        "own_plugins": plugins[True],
         "logs": trainer.get_logs(),
         "rng": trainer.restored_rng or get_rng_state(),
     }
@@ -208,8 +224,9 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
 
     Called in `restore`; or in `on_boundary`, and then training goes on, data too, where that state stood.
     """
+    state = take_shares(trainer.module, state)
     trainer.module.update_state(state["module"])
-    trainer.plugins.receive(state["plugins"])
+    trainer.plugins.receive({**state["plugins"], **state.get("own_plugins", {})})
     if stage is not Stage.TRAIN:
         return True
     trainer.update_state(state["trainer"])
@@ -222,9 +239,25 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
     window = state.get("window", {"outputs": [], "gradients": {}})
     trainer.begun = data.to_device(window["outputs"], trainer.device)
     set_gradients(trainer.module, window["gradients"])
+    trainer.warn_of_lost(state)
     trainer.update_logs(state.get("logs", {}))  # a rank that was not there before has neither these
     trainer.restored_rng = state.get("rng") or get_rng_state()  # nor this
     return True
+
+
+@verb
+def allocate(trainer: Trainer, path: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Answer what a tensor that ranks had stored in shares is read into; what it holds means nothing.
+
+    `path` is where in a run's state it stands, such as `("optimizers", 0, "state", "net.weight", "exp_avg")`. Made
+    like the parameter or buffer that it names last, where the shape is the same: of a model that ranks share this is
+    the share of this rank alone. All else is whole, on the CPU.
+    """
+    for name in reversed(path):
+        like = get_named(trainer.module, name)
+        if like is not None and like.shape == torch.Size(shape):
+            return torch.empty_like(like, dtype=dtype, requires_grad=False)
+    return torch.empty(tuple(shape), dtype=dtype)
 
 
 # Training -----------------------------------------------------------------------------
@@ -265,7 +298,8 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
 def take_window(trainer: Trainer, batches: Iterator[Any]) -> list[Any]:
     """Answer the micro-batches of one optimizer step, none at the end; they stay where they are.
 
-    The last window of an epoch may be short, and is known to be before its first backward.
+    The last window of an epoch may be short, and is known to be before its first backward. Who fills a window
+    up so that all ranks have as many says so in `trainer.padding`.
     """
     return list(itertools.islice(batches, trainer.window_size))
 

@@ -63,6 +63,8 @@ class CallbackInterface(ABC):
     observer: bool = False
     requires: tuple[str, ...] = ()
     """Names of plugins that must stand before this one; they join with their defaults."""
+    state_of_rank: bool = False
+    """Whether each rank has a state of its own, and gets it back; else that of rank 0 is stored, and given to all."""
 
     # The seed's six events ------------------------------------------------------------
 

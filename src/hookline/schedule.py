@@ -52,13 +52,20 @@ def every(text: str) -> Every:
     return Every(int(match[1] or 1) * factor, unit)
 
 
-def seconds(text: str) -> int:
+def seconds(text: str, option: str = "") -> int:
     """Read a duration such as "10 min" or "1h".
 
+    Args:
+        text: the duration.
+        option: where it stands, for messages: `plugin.option`.
+
     Raises:
-        ValueError: a cadence that is no duration.
+        ValueError: it is none.
     """
-    duration = every(text)
-    if duration.unit != "seconds":
-        raise ValueError(f'{text!r} is not a duration; write one like "90 s", "10 min" or "1h"')
+    try:
+        duration = every(text)
+        if duration.unit != "seconds":
+            raise ValueError(f'{text!r} is not a duration; write one like "90 s", "10 min" or "1h"')
+    except ValueError as error:
+        raise ValueError(f"{option}={error}" if option else str(error)) from None
     return duration.number

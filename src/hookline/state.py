@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -158,9 +159,10 @@ def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     """Copy a value; `copied` knows the copy of each memory that was met."""
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        if value.layout is not torch.strided or not value.numel():
+        here = value.to_local() if hasattr(value, "to_local") else value  # of a tensor that ranks share, what is here
+        if here.layout is not torch.strided or not here.numel():
             return value.to("cpu", copy=True)
-        memory = value.data_ptr(), value.device, value.dtype, value.shape, value.stride()
+        memory = here.data_ptr(), here.device, here.dtype, value.shape, here.stride()
         if memory not in copied:
             copied[memory] = value.to("cpu", copy=True)
         return copied[memory]
@@ -172,6 +174,41 @@ def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     if type(value) in (list, tuple):
         return type(value)([_copy(kept, copied) for kept in value])
     return copy.deepcopy(value)
+
+
+def get_named(module: torch.nn.Module, name: Any) -> torch.Tensor | None:
+    """Return the parameter or buffer of a module that has this name; None where none has."""
+    for find in (module.get_parameter, module.get_buffer):
+        with contextlib.suppress(AttributeError):
+            if isinstance(name, str):
+                return find(name)
+    return None
+
+
+def take_shares(module: torch.nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a run's state with this rank's share of each whole tensor that is under the name of a shared weight.
+
+    States that were stored before ranks shared the model hold them whole.
+    """
+    weights = {name: weight for name, weight in module.state_dict().items() if hasattr(weight, "device_mesh")}
+    if not weights:
+        return state
+    return {**state, **{section: _share(state[section], weights) for section in ("module", "optimizers", "plugins")}}
+
+
+def _share(value: Any, weights: Mapping[str, Any], like: Any = None) -> Any:
+    from torch.distributed.tensor import distribute_tensor  # whoever shares weights has imported it
+
+    if isinstance(value, dict):
+        other = copy.copy(value)  # keeps its kind, and what is attached to a state dict
+        other.update({key: _share(kept, weights, weights.get(key, like)) for key, kept in value.items()})
+        return other
+    if type(value) in (list, tuple):
+        return type(value)([_share(kept, weights, like) for kept in value])
+    whole = isinstance(value, torch.Tensor) and like is not None and not hasattr(value, "device_mesh")
+    if whole and value.shape == like.shape:
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return value
 
 
 # Gradients ----------------------------------------------------------------------------

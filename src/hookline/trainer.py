@@ -57,7 +57,8 @@ class Trainer:
     """Runs a module: `train`, `validate`, `test`, `predict`.
 
     Args:
-        module: a `ModuleInterface`, or what an adapter among the plugins makes one of.
+        module: a `ModuleInterface`, or a function that makes one, or what an adapter among the plugins
+            makes one of.
         plugins: plugin objects and names in the order in which they shall be called; or a
             mapping of names to objects, to options, or to None for one that is turned off.
         config: the configuration this run was built from, already without secrets; it is handed to
@@ -101,6 +102,10 @@ class Trainer:
         """The outputs of the window under way, where a run was cut within one; else empty."""
         self.cutting = False
         """Whether training stops behind the micro-batch under way instead of the step."""
+        self.padding = 0
+        """How many micro-batches at the end of this window only keep ranks in step: their outputs are dropped."""
+        self.idle = False
+        """Whether the micro-batch under way is one of these: what is logged in it is dropped."""
         self._stop_status = "stopped"
         self._preempted_code = 1
         self._save_reasons: list[str] = []
@@ -159,6 +164,8 @@ class Trainer:
         adapted = self.hook.adapt_module(trainer=self, module=module)
         if not isinstance(adapted, ModuleInterface):
             given = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+            if adapted is not module:
+                given += f" that made a {type(adapted).__name__}"
             raise TypeError(
                 f"Trainer got {given}, which is no object of a ModuleInterface, and no plugin adapts it: "
                 "subclass hookline.ModuleInterface, or name the adapter of its framework in plugins"
@@ -204,15 +211,24 @@ class Trainer:
             )
         self._run(Stage.PREDICT)
 
-    def stop(self, reason: str, status: str = "stopped", exit_code: int = 1, *, within_window: bool = False) -> None:
+    def stop(
+        self,
+        reason: str,
+        status: str = "stopped",
+        exit_code: int = 1,
+        *,
+        alone: bool = True,
+        within_window: bool = False,
+    ) -> None:
         """Ask for the end of training; it comes at the next boundary. Anyone may ask.
-
-        With several ranks any of them may ask alone: all end at the boundary at which they have agreed.
 
         Args:
             reason: said to the user and to `on_end_run`.
             status: "stopped", or "preempted" where the run shall be gone on with later.
             exit_code: of the command line, where the run is preempted.
+            alone: of several ranks this one alone may ask (a signal), so all end at the boundary at which
+                they have agreed. Otherwise all of them ask at the same step, for the same reason, such as
+                a value that is reduced over them, and end at the next boundary. What only some ask for so is a hang.
             within_window: do not wait for the boundary, but save and end behind the micro-batch under
                 way, its window half done. Only on one rank, and where the core itself does the window; whoever
                 performs `update`, `run_window` or `train_epoch` comes to the boundary first.
@@ -220,9 +236,10 @@ class Trainer:
         if within_window and self.world_size == 1:
             others = any(self.plugins.performers(hook) for hook in ("train_epoch", "update", "run_window"))
             self.cutting = not others
-        if self.stop_reason is None:
+        agreed = not alone or self.world_size == 1
+        if self.stop_reason is None or (agreed and not self._agreed):
             self.stop_reason, self._stop_status, self._preempted_code = reason, status, exit_code
-            self._agreed = self.world_size == 1
+            self._agreed = agreed
 
     @property
     def exit_code(self) -> int:
@@ -450,7 +467,8 @@ class Trainer:
         if cadence is not None and cadence.unit == "epochs" and cadence.crossed(self.epoch, self.epoch + 1):
             self._evaluate()
         self._fold_losses()
-        train_loss = self._epoch.reductions.get(f"{self._train_loss}_epoch")
+        name = f"{self._train_loss}_epoch"  # with several ranks also where this one has had no batch
+        train_loss = self._epoch.reductions.get(name) if self.world_size == 1 else self._epoch.reduction(name)
         if train_loss is not None:
             train_loss.sync = True  # ranks that disagreed on the best could not decide anything together
             self.best.take("train_loss", train_loss.value(self._all_reduce).item())
@@ -513,15 +531,20 @@ class Trainer:
                     "the verb 'update' must answer a list with one tuple per micro-batch, the loss first; it answered "
                     f"a {type(outputs).__name__} of {type(row).__name__}"
                 )
+        real = outputs[: len(outputs) - self.padding] if self.padding else outputs
+        for row in real:
             if row:
                 self._losses.append(row[0].detach())
         if len(self._losses) >= FOLD_AT:
             self._fold_losses()
         if self._epoch_outputs.room:
-            for row in outputs:
+            for row in real:
                 self._epoch_outputs.add(row)
         room = self.plugins.rooms["on_end_train_step"]
-        return collate([detached(row[:room]) for row in outputs]) if room else []
+        if not room:
+            return []
+        collated = collate([detached(row[:room]) for row in real or outputs])
+        return collated if real else [column[:0] for column in collated]  # as many as ever, of no sample
 
     def _fold_losses(self) -> None:
         """Hand the losses of the last steps to the log buffers."""
@@ -749,7 +772,8 @@ class Trainer:
         """Log values by name, from anywhere; tensors stay on their device until the flush.
 
         In an evaluation the values belong to it: means are weighted by the samples of each
-        batch, and of several loaders each value gets the loader's key into its name.
+        batch, and of several loaders each value gets the loader's key into its name. Dropped
+        while `idle`.
 
         Args:
             over: "interval", until `log_every` is due, or "epoch", until the epoch's end.
@@ -766,6 +790,8 @@ class Trainer:
             raise ValueError(
                 f"log(over={over!r}, reduce={reduce!r}): over is interval or epoch, reduce is {', '.join(REDUCTIONS)}"
             )
+        if self.idle:
+            return
         buffer, suffix, weight = self._evaluation, self.log_suffix, float(self._samples)
         if buffer is None:
             buffer, suffix, weight = self._epoch if over == "epoch" else self._interval, "", 1.0
@@ -813,6 +839,7 @@ class Trainer:
             "evaluated_at": self._evaluated_at,
             "metrics": self.metrics,
             "frozen": [name for name, weight in self.module.named_parameters() if not weight.requires_grad],
+            "ranks": self.world_size,
         }
 
     def update_state(self, state: Mapping[str, Any]) -> None:
@@ -827,6 +854,15 @@ class Trainer:
         if not self.options.reset_optimizers_schedulers:
             for name, weight in self.module.named_parameters():
                 weight.requires_grad_(name not in state["frozen"])
+
+    def warn_of_lost(self, state: Mapping[str, Any]) -> None:
+        """Say what of a run's state nobody takes, because it is of ranks that are not there any more."""
+        ranks, plugins = state["trainer"].get("ranks", 1), state.get("own_plugins")
+        if ranks > self.world_size and plugins and self.rank == 0:
+            log.warning(
+                "this run has %d rank(s), and had %d before: what ranks from %d on kept for themselves (%s) is lost",
+                self.world_size, ranks, self.world_size, ", ".join(plugins),
+            )  # fmt: skip
 
     def get_logs(self) -> dict[str, Any]:
         """Return what has been logged and not told yet, by this rank."""

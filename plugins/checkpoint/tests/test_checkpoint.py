@@ -397,7 +397,7 @@ def whole(file):
 def test_state_that_is_no_tree(tmp_path):
     trained(tmp_path, max_steps=1)
     about, contents = storage.read(at(tmp_path, 1), dict.fromkeys(FILES - {"manifest.json"}, whole))
-    contents["state.json"] = b'{"module": {"$unknown": 1}}'
+    contents["state.json"] = b'{"module": {"$unknown": 1}, "optimizers": [], "others": {}}'
     path = storage.write(
         tmp_path, 5, ((name, [content]) for name, content in contents.items()), {"world_size": about["world_size"]}
     )

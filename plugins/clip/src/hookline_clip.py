@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,7 +42,20 @@ class Clip(CallbackInterface):
     @hookimpl
     def on_begin_optimizer_step(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        ways: dict[Any, list[torch.nn.Parameter]] = {}  # in which ranks share them; torch clips one way at a time
+        gradients: dict[Any, list[torch.Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is not None:
+                mesh = getattr(parameter.grad, "device_mesh", None)
+                ways.setdefault(mesh, []).append(parameter)
+                gradients.setdefault(mesh, []).append(parameter.grad)
         if self.max_value is not None:
-            torch.nn.utils.clip_grad_value_(parameters, self.max_value)
-        if self.max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+            for way in ways.values():
+                torch.nn.utils.clip_grad_value_(way, self.max_value)
+        if self.max_norm is not None and ways:
+            norms: list[Any] = [torch.nn.utils.get_total_norm(way, self.norm_type) for way in gradients.values()]
+            if len(norms) > 1:
+                whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
+                norms = [torch.nn.utils.get_total_norm(whole, self.norm_type)]
+            for way in ways.values():
+                torch.nn.utils.clip_grads_with_norm_(way, self.max_norm, norms[0])

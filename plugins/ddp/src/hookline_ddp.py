@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hookline import CallbackInterface, hookimpl
@@ -52,6 +53,8 @@ class Ddp(CallbackInterface):
         if self.bucket_cap_mb < 1:
             raise ValueError(f"ddp.bucket_cap_mb={self.bucket_cap_mb} must be at least 1 megabyte")
         self._wrapped: DistributedDataParallel | None = None
+        if self.find_unused_parameters:
+            self.shadow = None  # type: ignore[assignment,method-assign]  # it uses all of them
 
     @hookimpl
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
@@ -62,6 +65,11 @@ class Ddp(CallbackInterface):
                 "starts two on this machine, `torchrun --nproc-per-node 2 -m hookline fit run.yaml` does as well"
             )
             return model
+        split = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
+        if split:
+            raise ValueError(
+                f"ddp cannot average a model whose layers are split over ranks, as {split[0]} is; take fsdp instead"
+            )
         if not any(weight.requires_grad for weight in model.parameters()):
             return model  # nothing to average; torch would refuse it
         if self.compression == "bf16" and trainer.device.type == "cpu":
@@ -92,6 +100,20 @@ class Ddp(CallbackInterface):
         with self._wrapped.no_sync() if keep_to_itself else contextlib.nullcontext():  # type: ignore[union-attr]
             return (yield)
 
+    @hookimpl(optionalhook=True)  # of distributed
+    @contextlib.contextmanager
+    def shadow(self) -> Generator[None, None, None]:
+        """Let the model stand still, while buckets of gradients and buffers go around as ever."""
+        if self._wrapped is None:
+            yield
+            return
+        model = self._wrapped.module
+        self._wrapped.module = Still(model)
+        try:
+            yield
+        finally:
+            self._wrapped.module = model
+
     @hookimpl(wrapper=True)
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
         if self._wrapped is None:
@@ -112,3 +134,15 @@ class Ddp(CallbackInterface):
                 "with hookline this is `ddp.find_unused_parameters: true`; better where it can be done is to have no "
                 "parameter that the loss does not depend on, or to set its requires_grad to False"
             )
+
+
+class Still(torch.nn.Module):
+    """Stands in for a model: answers a loss of zero that depends on every parameter, and looks at no batch."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+
+    def forward(self, **arguments: Any) -> torch.Tensor:
+        """Return the sum of no number of each parameter."""
+        return torch.stack([weight.flatten()[:0].sum() for weight in self.weights]).sum()

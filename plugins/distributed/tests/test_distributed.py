@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from hookline import CallbackInterface, Trainer, hookimpl
 from hookline.testing import Memory, TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
-from hookline_distributed import Distributed, as_text, interleaved
+from hookline_distributed import Distributed, as_text, interleaved, leave
 
 PRELOADED += ["hookline_distributed"]
 of_ranks = pytest.mark.xdist_group("ranks")
@@ -418,6 +418,34 @@ def test_what_one_rank_asks_for_is_done_by_all_at_the_same_step():
     )
 
 
+class AllAsk(Asks):
+    """Asks for the end on rank 1 alone at step 2, and on all ranks at step 3."""
+
+    @hookimpl
+    def on_end_train_step(self, trainer, global_step):
+        if (trainer.rank, global_step) == (1, 2):
+            trainer.stop("alone")
+        if global_step == 3:
+            trainer.stop("all of us", "preempted", 75, alone=False)
+            trainer.stop("too late", alone=False)
+
+
+def decided_by_all():
+    torch.set_num_threads(1)
+    found = []
+    for vote_every in (1, 100):
+        asks = AllAsk(0, None)
+        tiny_trainer([Distributed(vote_every=vote_every), asks], TinyModule(48), evaluate_every=None).train()
+        found.append((asks.ended, asks.saved))
+    return found
+
+
+@of_ranks
+def test_what_all_ranks_ask_for_waits_for_no_vote():
+    one, other = two(decided_by_all)
+    assert one == other == [((3, "preempted", "all of us", 75), [(3, "all of us")])] * 2
+
+
 class Clock(Asks):
     @hookimpl
     def on_boundary(self, trainer):
@@ -619,6 +647,54 @@ def test_ranks_meet_without_a_store_of_the_launcher(tmp_path):
     assert one == other
 
 
+def meeting_again():
+    """Meet four times at one store, as processes that an agent starts anew do, which all count otherwise."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    if rank() == 1:
+        store.set("rank 1 asks", "a word of a process that is gone")
+        store.wait(["to a word of a process that is gone"])  # rank 0 takes it for one of now, and then looks again
+    found = []
+    for number in range(4):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number * rank())
+        tiny_trainer([Distributed(start_timeout="20 s")], max_steps=1).train()
+        found.append(dist.get_world_size())
+        leave()
+    return found
+
+
+@of_ranks
+def test_a_store_that_has_outlived_others_who_met_there():
+    assert two(meeting_again) == [[2] * 4] * 2
+
+
+class Resumes(CallbackInterface):
+    @hookimpl
+    def restore(self, trainer):
+        return False
+
+
+def told_apart(folder):
+    """Train where rank 1 knows which run to go on with and rank 0 takes the newest; which is another one at last."""
+    torch.set_num_threads(1)
+    run = os.path.join(folder, "run-1")
+    os.makedirs(run, exist_ok=True)
+    trainer = tiny_trainer([Distributed(), Resumes()], runs_folder=folder, max_steps=1, resume=run if rank() else True)
+    trainer.train()
+    found = trainer.options.resume, str(trainer.run_dir)
+    leave()
+    os.makedirs(os.path.join(folder, "run-2"), exist_ok=True)
+    trainer = tiny_trainer([Distributed(), Resumes()], runs_folder=folder, max_steps=1, resume=run if rank() else True)
+    with pytest.raises(ValueError, match="rank 1 has another configuration than rank 0: trainer.resume is .*run-1"):
+        trainer.train()
+    return found
+
+
+@of_ranks
+def test_ranks_go_on_with_the_run_that_rank_0_names(tmp_path):
+    assert two(told_apart, str(tmp_path)) == [(True, str(tmp_path / "run-1"))] * 2
+
+
 def in_vain(path):
     os.environ.update(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost")
     os.environ.pop("MASTER_PORT", None)
@@ -644,9 +720,9 @@ def test_a_rank_that_does_not_come(tmp_path):
     ("options", "words"),
     [
         ({"vote_every": 0}, "distributed.vote_every=0 must be at least 1 step"),
-        ({"uneven": "pad"}, "distributed.uneven='pad' must be one of drop, error"),
+        ({"uneven": "fill"}, "distributed.uneven='fill' must be one of drop, error, pad, join"),
         ({"init_method": "tcp://x"}, "distributed.init_method='tcp://x' must be env:// or file:///path"),
-        ({"timeout": "soon"}, "distributed.timeout='soon': "),
+        ({"timeout": "soon"}, "distributed.timeout='soon' is not a cadence"),
         ({"start_timeout": "5 steps"}, "distributed.start_timeout='5 steps' is not a duration; write one like"),
     ],
 )

@@ -82,6 +82,7 @@ class Ema(CallbackInterface):
         buffers = self._averaged_buffers(module)
         if self._parameters is None:  # looked up once, not at every step
             self._parameters = parameters_of(module)
+            self._shared = any(hasattr(parameter, "to_local") for parameter in self._parameters.values())
             current = self._parameters | buffers  # a state that was restored is on the CPU
             self._average = {n: average.to(current[n].device) for n, average in self._average.items() if n in current}
         averages, targets = [], []
@@ -94,6 +95,8 @@ class Ema(CallbackInterface):
                 # With half precision the small steps of an average would be rounded away.
                 dtype = torch.float32 if tensor.itemsize < 4 else tensor.dtype
                 self._average[name] = tensor.detach().to(dtype, copy=True)
+        if self._shared:  # torch moves no list of tensors that ranks share in several ways
+            averages, targets = ([here(tensor) for tensor in tensors] for tensors in (averages, targets))
         if averages:
             self._move(averages, targets, 0)
 
@@ -142,6 +145,11 @@ class Ema(CallbackInterface):
 def parameters_of(module: torch.nn.Module) -> Tensors:
     """Return the parameters that can be averaged by name; one that is tied stands there once."""
     return {name: parameter for name, parameter in module.named_parameters() if can_be_averaged(parameter)}
+
+
+def here(tensor: Any) -> torch.Tensor:
+    """Return this rank's share of a tensor that ranks share."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
 def can_be_averaged(tensor: torch.Tensor) -> bool:

@@ -138,7 +138,8 @@ class Finite(CallbackInterface):
     def should_step(self, trainer: Trainer) -> Generator[None, bool, bool]:
         others = yield
         assert self._sum is not None
-        if math.isfinite(trainer.hook.all_reduce(trainer=trainer, value=self._sum, op="sum").item()):
+        fine = torch.isfinite(self._sum).float()  # on all ranks, also those with the same share of the data
+        if trainer.hook.all_reduce(trainer=trainer, value=fine, op="min").item():
             self._skipped = 0
             return others
         self._skipped += 1

@@ -1,18 +1,23 @@
 """Two ranks over gloo that share a model, against loops written by hand and against one rank."""
 
+import contextlib
+import functools
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, set_seed
 from hookline.data import Cursor, mix, sampler_class
 from hookline.testing import Memory, TinyModule, check_plugin, digest, run_ranks, tiny_trainer
-from hookline_fsdp import Fsdp
+from hookline_fsdp import Fsdp, whole
+from hookline_fsdp.meta import give_values
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -65,7 +70,7 @@ def train(plugin, states=None, window=1, dropout=0.0, others=None, module=Plain,
     trainer = tiny_trainer(plugins, module(dropout), train_batch_size=12 * window, **options)
     trainer.train()
     return {
-        "states": memory.states,
+        "states": whole(memory.states),  # what ranks share cannot be sent
         "weights": trainer.export_model(),
         "metrics": dict(trainer.metrics),
         "again": trainer.validate(),
@@ -122,6 +127,20 @@ def test_two_ranks_are_one_within_rounding(plugin, window):
     assert {*one["states"]} == {*alone["states"]} == {*range(1, 2 * steps + 1)}
     epoch = [index for rank in (one, other) for batch in rank["seen"][:4] for index in batch]
     assert sorted(epoch) == list(range(48))
+
+
+class Normed(TinyModule):
+    """Keeps running statistics."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__(samples=48, dropout=dropout)
+
+
+@pytest.mark.plugins
+def test_an_evaluation_is_with_the_running_statistics_of_rank_0():
+    one, other = on_two({}, module=Normed)
+    assert digest(one["weights"]) == digest(other["weights"])
+    assert "net.1.running_mean" in one["weights"]
 
 
 def by_hand():
@@ -194,6 +213,375 @@ def test_with_clipping_an_average_and_a_check_of_finiteness():
     alone = train({}, others=others)
     assert_close(one["weights"], alone["weights"])
     assert one["metrics"] == other["metrics"] == pytest.approx(alone["metrics"])
+
+
+# Blocks that the module answers, and other plugins ------------------------------------
+
+
+class Answering(Plain):
+    def get_blocks(self):
+        return [self.net[0], self.net[3]]
+
+
+class Stranger(Plain):
+    def get_blocks(self):
+        return [torch.nn.Linear(1, 1)]
+
+
+def blocks_of(module, **options):
+    trainer = train_trainer(Fsdp(**options), module)
+    return [name for name, part in trainer.module.named_modules() if isinstance(part, FSDPModule)]
+
+
+def train_trainer(plugin, module, others=None, **options):
+    torch.set_num_threads(1)
+    plugins = {"fsdp": plugin, **(others or {})}
+    trainer = tiny_trainer(plugins, module(), **{"train_batch_size": 12, "epochs": 1, **options})
+    trainer.train()
+    return trainer
+
+
+def several_blocks():
+    return blocks_of(Answering), blocks_of(Answering, min_parameters=100), blocks_of(Answering, wrap=["ReLU"])
+
+
+@pytest.mark.plugins
+def test_the_module_may_answer_its_blocks():
+    for outcome in run_ranks(several_blocks, 2):
+        assert outcome.value == (["", "net.0", "net.3"], ["", "net.0"], ["", "net.1"]), outcome.output
+
+
+class Dropping(Answering):
+    def __init__(self):
+        super().__init__(dropout=0.3)
+
+    def get_blocks(self):
+        return [self.net]
+
+
+def with_blocks(others):
+    trainer = train_trainer(Fsdp(), Dropping, others)
+    return digest(trainer.export_model()), [name for name, _ in trainer.module.named_parameters()]
+
+
+@pytest.mark.plugins
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_the_same_blocks_checkpointed_compiled_and_shared():
+    both = {"compile": {"backend": "aot_eager", "fullgraph": True}, "activation_checkpoint": {}}
+    plain, compiled = run_ranks(with_blocks, 2, {}), run_ranks(with_blocks, 2, both)
+    assert [rank.value for rank in compiled] == [rank.value for rank in plain], compiled[0].output
+    assert compiled[0].value[1] == [name for name, _ in Plain().named_parameters()]
+
+
+class Overflows(CallbackInterface):
+    """Has the gradients of which one rank has the share overflow in one step, and keeps what came of each."""
+
+    def __init__(self, rank, step):
+        self.rank, self.step, self.stepped = rank, step, []
+
+    @hookimpl
+    def on_end_backward(self, trainer):
+        if (trainer.rank, trainer.global_step) == (self.rank, self.step):
+            trainer.module.net[0].weight.grad.to_local().fill_(torch.inf)
+
+    @hookimpl
+    def on_end_train_step(self, stepped):
+        self.stepped.append(stepped)
+
+
+def with_scaler(rank, options):
+    overflows = Overflows(rank, 2)
+    amp = {"precision": "fp16", "init_scale": 64.0}
+    trainer = train_trainer(Fsdp(wrap=["Linear"], **options), Plain, {"amp": amp, "overflows": overflows}, epochs=2)
+    scale = trainer.plugins.get_plugin("amp").get_state()
+    return digest(trainer.export_model()), overflows.stepped, scale, trainer.counters.skipped_steps
+
+
+@pytest.mark.plugins
+@pytest.mark.parametrize("options", [{}, {"param_dtype": "float16", "reduce_dtype": "float32"}])
+def test_the_scaler_of_fp16_skips_on_all_ranks_what_overflows_on_one(options):
+    one, other = run_ranks(with_scaler, 2, 1, options)
+    assert one.value == other.value, one.output + other.output
+    _, stepped, scale, skipped = one.value
+    assert stepped == [True, True, False, True, True, True, True, True]
+    assert (scale["scale"], skipped) == (32.0, 1)
+    again, _ = run_ranks(with_scaler, 2, 0, options)
+    assert again.value == one.value  # the step is left out whichever rank it overflows on
+
+
+def two_precisions():
+    train_trainer(Fsdp(param_dtype="float16"), Plain, {"amp": {"precision": "bf16"}})
+
+
+@pytest.mark.plugins
+def test_two_precisions_are_refused():
+    message = "ValueError: fsdp.param_dtype=float16, and steps run under autocast of bfloat16, which would cast once"
+    for outcome in run_ranks(two_precisions, 2):
+        assert outcome.code == 1
+        assert message in outcome.output
+
+
+# A module that is made without memory -------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    """A block with a parameter and buffers of its own, and batch norm's."""
+
+    def __init__(self, size=64):
+        super().__init__()
+        self.linear = torch.nn.Linear(size, size)
+        self.norm = torch.nn.BatchNorm1d(size)
+        self.drop = torch.nn.Dropout(0.2)
+        self.scale = torch.nn.Parameter(torch.ones(size))
+        self.register_buffer("shift", torch.zeros(size))
+        self.register_buffer("order", torch.arange(size), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        torch.nn.init.normal_(self.linear.weight, std=0.1)  # of a part within
+        torch.nn.init.uniform_(self.scale)
+        self.shift.zero_()
+        self.order.copy_(torch.arange(len(self.order), device=self.order.device))
+
+    def forward(self, x):
+        return x + self.scale[self.order] * self.drop(torch.relu(self.norm(self.linear(x)))) + self.shift
+
+
+class Large(TinyModule):
+    """Ten layers, of which one at a time may be whole; two have one weight."""
+
+    def __init__(self):
+        with torch.device("cpu"):
+            super().__init__(samples=48)
+        linear = torch.nn.Linear
+        layers = [Layer() for _ in range(10)]
+        self.net = torch.nn.Sequential(linear(8, 64), linear(64, 64), *layers, linear(64, 64), linear(64, 1))
+        self.net[-2].weight = self.net[1].weight
+
+
+class Peak(TorchDispatchMode):
+    """The largest number of bytes that tensors had at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.peak, self._alive = 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        for tensor in answer if isinstance(answer, (list, tuple)) else [answer]:
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {place: kept for place, kept in self._alive.items() if not kept[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return answer
+
+
+class Until(CallbackInterface):
+    """Measures until training begins."""
+
+    def __init__(self, peak):
+        self.peak, self.begun = peak, None
+
+    @hookimpl(tryfirst=True)
+    def on_begin_train(self, trainer):
+        self.peak.__exit__(None, None, None)
+        tensors = {**trainer.module.state_dict(), **dict(trainer.module.named_buffers())}
+        self.begun = {name: whole_of(tensor) for name, tensor in tensors.items()}
+
+
+def whole_of(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def train_meta(meta=True, module=Large, others=None, replicas=1, **options):
+    torch.set_num_threads(1)
+    peak = Peak()
+    until = Until(peak)
+    plugins = {"fsdp": Fsdp(meta=meta, wrap=["Layer"], replicas=replicas), "until": until, **(others or {})}
+    peak.__enter__()
+    trainer = tiny_trainer(
+        plugins, functools.partial(module) if meta else module(), **{"train_batch_size": 12, "epochs": 1, **options}
+    )
+    trainer.train()
+    size = sum(weight.numel() * weight.element_size() for weight in trainer.module.parameters())
+    return {
+        "begun": until.begun,
+        "peak": peak.peak / size,
+        "weights": trainer.export_model(),
+        "tied": trainer.module.net[-2].weight is trainer.module.net[1].weight,
+    }
+
+
+def ranks_of(world_size, *arguments, **keywords):
+    outcomes = run_ranks(train_meta_with, world_size, arguments, keywords, timeout=100)
+    assert [outcome.code for outcome in outcomes] == [0] * world_size, outcomes[0].output + outcomes[-1].output
+    return [outcome.value for outcome in outcomes]
+
+
+def train_meta_with(arguments, keywords):
+    return train_meta(*arguments, **keywords)
+
+
+@pytest.mark.plugins
+def test_a_module_without_memory_is_never_whole_and_begins_the_same_on_any_number_of_ranks():
+    one, other = ranks_of(2)
+    alone = train_meta()
+    assert digest(one["begun"]) == digest(other["begun"]) == digest(alone["begun"])
+    assert one["peak"] < 0.75
+    assert train_meta(meta=False)["peak"] > 1
+    assert one["tied"]
+    assert alone["tied"]
+    assert torch.equal(one["begun"]["net.3.order"], torch.arange(64))
+    assert 0.09 < one["begun"]["net.3.linear.weight"].std() < 0.11
+    assert not torch.equal(one["begun"]["net.3.scale"], one["begun"]["net.4.scale"])
+    assert digest(one["weights"]) == digest(other["weights"])
+    assert one["weights"].keys() == train_meta(meta=False)["weights"].keys()
+
+
+@pytest.mark.plugins
+def test_a_resume_of_a_module_without_memory_has_the_same_bits(tmp_path):
+    def run(name, **options):
+        options = {"runs_folder": str(tmp_path), "run_name": name, **options}
+        return [digest(rank["weights"]) for rank in ranks_of(2, others={"checkpoint": {}}, **options)]
+
+    whole = run("whole")
+    assert run("cut", max_steps=2) != whole
+    assert run("cut", resume=True) == whole
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_a_module_without_memory_on_copies_of_a_sharded_model():
+    ranks = ranks_of(4, replicas=2, others={"ema": {}, "clip": {}})
+    assert len({digest(rank["begun"]) for rank in ranks}) == 1
+    assert digest(ranks[0]["begun"]) == digest(train_meta()["begun"])
+    assert len({digest(rank["weights"]) for rank in ranks}) == 1
+
+
+class Split(TinyModule):
+    def __init__(self):
+        with torch.device("cpu"):
+            super().__init__(samples=48)
+        inner = [torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 16)) for _ in "ab"]
+        self.net = torch.nn.Sequential(torch.nn.Linear(8, 16), *inner, torch.nn.Linear(16, 64), torch.nn.Linear(64, 1))
+
+
+def begin_split(others):
+    torch.set_num_threads(1)
+    until = Until(contextlib.nullcontext())
+    plugins = {"fsdp": Fsdp(wrap=["Sequential"], meta=True), "until": until, **others}
+    trainer = tiny_trainer(plugins, functools.partial(Split), train_batch_size=12, epochs=1)
+    trainer.train()
+    return until.begun, trainer.export_model()
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_a_module_without_memory_whose_layers_are_split():
+    split = {"tp": {"size": 2, "plan": {"net.1.0": "column", "net.1.2": "row", "net.2.0": "column", "net.2.2": "row"}}}
+    four = run_ranks(begin_split, 4, split, timeout=100)
+    assert [rank.code for rank in four] == [0] * 4, four[0].output
+    alone, trained = begin_split({})
+    assert {digest(rank.value[0]) for rank in four} == {digest(alone)}
+    assert_close(four[0].value[1], trained)
+
+
+class Forgets(Large):
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(3))
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+        self.register_buffer("places", torch.arange(3))
+
+
+class HalfForgets(Large):
+    """Sets one half of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(4))
+
+    def reset_parameters(self):
+        self.gain[:2].fill_(1.0)
+
+
+class SetsAll(Large):
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(4))
+
+    def reset_parameters(self):
+        for weight in self.parameters():
+            torch.nn.init.normal_(weight)
+
+
+class HasData(Large):
+    def __init__(self):
+        super().__init__()
+        self.inputs = torch.randn(48, 8)
+
+
+@pytest.mark.plugins
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            Forgets,
+            r"fsdp\.meta: nobody gives first values to gain \(Forgets\), mask \(Forgets\), places \(Forgets\): the "
+            r"class of each must have a method reset_parameters\(\)",
+        ),
+        (HalfForgets, r"nobody gives first values to gain \(HalfForgets\): the class"),
+        (HasData, r"fsdp\.meta=true, and HasData\.inputs is a tensor without values that is neither a parameter nor a"),
+    ],
+)
+def test_values_that_nobody_gives(module, message):
+    with pytest.raises(ValueError, match=message):
+        train_meta(module=module)
+
+
+@pytest.mark.plugins
+def test_a_module_that_is_made_already_has_no_use_for_it():
+    message = r"fsdp\.meta=true, and Plain has its weights already: .* such as functools\.partial\(Plain, …\)"
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer({"fsdp": Fsdp(meta=True)}, Plain())
+
+
+@pytest.mark.plugins
+def test_what_is_in_a_block_of_its_own_is_set_there():
+    for outcome in run_ranks(wrong_meta, 2):
+        assert outcome.code == 1
+        assert "SetsAll.reset_parameters() changes net.2.scale, which is in a block of its own" in outcome.output
+
+
+def wrong_meta():
+    train_meta(module=SetsAll)
+
+
+@pytest.mark.plugins
+def test_torch_s_own_layers_have_what_it_takes():
+    """Attention has another name for it; what they begin with is drawn as they draw it."""
+    with torch.device("meta"):
+        model = torch.nn.ModuleList(
+            [
+                torch.nn.TransformerEncoderLayer(16, 2, 32),
+                torch.nn.Embedding(10, 16),
+                torch.nn.Conv2d(2, 4, 3),
+                torch.nn.LSTM(4, 4),
+                torch.nn.GroupNorm(2, 4),
+                torch.nn.BatchNorm1d(4),
+                torch.nn.PReLU(),
+            ]
+        )
+    give_values(model, model, torch.device("cpu"), 0)
+    attention = model[0].self_attn
+    assert not attention.out_proj.bias.any()
+    bound = (6 / (16 + 48)) ** 0.5
+    assert bound * 0.9 < attention.in_proj_weight.abs().max() <= bound
+    assert torch.equal(model[5].running_var, torch.ones(4))
+
+
+# What is refused ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -101,8 +102,12 @@ class StageMetrics(CallbackInterface):
 class TrainMetrics(StageMetrics):
     """Metrics over the batches of a training epoch, each with the weights of its step."""
 
+    state_of_rank = True  # each has gathered its own share of the epoch under way
+
     @hookimpl
     def on_end_train_step(self, train_step_collated_outputs: list[Any]) -> None:  # type: ignore[override]
+        if train_step_collated_outputs and not len(train_step_collated_outputs[0]):
+            return  # this rank had no sample in this step
         self.take(train_step_collated_outputs)
 
     @hookimpl(wrapper=True)
@@ -174,6 +179,12 @@ def _copied(value: Any, device: torch.device) -> Any:
     return [_copied(item, device) for item in value] if isinstance(value, list) else value
 
 
+def of_shares(trainer: Trainer, value: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
+    """Return the state of a metric on one rank of each share of the data: those with the same would count twice."""
+    ranks = trainer.hook.all_gather(trainer=trainer, value=(trainer.share, value.cpu()))
+    return [state.to(value.device) for _, state in sorted(dict(ranks).items())]
+
+
 # The plugin ---------------------------------------------------------------------------
 
 LISTENERS: dict[Stage, type[StageMetrics]] = {
@@ -231,6 +242,9 @@ class Metrics(CallbackInterface):
                     )
                 metric.reset()
                 metric.to(trainer.device)
+                if trainer.shares < trainer.world_size:
+                    for part in parts(metric).values():
+                        part.dist_sync_fn = part.dist_sync_fn or functools.partial(of_shares, trainer)
             if metrics:
                 key = f"{own_name}.{stage.value}"
                 trainer.plugins.register(listener(key, stage, metrics, list(self.inputs)), key)

@@ -26,6 +26,7 @@ examples:
   hookline fit runs/digits-1/config.yaml                 do a run once more
   hookline predict examples/chars.yaml --resume
   hookline plan examples/digits.yaml                     who does what in which order
+  hookline plan --world 8x64 examples/digits.yaml        memory and communication of each of 8 times 64 ranks
   hookline plugins                                       what is installed
   hookline hooks on_boundary                             what a hook is told, and when
   hookline runs show digits-1
@@ -117,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     plan = add("plan", "show for each hook who wraps it and who does or hears it", _plan)
     _add_configuration(plan)
+    plan.add_argument(
+        "--world", metavar="MxN",
+        help="show what a rank holds and sends in a step on M machines with N devices each, or on N ranks of one",
+    )  # fmt: skip
     plan.add_argument("--json", action="store_true", help="for machines")
     plugins = add("plugins", "list the installed plugins, or show the hooks of one, or of a configuration's", _plugins)
     plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
@@ -209,6 +214,7 @@ def _run_or_launch(options: argparse.Namespace) -> int:
             f"--max-restarts={options.max_restarts} is a number from 0, and goes with --nproc; torchrun has its own"
         )
     if options.nproc is None or options.print_config:
+        launch.end_with_agent()
         code: int = launch.recorded(_run)(options)
         return code
     from hookline import config
@@ -234,11 +240,13 @@ def _run(options: argparse.Namespace) -> int:
         trainer = _trainer(loaded)
         _refuse_to_train_apart(trainer, options.door)
         if options.door == "train" and trainer.rank == 0:
-            launch.remember(trainer.run_dir)
+            launch.remember(trainer.run_dir)  # before anything can fail
             tree = {**trainer.config, "trainer": {**trainer.config["trainer"], "resume": False}}
             kept = trainer.run_dir / "config.yaml"
             with contextlib.suppress(FileExistsError), kept.open("x", encoding="utf-8") as file:  # follows no link
                 file.write(config.to_yaml(tree))
+        elif options.door == "train" and trainer.local_rank == 0:
+            trainer.plugins.register(launch.reminder(), "launcher")
         with _mendable(ValueError):
             metrics = getattr(trainer, options.door)()
     if metrics and trainer.rank == 0:
@@ -250,10 +258,12 @@ def _refuse_to_train_apart(trainer: Any, door: str) -> None:
     """Refuse processes that would each do the whole, and restarts that would each begin it."""
     from hookline.cli import launch
 
-    if trainer.world_size == 1 and launch.launched() > 1:
+    launcher, _, number = launch.launched()
+    if trainer.world_size == 1 and number > 1:
+        alone = ", ".join(launch.STARTED[launcher])
         raise UserError(
-            f"{launch.launched()} processes were started, and no plugin makes one run of them, so that each would do "
-            "the same: name one that does, e.g. `-p ddp`"
+            f"{launcher} has started {number} processes, and no plugin makes one run of them, so that each would do "
+            f"the same: name one that does, e.g. `-p ddp`, or unset {alone} where each shall be a run of its own"
         )
     if door == "train" and launch.restarts() and not trainer.plugins.performers("restore"):
         raise UserError(
@@ -276,6 +286,12 @@ def _no_early_success() -> Iterator[None]:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.world is not None:
+        from hookline.cli import simulate
+
+        loaded = _configuration(options)
+        with _mendable(ValueError, TypeError):
+            return simulate.show(loaded, options.world, options.json)
     rows = _trainer(_configuration(options)).plugins.plan()
     if options.json:
         print(json.dumps(rows, indent=2))

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 CODES = "HOOKLINE_EXIT_CODES"  # the folder in which processes leave with which code their run has ended in order
+LAUNCHER = "HOOKLINE_LAUNCHER"  # the id of the process that is the launcher
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 GRACE = "600"  # seconds for a save after a signal; a second signal, or whoever sent the first, ends it sooner
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+STARTED = {  # variables in which what starts processes tells each its rank and their number
+    "torchrun": ("RANK", "WORLD_SIZE"),
+    "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # the second is there only for what srun starts
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "MPI": ("PMI_RANK", "PMI_SIZE"),
+}
 
 # The launcher -------------------------------------------------------------------------
 
@@ -32,10 +40,11 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
     Raises:
         ValueError: `nproc` is no number of processes, or this is one of several already.
     """
-    if "RANK" in os.environ:
+    launcher, rank, others = launched()
+    if launcher == "torchrun" or others > 1:
         raise ValueError(
-            f"--nproc={nproc} would start processes within process {os.environ['RANK']} of a run that a launcher has "
-            "started already; leave --nproc and --max-restarts away here"
+            f"--nproc={nproc} would start processes within process {rank} of a run that a launcher has started already "
+            f"({launcher}); leave --nproc and --max-restarts away here"
         )
     number = _processes(nproc)
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -46,7 +55,7 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE)
     with tempfile.TemporaryDirectory(prefix="hookline-") as folder:
-        os.environ[CODES] = folder
+        os.environ[CODES], os.environ[LAUNCHER] = folder, str(os.getpid())
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -71,7 +80,7 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
             codes = _codes(folder)
             return max(codes) if len(codes) == number else 128 + error.sigval
         finally:
-            del os.environ[CODES]
+            del os.environ[CODES], os.environ[LAUNCHER]
         return max(_codes(folder), default=0)
 
 
@@ -107,6 +116,21 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return record(function)
 
 
+def end_with_agent() -> None:
+    """Have the system end this process as soon as the agent that started it is gone: it could end it no more.
+
+    On Linux; elsewhere who kills an agent with SIGKILL has to end its processes, too.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    parent = os.getppid()
+    if parent != int(os.environ.get(LAUNCHER, parent)):  # it was gone before
+        os._exit(1)
+
+
 def report(code: int) -> int:
     """Return what this process shall end with, now that its run has ended in order with an exit code.
 
@@ -120,9 +144,16 @@ def report(code: int) -> int:
     return 0
 
 
-def launched() -> int:
-    """Return how many processes a launcher that speaks as torchrun does has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+def launched() -> tuple[str, str, int]:
+    """Return what has started this process, which of them it is, and how many they are; "", "" and 1 where nothing has.
+
+    The first that speaks counts: torchrun, say, where srun has started that.
+    """
+    for launcher, (rank, number) in STARTED.items():
+        if os.environ.get(rank) and (launcher == "torchrun" or os.environ.get(number)):
+            said = os.environ.get(number, "")
+            return launcher, os.environ[rank], int(said) if said.isdecimal() else 1
+    return "", "", 1
 
 
 def restarts() -> int:
@@ -131,23 +162,36 @@ def restarts() -> int:
 
 
 def remember(run_dir: Path) -> None:
-    """Let later attempts know the folder of the run."""
-    if restarts() and (store := _agents_store()) is not None:
-        store.set(_key(_attempt()), str(run_dir))
+    """Let those who are started anew on this machine know the folder of the run."""
+    if (note := _note()) is not None:
+        note.write_text(str(run_dir))
+
+
+def reminder() -> Any:
+    """Return a plugin that remembers the folder of the run on a machine where it is known only when ranks have met."""
+    from hookline.interfaces import CallbackInterface
+    from hookline.marks import hookimpl
+
+    class Reminder(CallbackInterface):
+        observer = True
+
+        @hookimpl
+        def on_begin_train(self, trainer: Any) -> None:
+            remember(trainer.run_dir)
+
+    return Reminder()
 
 
 def remembered() -> str | None:
-    """Return the folder of the run that an earlier attempt has begun, and say so; None where there is none."""
-    attempt = _attempt()
-    if not attempt:
-        return None
-    store, folder = _agents_store(), None
-    for earlier in range(attempt if store is not None else 0):
-        if store.check([_key(earlier)]):
-            folder = store.get(_key(earlier)).decode()
-    if os.environ["RANK"] == "0":
+    """Return the folder of the run that processes of this agent began before, and say so; None where they did not."""
+    attempt, note = _attempt(), _note()
+    folder = (note.read_text() or None) if note is not None and note.exists() else None
+    if (attempt or folder) and os.environ["RANK"] == "0":
         does = f"going on with {folder}" if folder else "no attempt has left a run to go on with"
-        print(f"hookline: started anew ({attempt} of at most {restarts()} times): {does}", file=sys.stderr)
+        why = "started anew (machines have come or gone)"
+        if attempt:
+            why = f"started anew ({attempt} of at most {restarts()} times)"
+        print(f"hookline: {why}: {does}", file=sys.stderr)
     return folder
 
 
@@ -155,14 +199,10 @@ def _attempt() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def _key(attempt: int) -> str:
-    return f"folder of the run of attempt {attempt}"
+def _note() -> Path | None:
+    """Return the file of an agent's own folder in which its processes leave word to later ones; None where it has none.
 
-
-def _agents_store() -> Any:
-    """Connect to the store that the agent hosts for all attempts, where it does."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    The agent outlives them, whether they failed or machines have come or gone, of which it keeps no count.
+    """
+    attempt = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent  # …/attempt_0/0/error.json
+    return attempt.parent / "hookline-run" if attempt.name.startswith("attempt_") else None

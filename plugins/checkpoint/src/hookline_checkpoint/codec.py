@@ -1,8 +1,9 @@
 """Take a state apart into tensors and JSON, and put it together again: exactly, and without pickle.
 
 What JSON has stays as it is. All else is an object of one key that begins with "$":
-`{"$tuple": […]}`, `{"$tensor": "net.weight"}`. A dictionary that JSON cannot hold, because
-its keys are no strings or begin with "$", is written as pairs: `{"$dict": [[key, value], …]}`.
+`{"$tuple": […]}`, `{"$tensor": "net.weight"}`, `{"$dtensor": "net.weight"}` for one of which
+ranks have shares. A dictionary that JSON cannot hold, because its keys are no strings or begin
+with "$", is written as pairs: `{"$dict": [[key, value], …]}`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def split(tree: Any, where: str = "") -> tuple[Tensors, Any]:
 
     Tensors stay where they are and share memory with the tree, so store them before anything
     changes. Tensors that are one memory (tied weights) become one; other views of one memory
-    become tensors of their own.
+    become tensors of their own. Those of which ranks have shares stay DTensors.
 
     Args:
         tree: nested containers of tensors and plain Python data.
@@ -58,7 +59,7 @@ def split(tree: Any, where: str = "") -> tuple[Tensors, Any]:
 
 
 def join(tensors: Mapping[str, torch.Tensor], encoded: Any) -> Any:
-    """Put together what `split` took apart; every tensor is then on the CPU and without a graph.
+    """Put together what `split` took apart; the tensors are those that are given.
 
     Raises:
         ValueError: this was not made by `split`.
@@ -88,11 +89,25 @@ def tensors_to_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Buffer]:
             yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_tensors(file: Reader) -> Tensors:
+def is_shared(value: Any) -> bool:
+    """Tell whether a value is a tensor of which ranks have shares, a DTensor, without importing what makes them."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "to_local")
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor as another one."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def read_tensors(file: Reader, names: Container[str] | None = None) -> Tensors:
     """Return the tensors of a safetensors file, each read into memory of its own.
 
     Not into one memory for all: sums depend in the last bit on how a tensor lies in memory, and
     torch lays its own out alike.
+
+    Args:
+        file: its content.
+        names: keep these alone.
 
     Raises:
         ValueError: it is none.
@@ -105,6 +120,10 @@ def read_tensors(file: Reader) -> Tensors:
             end = place + math.prod(shape) * dtype.itemsize
             if entry["data_offsets"] != [place, end] or end - place > file.left:
                 raise ValueError(f"{name} is not where the head says")
+            if names is not None and name not in names:
+                file.skip(end - place)
+                place = end
+                continue
             tensors[name] = torch.empty(shape, dtype=dtype)
             if end > place:
                 file.fill(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
@@ -192,6 +211,8 @@ class _Splitter:
         return {"$defaultdict": [name, self.pairs(value, path)]}
 
     def tensor(self, value: torch.Tensor, path: tuple[Any, ...]) -> Any:
+        if is_shared(value):
+            return self.dtensor(value, path)
         plain = type(value) in (torch.Tensor, torch.nn.Parameter)
         if not plain or value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
             self.refuse(value, path)
@@ -203,7 +224,7 @@ class _Splitter:
             name = self.unused(path)
             self.stored[memory] = name, value
             native = value.dtype in NATIVE
-            self.tensors[name] = value if native else value.contiguous().reshape(-1).view(torch.uint8)
+            self.tensors[name] = value if native else as_bytes(value)
         extra: dict[str, Any] = {}
         if value.dtype not in NATIVE:
             extra = {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
@@ -211,6 +232,17 @@ class _Splitter:
         if not value.is_contiguous() and torch.empty_like(value, device="meta").stride() == value.stride():
             extra["stride"] = list(value.stride())
         return {"$tensor": {"name": name, **extra} if extra else name}
+
+    def dtensor(self, value: Any, path: tuple[Any, ...]) -> Any:
+        if any(placement.is_partial() for placement in value.placements):
+            self.refuse(value, path)
+        here = value.to_local()
+        # By the whole memory, since of a small tensor a rank may have nothing: ranks must name all of them alike.
+        memory = here.untyped_storage().data_ptr() or id(value), here.storage_offset(), value.dtype, value.shape
+        if memory not in self.stored:
+            self.stored[memory] = self.unused(path), value
+            self.tensors[self.stored[memory][0]] = value.detach()
+        return {"$dtensor": self.stored[memory][0]}
 
     def numpy(self, value: Any, path: tuple[Any, ...]) -> Any:
         numpy = sys.modules.get("numpy")
@@ -321,7 +353,7 @@ class _Joiner:
         if name not in self.made:
             tensor = self.tensors[name]
             if "dtype" in extra:
-                tensor = tensor.view(_dtype(extra["dtype"])).reshape(extra["shape"])
+                tensor = tensor.view(as_dtype(extra["dtype"])).reshape(extra["shape"])
             if "stride" in extra:
                 tensor = torch.empty_strided(tensor.shape, extra["stride"], dtype=tensor.dtype).copy_(tensor)
             self.made[name] = tensor
@@ -343,8 +375,13 @@ def _plain(dtype: Any) -> Any:
     return dtype
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
+def as_dtype(name: str) -> torch.dtype:
+    """Return the dtype of torch that has this name.
+
+    Raises:
+        ValueError: none has.
+    """
+    dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"torch.{name} is no dtype")
     return dtype
@@ -381,7 +418,7 @@ SCALARS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
         lambda v: [v.days, v.seconds, v.microseconds],
         lambda v: datetime.timedelta(*v),
     ),
-    torch.dtype: ("$dtype", lambda v: str(v).removeprefix("torch."), _dtype),
+    torch.dtype: ("$dtype", lambda v: str(v).removeprefix("torch."), as_dtype),
     torch.device: ("$device", str, torch.device),
     torch.Size: ("$size", list, torch.Size),
 }
@@ -403,6 +440,7 @@ TAGS: dict[str, Callable[[_Joiner, Any], Any]] = {
     "$int": lambda _, v: int(v, 16),
     "$float": lambda _, v: float(v),
     "$tensor": _Joiner.tensor,
+    "$dtensor": _Joiner.tensor,
     "$ndarray": _Joiner.ndarray,
     "$npscalar": lambda _, v: _numpy(v[0], (), bytes.fromhex(v[1]))[()],
     "$tuple": lambda j, v: tuple(j.decode(v)),

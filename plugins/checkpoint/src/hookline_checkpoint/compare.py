@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hookline_checkpoint.headers import ranks_of
-from hookline_checkpoint.layout import own, unpack
+from hookline_checkpoint.layout import own, unpack, unpack_own
 from hookline_checkpoint.storage import read_manifest
 
 
@@ -39,9 +39,10 @@ def differences(a: Path, b: Path, *, sections: Collection[str] | None = None) ->
 
 def _leaves(path: Path, sections: Collection[str] | None) -> dict[str, Any]:
     """Return all tensors and values of a checkpoint by dotted name; what ranks have for themselves bears a number."""
-    states = [unpack(path, rank) for rank in range(ranks_of(read_manifest(path)))]
-    owned = {name: {f"rank {rank}": state[name] for rank, state in enumerate(states)} for name in own(states[0])}
-    state = states[0] | owned
+    state = unpack(path, 0)
+    others = [unpack_own(path, rank) for rank in range(1, ranks_of(read_manifest(path)))]
+    owned = {n: {f"rank {r}": kept[n] for r, kept in enumerate([state, *others])} for n in own(state)}
+    state |= owned
     unknown = set(sections or ()) - set(state)
     if unknown:
         raise ValueError(f"--section={min(unknown)}: {path} has {', '.join(state)}")

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from hookline_checkpoint.codec import NATIVE, join, read_tensors
-from hookline_checkpoint.headers import SHARED, TREES
-from hookline_checkpoint.storage import CheckpointError, read, read_tree
+from hookline_checkpoint.codec import NATIVE
+from hookline_checkpoint.layout import unpack_shared
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
 INDEX = "model.safetensors.index.json"
@@ -65,11 +64,7 @@ def export(
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
-    _, contents = read(path, {SHARED["module"]: read_tensors, TREES: read_tree})
-    try:
-        state = join(contents[SHARED["module"]], contents[TREES]["module"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"it cannot be understood: {error}") from error
+    state = unpack_shared(path, ["module"])["module"]
     if not isinstance(state, dict) or not state:
         raise ValueError(f"the module's get_state gave no tensors by name in {path}, so there is nothing to export")
     for name, value in state.items():

@@ -14,6 +14,7 @@ SHARED = {  # part of the shared state: the file of its tensors; their names in 
     "others": "state.safetensors",  # trainer, schedulers, plugins and what a plugin may add
 }
 TREES = "state.json"
+SHARES = "shards.json"  # which tensors are stored in shares: form of each, and where the pieces are
 DTYPES = {"BOOL": "bool", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"}
 KINDS = {"F": "float", "I": "int", "U": "uint"}
 PAIRS = {  # tags of mappings that are written as pairs: where in them the pairs are
@@ -27,6 +28,11 @@ PAIRS = {  # tags of mappings that are written as pairs: where in them the pairs
 def own_files(rank: int) -> tuple[str, str]:
     """Return the names of the files of one rank: tensors, and the tree."""
     return f"rank-{rank:04d}.safetensors", f"rank-{rank:04d}.json"
+
+
+def shares_of(rank: int) -> str:
+    """Return the name of the file with the shares of one rank."""
+    return f"shards-{rank:04d}.safetensors"
 
 
 def ranks_of(about: Mapping[str, Any]) -> int:
@@ -58,12 +64,13 @@ def tensors_of(path: Path, about: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         CheckpointError: it is damaged.
     """
     ranks = [own_files(rank) for rank in range(ranks_of(about))]
-    _, trees = read(path, dict.fromkeys([TREES, *(tree for _, tree in ranks)], read_tree))
+    names = [TREES, *(tree for _, tree in ranks), *({SHARES} & about["files"].keys())]
+    _, trees = read(path, dict.fromkeys(names, read_tree))
     try:
         sections: dict[str, list[Tensor]] = {}
         for part, file in SHARED.items():
             tree = trees[TREES][part]
-            heads = read_head(path, file)
+            heads = {**read_head(path, file), **trees.get(SHARES, {}).get(part, {})}
             for section, below in tree.items() if part == "others" else [(part, tree)]:
                 sections[section] = list(_tensors(below, heads))
         for rank, (file, tree) in enumerate(ranks):
@@ -77,42 +84,43 @@ def tensors_of(path: Path, about: Mapping[str, Any]) -> dict[str, list[Tensor]]:
 
 def _tensors(tree: Any, heads: Mapping[str, Any]) -> Iterator[Tensor]:
     met: dict[str, str] = {}  # name in the file: the first name in the tree
-    for path, entry in _entries(tree, ()):
+    for path, tag, entry in entries(tree):
         given = entry if isinstance(entry, dict) else {"name": entry}
-        head, name = heads[given["name"]], ".".join(path)
-        begin, end = head["data_offsets"]
+        head, name = heads[given["name"]], ".".join(map(str, path))
+        if tag == "$dtensor":
+            dtype, size = head["dtype"], head["size"]
+        else:
+            dtype, (begin, end) = given.get("dtype") or _dtype(head["dtype"]), head["data_offsets"]
+            size = end - begin
         tied_to = met.setdefault(given["name"], name)
+        is_first = tied_to == name
         yield Tensor(
-            name,
-            given.get("dtype") or _dtype(head["dtype"]),
-            given.get("shape", head["shape"]),
-            end - begin if tied_to == name else 0,
-            "" if tied_to == name else tied_to,
+            name, dtype, given.get("shape", head["shape"]), size if is_first else 0, "" if is_first else tied_to
         )
 
 
-def _entries(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield where each tensor or array of an encoded tree is, and what is said of it."""
+def entries(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str, Any]]:
+    """Yield where each tensor or array of an encoded tree is, its tag, and what is said of it."""
     if isinstance(tree, list):
         for index, value in enumerate(tree):
-            yield from _entries(value, (*path, str(index)))
+            yield from entries(value, (*path, index))
     elif isinstance(tree, dict):
         tag = next(iter(tree), "")
-        if tag in ("$tensor", "$ndarray"):
-            yield path, tree[tag]
+        if tag in ("$tensor", "$dtensor", "$ndarray"):
+            yield path, tag, tree[tag]
         elif tag in PAIRS:
             pairs = tree[tag]
             for place in PAIRS[tag]:
                 pairs = pairs[place]
             for key, value in pairs:
-                yield from _entries(value, (*path, str(key)))
+                yield from entries(value, (*path, str(key)))
         elif tag == "$deque":
-            yield from _entries(tree[tag][0], path)
+            yield from entries(tree[tag][0], path)
         elif tag.startswith("$"):
-            yield from _entries(tree[tag], path)
+            yield from entries(tree[tag], path)
         else:
             for key, value in tree.items():
-                yield from _entries(value, (*path, key))
+                yield from entries(value, (*path, key))
 
 
 def _dtype(code: str) -> str:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hookline_checkpoint.codec import join, read_tensors, split, tensors_to_parts, tree_to_bytes
-from hookline_checkpoint.headers import SHARED, TREES, own_files, ranks_of
-from hookline_checkpoint.storage import Buffer, CheckpointError, read, read_manifest, read_tree
+import torch
 
-OWN = ("logs", "rng", "window")  # the sections that each rank has for itself
+from hookline_checkpoint.codec import Tensors, is_shared, join, read_tensors, split, tensors_to_parts, tree_to_bytes
+from hookline_checkpoint.headers import SHARED, SHARES, TREES, own_files, ranks_of
+from hookline_checkpoint.storage import Buffer, read, read_manifest, read_tree, understanding
+
+OWN = ("own_plugins", "logs", "rng", "window")  # the sections that each rank has for itself
+
+Allocate = Callable[..., torch.Tensor]
+"""What a tensor that was stored in shares is read into: by its `path` in the state, `shape` and `dtype`."""
+Parts = tuple[dict[str, tuple[Tensors, Any]], list[tuple[Tensors, Any]]]
+"""What is stored, as tensors and tree each: what ranks have in common by part, and what each has for itself."""
 
 
 def own(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,27 +25,33 @@ def own(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: state[name] for name in OWN if name in state}
 
 
-def pack(state: Mapping[str, Any], owned: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Iterable[Buffer]]]:
-    """Return names and contents of a checkpoint's files, each made when it is taken.
+def pack(state: Mapping[str, Any], owned: Sequence[Mapping[str, Any]]) -> Parts:
+    """Take a state apart into what is stored; its tensors share memory with it.
 
     Args:
         state: sections by name; those of `OWN` are taken from `owned`.
         owned: what `own` answers on each rank.
 
     Raises:
-        TypeError: at once, if something in it cannot be stored.
+        TypeError: something in it cannot be stored.
     """
     others = {name: section for name, section in state.items() if name not in (*SHARED, *OWN)}
     parts = {"module": state["module"], "optimizers": state["optimizers"], "others": others}
     shared = {part: split(tree, "" if part == "others" else part) for part, tree in parts.items()}
-    return _contents(shared, [split(sections) for sections in owned])
+    return shared, [split(sections) for sections in owned]
 
 
-def _contents(
-    shared: Mapping[str, tuple[dict[str, Any], Any]], owned: Iterable[tuple[dict[str, Any], Any]]
-) -> Iterator[tuple[str, Iterable[Buffer]]]:
+def shares(parts: Parts) -> dict[str, Tensors]:
+    """Return the tensors of which each rank stores its share, by part and name; nothing where there are none."""
+    found = {part: {n: t for n, t in tensors.items() if is_shared(t)} for part, (tensors, _) in parts[0].items()}
+    return {part: tensors for part, tensors in found.items() if tensors}
+
+
+def contents(parts: Parts) -> Iterator[tuple[str, Iterable[Buffer]]]:
+    """Yield names and contents of the files that one rank writes for all, each made when it is taken."""
+    shared, owned = parts
     for part, (tensors, _) in shared.items():
-        yield SHARED[part], tensors_to_parts(tensors)
+        yield SHARED[part], tensors_to_parts({n: t for n, t in tensors.items() if not is_shared(t)})
     yield TREES, [tree_to_bytes({part: tree for part, (_, tree) in shared.items()})]
     for rank, (tensors, tree) in enumerate(owned):
         file_of_tensors, file_of_tree = own_files(rank)
@@ -46,23 +59,46 @@ def _contents(
         yield file_of_tree, [tree_to_bytes(tree)]
 
 
-def unpack(path: Path, rank: int) -> dict[str, Any]:
+def unpack(path: Path, rank: int, allocate: Allocate | None = None) -> dict[str, Any]:
     """Return the state that a checkpoint holds for one rank; one that was not there gets no section of its own.
 
     Raises:
         CheckpointError: it is damaged.
     """
+    parts = unpack_shared(path, SHARED, allocate)
+    others = parts.pop("others")
     is_new = rank > 0 and rank >= ranks_of(read_manifest(path))
-    file_of_tensors, file_of_tree = own_files(0 if is_new else rank)
-    readers = {
-        **dict.fromkeys([*SHARED.values(), file_of_tensors], read_tensors),
-        **dict.fromkeys([TREES, file_of_tree], read_tree),
-    }
+    return {**parts, **others} if is_new else {**parts, **others, **unpack_own(path, rank)}
+
+
+def unpack_shared(path: Path, parts: Collection[str], allocate: Allocate | None = None) -> dict[str, Any]:
+    """Return parts of what ranks have in common; every tensor is whole and on the CPU where nothing else is allocated.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    about = read_manifest(path)
+    trees = [TREES, *({SHARES} & about["files"].keys())]
+    readers = {**dict.fromkeys([SHARED[part] for part in parts], read_tensors), **dict.fromkeys(trees, read_tree)}
     _, contents = read(path, readers)
-    try:
-        parts = {part: join(contents[name], contents[TREES][part]) for part, name in SHARED.items()}
-        sections = join(contents[file_of_tensors], contents[file_of_tree])
-        others = parts.pop("others")
-        return {**parts, **others} if is_new else {**parts, **others, **sections}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"it cannot be understood: {error}") from error
+    found: dict[str, Tensors] = {}
+    with understanding():
+        wanted = {part: contents[TREES][part] for part in parts}
+    if SHARES in contents:
+        from hookline_checkpoint.sharded import load  # needs torch.distributed, which is slow to import
+
+        found = load(path, about, contents[SHARES], wanted, allocate)
+    with understanding():
+        return {part: join({**contents[SHARED[part]], **found.get(part, {})}, tree) for part, tree in wanted.items()}
+
+
+def unpack_own(path: Path, rank: int) -> dict[str, Any]:
+    """Return the sections that one rank has for itself.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    file_of_tensors, file_of_tree = own_files(rank)
+    _, contents = read(path, {file_of_tensors: read_tensors, file_of_tree: read_tree})
+    with understanding():
+        return dict(join(contents[file_of_tensors], contents[file_of_tree]))

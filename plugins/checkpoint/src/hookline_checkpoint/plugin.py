@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import logging
 import math
 import platform
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, Stage, copy_state, hookimpl
+from hookline import CallbackInterface, Stage, copy_state, hookimpl, seconds
 from hookline import every as cadence
 from hookline_checkpoint import __version__, fingerprint, storage
 from hookline_checkpoint.background import Background
 from hookline_checkpoint.codec import join, split, tree_to_bytes
-from hookline_checkpoint.layout import own, pack, unpack
+from hookline_checkpoint.layout import contents, own, pack, shares, unpack
 from hookline_checkpoint.lock import Lock, refuse_locked
 from hookline_checkpoint.retention import Retention, retain
 from hookline_checkpoint.storage import FOLDER, CheckpointError
@@ -82,7 +83,7 @@ class Checkpoint(CallbackInterface):
     asynchronous: bool = False
     """Write in the background; training waits only while the state is copied. Takes memory for one more state."""
     timeout: str = "10 min"
-    """How long a save in the background may take before the run ends."""
+    """How long a save in the background may take before the run ends, or a rank wait for another in any save."""
 
     def __post_init__(self) -> None:
         self._cadences = cadences(self.every)
@@ -93,18 +94,11 @@ class Checkpoint(CallbackInterface):
         self._prepared: Path | None = None
         self._good: set[Path] = set()
         self._lock: Lock | None = None
+        self._group: Any = None  # of all ranks; where they have shares of the model, each writes its own
         if self.on_error not in ("stop", "go_on"):
             raise ValueError(f"checkpoint.on_error={self.on_error!r} must be stop or go_on")
-        try:
-            limit = cadence(self.timeout)
-        except ValueError as error:
-            raise ValueError(f"checkpoint.timeout={self.timeout!r}: {error}") from None
-        if limit.unit != "seconds":
-            raise ValueError(
-                f'checkpoint.timeout={self.timeout!r} is not a duration; write one like "90 s" or "10 min"'
-            )
-        self._timeout = limit.number
-        self._background: Background[Path] | None = None
+        self._timeout = seconds(self.timeout, "checkpoint.timeout")
+        self._background: Background[Path | None] | None = None
         if not self.asynchronous:
             self.run = None  # type: ignore[assignment,method-assign]  # hides the wrapper: nothing is to be waited for
 
@@ -139,8 +133,15 @@ class Checkpoint(CallbackInterface):
             refuse_locked(trainer.run_dir)  # before reading, since whoever has it removes what is read
         named = Path(str(resume))
         folder = trainer.run_dir / FOLDER
+        read = functools.partial(self._read, trainer)
+
+        def find(folder: Path) -> list[Path]:
+            """List the checkpoints, on all ranks as the first one sees them."""
+            found: list[Path] = trainer.hook.all_gather(trainer=trainer, value=storage.listed(folder))[0]
+            return found
+
         if storage.NAME.fullmatch(named.name):
-            path, state = named, self._read_named(named, trainer.rank)
+            path, state = named, self._read_named(read, named)
             newer = [other.name for other in storage.listed(named.parent) if other.name > named.name]
             if newer:
                 log.warning(
@@ -148,8 +149,8 @@ class Checkpoint(CallbackInterface):
                     "to their steps, and resume=true would take the newest; remove them if they are not wanted",
                     named, ", ".join(newer),
                 )  # fmt: skip
-        elif storage.listed(folder):
-            path, state = storage.newest_good(folder, lambda path: unpack(path, trainer.rank))
+        elif find(folder):
+            path, state = storage.newest_good(folder, read, find)
         elif stage is Stage.TRAIN:
             log.warning("no checkpoint yet in %s: starting from scratch", folder)
             return False
@@ -184,10 +185,28 @@ class Checkpoint(CallbackInterface):
         if trainer.rank == 0:
             log.warning("%s", said)
 
-    @staticmethod
-    def _read_named(path: Path, rank: int) -> dict[str, Any]:
+    def _read(self, trainer: Trainer, path: Path) -> dict[str, Any]:
+        """Return the state of a checkpoint when each rank can use what it needs of it; all of them, or none.
+
+        Raises:
+            CheckpointError: it is damaged, as some rank sees it.
+        """
+        state, said = None, ""
         try:
-            return unpack(path, rank)
+            state = unpack(path, trainer.rank, functools.partial(trainer.hook.allocate, trainer=trainer))
+        except CheckpointError as error:
+            said = str(error)
+        damaged = {rank: why for rank, why in enumerate(trainer.hook.all_gather(trainer=trainer, value=said)) if why}
+        if len(damaged) == trainer.world_size and len({*damaged.values()}) == 1:
+            raise CheckpointError(said)
+        if damaged or state is None:
+            raise CheckpointError("; ".join(f"rank {rank}: {why}" for rank, why in damaged.items()))
+        return state
+
+    @staticmethod
+    def _read_named(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
+        try:
+            return read(path)
         except CheckpointError as error:
             raise CheckpointError(
                 f"resume={str(path)!r} cannot be used: {error}; name another one, "
@@ -227,6 +246,7 @@ class Checkpoint(CallbackInterface):
 
     @hookimpl(trylast=True)
     def on_end_run(self) -> None:
+        self._group = None  # as it is left with the others of this process
         lock, self._lock = self._lock, None
         if lock is not None:
             lock.release()
@@ -246,38 +266,51 @@ class Checkpoint(CallbackInterface):
         if state is None:
             state = trainer.hook.get_run_state(trainer=trainer)
         owned = trainer.hook.all_gather(trainer=trainer, value=own(state))
-        if trainer.rank != 0:
+        parts = pack(state, owned)
+        shared = shares(parts)
+        if trainer.rank != 0 and not shared:
             return True
         background = self._background
         if background is not None:
             self._finish(trainer, background.take)  # before the copy: one state more in memory, not two
-            state, owned = copy_state((state, owned))
-        write = functools.partial(
-            self._write,
-            trainer.run_dir / FOLDER,
-            state,
-            pack(state, owned),
-            describe(trainer, reason, state["trainer"]),
-        )
-        self._warn_of_no_metric(trainer)
+            if trainer.rank == 0:
+                parts = copy_state(parts)
+                shared = shares(parts)
+            else:
+                shared = copy_state(shared)
+        if shared and self._group is None:
+            self._group = sharded().meet(self._timeout)
+        write: Callable[[], Path | None]
+        if trainer.rank != 0:
+            write = functools.partial(sharded().follow, self._group, shared)
+        else:
+            about = describe(trainer, reason, state["trainer"])
+            begun = len(state.get("window", {}).get("outputs", ()))
+            step = state["trainer"]["counters"]["global_step"]
+            put = functools.partial(self._put, trainer.run_dir / FOLDER, step, contents(parts), about, begun)
+            if shared:
+                put = functools.partial(sharded().lead, self._group, shared, put)
+            write = functools.partial(self._write, put, reason)
+            self._warn_of_no_metric(trainer)
         if background is None:
             return self._finish(trainer, write)
         background.start(write)
         return True
 
-    def _write(
-        self, folder: Path, state: Mapping[str, Any], contents: Iterable[tuple[str, Any]], about: Mapping[str, Any]
-    ) -> Path:
-        """Write a checkpoint and remove what is not needed any more; in the background too, so ask nobody else."""
+    def _put(self, folder: Path, *what: Any) -> Path:
+        """Write a checkpoint into its folder, which is made before the first."""
         if self._prepared != folder:
             storage.prepare(folder)
             self._prepared = folder
-        step = state["trainer"]["counters"]["global_step"]
-        path = storage.write(folder, step, contents, about, len(state.get("window", {}).get("outputs", ())))
+        return storage.write(folder, *what)
+
+    def _write(self, put: Callable[[], Path], reason: str) -> Path:
+        """Write a checkpoint and remove what is not needed any more; in the background too, so ask nobody else."""
+        path = put()
         self._good.add(path)
         if self._retention is not None:
             retain(path, self._retention, self._good)
-        log.info("saved %s (%s)", path, about["reason"])
+        log.info("saved %s (%s)", path, reason)
         return path
 
     def _finish(self, trainer: Trainer, write: Callable[[], Path | None]) -> bool:
@@ -306,6 +339,11 @@ class Checkpoint(CallbackInterface):
 
 
 Checkpoint.__module__ = "hookline_checkpoint"  # its public home, by which it is known as that distribution's plugin
+
+
+def sharded() -> Any:
+    """Return the module for what ranks have shares of, which needs torch.distributed and is slow to import."""
+    return importlib.import_module("hookline_checkpoint.sharded")
 
 
 def describe(trainer: Trainer, reason: str, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,12 @@ def prepare(folder: Path) -> None:
 
 
 def write(
-    folder: Path, step: int, contents: Iterable[tuple[str, Iterable[Buffer]]], about: Mapping[str, Any], part: int = 0
+    folder: Path,
+    step: int,
+    contents: Iterable[tuple[str, Iterable[Buffer]]],
+    about: Mapping[str, Any],
+    part: int = 0,
+    shares: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a checkpoint; return its folder when all of it is on the disk.
 
@@ -69,6 +74,7 @@ def write(
         contents: names and contents of the files, in parts, each taken when it is written.
         about: what else the manifest shall say.
         part: micro-batches of the next step that are done; 0 at a boundary.
+        shares: has more files written into a folder, and returns by name what `put` said of each.
 
     Raises:
         OSError: it could not be written; nothing else has changed.
@@ -83,8 +89,9 @@ def write(
     temporary = leftover(folder, "tmp")
     try:
         temporary.mkdir(mode=FOLDER_MODE)
+        files = {} if shares is None else dict(shares(temporary))
         with ThreadPoolExecutor(1, "hookline-hashing") as hashing:
-            files = {name: _write_file(temporary / name, content, hashing) for name, content in contents}
+            files |= {name: _write_file(temporary / name, content, hashing) for name, content in contents}
             created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             body = json.dumps(
                 {"format": FORMAT, "step": step, "part": part, "created": created, **about, "files": files}
@@ -118,6 +125,12 @@ def step_of(path: Path) -> int:
 def leftover(folder: Path, kind: str) -> Path:
     """Return a new name in a folder for what is "tmp" or "trash": `sweep` removes it when this process is dead."""
     return folder / f".{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def put(path: Path, content: Iterable[Buffer]) -> dict[str, Any]:
+    """Write a file of a checkpoint and flush it; return its size and SHA-256, as a manifest lists them."""
+    with ThreadPoolExecutor(1, "hookline-hashing") as hashing:
+        return _write_file(path, content, hashing)
 
 
 def _write_file(path: Path, content: Iterable[Buffer], hashing: ThreadPoolExecutor) -> dict[str, Any]:
@@ -257,10 +270,14 @@ class Reader:
         self.fill(taken)
         return taken
 
+    def skip(self, count: int) -> None:
+        """Read the next bytes and keep none."""
+        while count:
+            count -= len(self.take(min(PIECE, count)))
+
     def digest(self) -> str:
         """Read what is left; return the SHA-256 of the whole."""
-        while self.left:
-            self.take(min(PIECE, self.left))
+        self.skip(self.left)
         return self.hasher.hexdigest()
 
 
@@ -324,7 +341,9 @@ def read_head(path: Path, name: str) -> dict[str, Any]:
     return head
 
 
-def newest_good(folder: Path, use: Callable[[Path], T]) -> tuple[Path, T]:
+def newest_good(
+    folder: Path, use: Callable[[Path], T], find: Callable[[Path], list[Path]] | None = None
+) -> tuple[Path, T]:
     """Return the newest checkpoint that can be used, and what `use` made of it.
 
     Says in a warning which ones were passed over, and why.
@@ -332,13 +351,14 @@ def newest_good(folder: Path, use: Callable[[Path], T]) -> tuple[Path, T]:
     Args:
         folder: where checkpoints are.
         use: reads one, and raises `CheckpointError` if it is damaged.
+        find: lists them, the newest first, as `listed` does.
 
     Raises:
         CheckpointError: none can; the reason of each.
     """
     damaged: dict[Path, str] = {}
     # Looked for until there is none that was not tried: a run that is under way adds some, and removes some.
-    while untried := [path for path in listed(folder) if path not in damaged]:
+    while untried := [path for path in (find or listed)(folder) if path not in damaged]:
         for path in untried:
             try:
                 made = use(path)
@@ -371,6 +391,17 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def understanding() -> Iterator[None]:
+    """Make what comes of a file that was not written by this plugin a reason not to use its checkpoint."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"it cannot be understood: {error}") from error
 
 
 def _size(path: Path, name: str) -> int:

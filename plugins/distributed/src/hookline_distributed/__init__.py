@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -20,19 +21,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from hookline import CallbackInterface, Stage, every, hookimpl, hookspecs
+from hookline import CallbackInterface, Stage, hookimpl, hookspecs, seconds
 from hookline_distributed import mesh
 from hookline_distributed.environment import ALONE, Place, address, find
+from hookline_distributed.uneven import Uneven, lengths_of, listed
 
 if TYPE_CHECKING:
     from hookline import Trainer
 
 __version__ = "0.1.0"
 
-UNEVEN = ("drop", "error")
+UNEVEN = ("drop", "error", "pad", "join")
 
 log = logging.getLogger("hookline")
-runs = itertools.count(1)  # of this process, whichever trainer's: each meets under another name
 
 
 @dataclass(eq=False)
@@ -53,7 +54,8 @@ class Distributed(CallbackInterface):
     vote_every: int = 4
     """Steps between the votes on what one rank has asked for alone: a stop, a save; served within twice as many."""
     uneven: str = "drop"
-    """What to do where ranks have different numbers of batches: "drop" what not all have, or raise an "error"."""
+    """What to do where ranks have different numbers of batches: "drop" what not all have, raise an "error", or keep the
+    shorter ranks in step: "pad" with a batch at zero weight, or "join" in what the others do without computing."""
 
     hookspecs = mesh
 
@@ -64,25 +66,24 @@ class Distributed(CallbackInterface):
             raise ValueError(f"distributed.uneven={self.uneven!r} must be one of {', '.join(UNEVEN)}")
         if not self.init_method.startswith(("env://", "file:///")):
             raise ValueError(f"distributed.init_method={self.init_method!r} must be env:// or file:///path")
-        self._start, self._wait = (self._seconds(name) for name in ("start_timeout", "timeout"))
+        self._start = datetime.timedelta(seconds=seconds(self.start_timeout, "distributed.start_timeout"))
+        self._wait = datetime.timedelta(seconds=seconds(self.timeout, "distributed.timeout"))
         self._place: Place = ALONE
         self._control: Any = None  # a gloo group of its own, so that votes do not stand between the model's collectives
         self._speaks = True  # whether this is the first of the ranks with its share of the data
         self._mesh: Any = None
         self._unknown = False  # whether some rank does not know how many batches it has
         self._begin_voting(0.0)
-
-    def _seconds(self, option: str) -> datetime.timedelta:
-        text = getattr(self, option)
-        try:
-            limit = every(text)
-        except ValueError as error:
-            raise ValueError(f"distributed.{option}={text!r}: {error}") from None
-        if limit.unit != "seconds":
-            raise ValueError(f'distributed.{option}={text!r} is not a duration; write one like "100 s" or "5 min"')
-        return datetime.timedelta(seconds=limit.number)
+        if self.uneven in ("pad", "join"):  # another plugin of ours does it
+            self.setup_loader = self.take_window = None  # type: ignore[assignment,method-assign]
 
     # Ranks and devices ----------------------------------------------------------------
+
+    @hookimpl
+    def on_setup(self, trainer: Trainer) -> None:
+        if self.uneven in ("pad", "join"):
+            name = f"{trainer.plugins.get_name(self)}.uneven"
+            trainer.plugins.register(Uneven(self.uneven == "join"), name)
 
     @hookimpl
     def get_ranks(self) -> tuple[int, int, int]:
@@ -116,7 +117,12 @@ class Distributed(CallbackInterface):
             answer = yield
             self._end_voting()
             return answer
-        except BaseException:  # the others notice at once; nothing here waits for them
+        except BaseException as error:  # the others notice at once; nothing here waits for them
+            if "/gloo/" in str(error):
+                error.add_note(
+                    f"rank {trainer.rank} of {trainer.world_size} has lost another rank, or waited for it longer than "
+                    f"{self.timeout} (distributed.timeout); what that one says, or the network, tells why"
+                )
             self._control = None
             leave()
             raise
@@ -133,10 +139,13 @@ class Distributed(CallbackInterface):
             atexit.register(leave)
         if self._control is None:
             self._control = dist.new_group(backend="gloo", timeout=self._wait)
-        told: list[Any] = [str(trainer.run_dir) if rank == 0 else None]
+        told: list[Any] = [str(trainer.run_dir), trainer.options.resume] if rank == 0 else [None, None]
         dist.broadcast_object_list(told, src=0, group=self._control)
         if rank != 0:
-            trainer.run_dir = Path(told[0])  # ranks that look for the next free one would find others
+            folder, resume = Path(told[0]), trainer.options.resume
+            if told[1] and (not isinstance(resume, str) or folder == trainer.run_dir):
+                trainer.options.resume = told[1]  # it may know better: launchers tell those that were there before
+            trainer.run_dir = folder  # ranks that look for the next free one would find others
 
     def _meet(self, rank: int, world_size: int) -> Any:
         """Return the store of this run when all ranks have come to it.
@@ -144,15 +153,15 @@ class Distributed(CallbackInterface):
         Raises:
             RuntimeError: who has not come in time, or that there is no store.
         """
-        missing = None
+        missing: int | None = None
         try:
             if self.init_method == "env://":
                 hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher
                 store = tcp_store(*address(self._place), rank == 0 and not hosted, self._start)
             else:
                 store = file_store(self.init_method.removeprefix("file://"), world_size)
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives those that failed
-            store = dist.PrefixStore(f"hookline-{attempt}-{next(runs)}", store)  # type: ignore[attr-defined]
+            missing = 0
+            store = round_of(store, rank, world_size, self._start)
             store.set(f"rank {rank}", "")
             for other in range(world_size):
                 missing = other
@@ -207,7 +216,7 @@ class Distributed(CallbackInterface):
         if trainer.world_size == 1:
             return
         compare(trainer, "place to begin at", {"counters": asdict(trainer.counters)})
-        if not trainer.plugins.performers("shard_model") and trainer.rank == 0:
+        if trainer.shares > 1 and not trainer.plugins.performers("shard_model") and trainer.rank == 0:
             log.warning("distributed: no plugin makes one model of those of the ranks, so each trains its own; add ddp")
 
     def _begin_voting(self, seconds: float) -> None:
@@ -242,16 +251,12 @@ class Distributed(CallbackInterface):
         loader = yield
         if stage is not Stage.TRAIN or self._control is None:
             return loader
-        lengths = trainer.hook.all_gather(trainer=trainer, value=length(loader))
+        lengths = lengths_of(trainer, loader)
         cursor = trainer.cursor
         # Resumed between two batches, as they are now, ranks may have one more or less than their lengths say.
         self._unknown = lengths[0] is None or bool(cursor.draw and cursor.consumed % cursor.draw)
         if len(set(lengths)) == 1:
             return loader
-        if None in lengths:
-            raise ValueError(
-                f"the ranks have {listed(lengths)} batches: the training loader must know its length on all, or on none"
-            )
         if self.uneven == "error":
             raise ValueError(
                 f"the ranks have {listed(lengths)} batches, and distributed.uneven=error: make the data set a multiple "
@@ -288,6 +293,33 @@ def file_store(path: str, world_size: int) -> Any:
     return dist.FileStore(path, world_size)  # type: ignore[attr-defined]
 
 
+def round_of(store: Any, rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
+    """Return a store for those who meet now alone, within one that may have outlived others who met there.
+
+    Nobody counts the rounds: an agent that starts processes anew because machines have come or gone does not, and
+    two agents count failures each for itself. So rank 0 names the round, and tells the name whoever asks: by a word
+    of his own, which no former process can have left there. Who is told confirms it; until then rank 0
+    looks again, since what it has read may have been the question of a former one.
+    """
+    mine, began = uuid.uuid4().hex, time.monotonic()
+    if rank > 0:
+        store.set(f"rank {rank} asks", mine)
+        store.wait([f"to {mine}"], timeout)
+        name = store.get(f"to {mine}").decode()
+        store.set(f"{name} {rank}", "")
+        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    missing = set(range(1, world_size))
+    while missing and time.monotonic() - began < timeout.total_seconds():
+        for other in list(missing):
+            if store.check([f"{mine} {other}"]):
+                missing.remove(other)
+            elif store.check([f"rank {other} asks"]):
+                store.set(f"to {store.get(f'rank {other} asks').decode()}", mine)
+        if missing:
+            time.sleep(0.01)
+    return dist.PrefixStore(mine, store)  # type: ignore[attr-defined]
+
+
 def leave() -> None:
     """Leave the process group."""
     gc.collect()  # what still holds the group would end the process with SIGABRT
@@ -322,14 +354,6 @@ class Shortened:
         return itertools.islice(iter(self.loader), max(self.batches - self.trainer.position, 0))
 
 
-def length(loader: Any) -> int | None:
-    """Return how many batches a loader gives, None where it does not know."""
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
 def to_host(column: Any) -> Any:
     """Return a collated output where it can be sent."""
     return column.cpu() if isinstance(column, torch.Tensor) else column
@@ -342,11 +366,6 @@ def interleaved(columns: Sequence[Any], device: torch.device) -> Any:
         starts = list(itertools.accumulate((len(column) for column in columns), initial=0))
         return torch.cat(list(columns))[[starts[rank] + place for place, rank in order]].to(device)
     return [columns[rank][place] for place, rank in order]
-
-
-def listed(lengths: Sequence[int | None]) -> str:
-    """Return numbers of batches in words."""
-    return ", ".join("an unknown number of" if length is None else str(length) for length in lengths)
 
 
 # Comparing ranks ----------------------------------------------------------------------

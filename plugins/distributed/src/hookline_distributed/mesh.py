@@ -1,7 +1,8 @@
-"""The hooks that `distributed` brings: the mesh of ranks, to whose dimensions plugins give names."""
+"""The hooks that `distributed` brings: the mesh of ranks, to whose dimensions plugins give names, and shadowing."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from hookline import verb
@@ -25,3 +26,13 @@ def get_mesh_shape(trainer: Trainer) -> dict[str, int]:
 @verb
 def get_mesh(trainer: Trainer) -> Any:
     """Answer the `DeviceMesh` of all ranks, made once; `mesh["data"]` is a part of it."""
+
+
+@verb
+def shadow(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
+    """Answer a context in which the training model takes part in what ranks do together, and computes nothing.
+
+    Its forward answers a loss of zero that gives every parameter a gradient of zero. Performed by who makes one model
+    of those of the ranks, where that can be done; asked for by `distributed.uneven=join`.
+    """
+    return contextlib.nullcontext()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from hookline import CallbackInterface, Stage, every, hookimpl
+from hookline import CallbackInterface, Stage, hookimpl, seconds
 from hookline_watchdog import timer
 from hookline_watchdog.processes import Process, end_stopped, this_process
 from hookline_watchdog.timer import STDERR
@@ -68,7 +68,8 @@ class Watchdog(CallbackInterface):
     """How long a save may take; also what comes after training, where saves in the background are waited for."""
 
     def __post_init__(self) -> None:
-        self._limits = {option: self._seconds(option) for option in ("timeout", "start_timeout", "save_timeout")}
+        options = ("timeout", "start_timeout", "save_timeout")
+        self._limits = {option: seconds(getattr(self, option), f"watchdog.{option}") for option in options}
         self._tick = min(min(self._limits.values()) / 20, 5.0)
         self._signs = 0  # of life, so far
         self._phase = START
@@ -76,16 +77,6 @@ class Watchdog(CallbackInterface):
         self._over = threading.Event()
         self._ranks: dict[int, Process] = {}
         self._folder: Path | None = None  # of this run's dumps; that it is there asks every rank for its own
-
-    def _seconds(self, option: str) -> int:
-        text = getattr(self, option)
-        try:
-            limit = every(text)
-        except ValueError as error:
-            raise ValueError(f"watchdog.{option}={text!r}: {error}") from None
-        if limit.unit != "seconds":
-            raise ValueError(f'watchdog.{option}={text!r} is not a duration; write one like "90 s" or "10 min"')
-        return limit.number
 
     # Signs of life --------------------------------------------------------------------
 

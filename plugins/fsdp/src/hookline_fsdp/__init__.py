@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from hookline import CallbackInterface, hookimpl
+from hookline import CallbackInterface, find_blocks, hookimpl
+from hookline_fsdp.meta import give_values, refuse_values
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -28,14 +29,14 @@ log = logging.getLogger("hookline")
 class Fsdp(CallbackInterface):
     """Keep a share of the model on each rank, and put a block together only while it is used.
 
-    Checkpoints hold the whole tensors under their names, so they are as portable as those of one rank, and a run
-    goes on with any number of ranks.
+    Each rank stores its share in a checkpoint, under the names of the whole; a run goes on with any number of ranks.
     """
 
     wrap: list[str] = field(default_factory=list)
-    """Names of the classes whose modules are blocks, put together one at a time; the rest of the model is one more."""
+    """Names of the classes whose modules are blocks, put together one at a time; the rest of the model is one more.
+    Empty for those that the module's `get_blocks()` answers."""
     min_parameters: int = 0
-    """Modules of `wrap` with fewer parameters than this are no blocks of their own."""
+    """Modules with fewer parameters than this are no blocks of their own."""
     reshard_after_forward: bool = True
     """Take a block apart again between its forward and its backward: less memory, one more gathering."""
     param_dtype: str | None = None
@@ -46,6 +47,9 @@ class Fsdp(CallbackInterface):
     """Keep the shares in the memory of the host."""
     replicas: int = 1
     """How many copies of the sharded model there are; each is shared by so many fewer ranks."""
+    meta: bool = False
+    """Make the module without memory for its weights, and give it to one block at a time, with first values, just
+    before ranks take their shares of it. The trainer is then given a function that makes the module."""
 
     requires = ("distributed",)
 
@@ -60,6 +64,8 @@ class Fsdp(CallbackInterface):
                 "least 0"
             )
         self._mesh: Any = None
+        if not self.meta:
+            setattr(self, "adapt_module", None)  # noqa: B010 - an attribute hides the method from the plugin manager
 
     # The model ------------------------------------------------------------------------
 
@@ -68,9 +74,21 @@ class Fsdp(CallbackInterface):
         shape = yield
         return {"replicate": self.replicas, **shape} if self.replicas > 1 else shape
 
+    @hookimpl(wrapper=True, tryfirst=True)  # adapters make parameters as well
+    def adapt_module(self) -> Generator[None, Any, Any]:
+        with torch.device("meta"):
+            module = yield
+        if isinstance(module, torch.nn.Module):
+            refuse_values(module)
+        return module
+
     @hookimpl
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
-        model = model.to(trainer.device)
+        seed = trainer.options.seed
+        if not self.meta:
+            model = model.to(trainer.device)
+        elif trainer.world_size == 1:
+            give_values(model, model, trainer.device, seed)
         if trainer.world_size == 1:
             log.warning(
                 "fsdp: this is one process, so there is nobody to share the model with. `hookline fit run.yaml "
@@ -78,7 +96,8 @@ class Fsdp(CallbackInterface):
             )
             return model
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), src=0)  # as ddp does; modules that were built apart may begin apart
+            if not (isinstance(tensor, DTensor) or tensor.is_meta):  # who split it over ranks has made it begin alike
+                dist.broadcast(tensor.detach(), src=0)  # as ddp does; modules that were built apart may begin apart
         if trainer.shares % self.replicas:
             raise ValueError(f"fsdp.replicas={self.replicas} does not divide the {trainer.shares} ranks")
         mesh = trainer.hook.get_mesh(trainer=trainer)
@@ -91,27 +110,24 @@ class Fsdp(CallbackInterface):
             ),
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
         }
-        blocks = self._blocks(model)
-        for block in blocks:
+        blocks = self._blocks(trainer, model)
+        for block in (*blocks, model):
+            if self.meta:
+                give_values(model, block, trainer.device, seed)
             fully_shard(block, **options)
-        fully_shard(model, **options)
+        if self.param_dtype is not None:
+            compare_with_autocast(model, self.param_dtype, trainer.device.type)
         log.info("fsdp: %d blocks over %s ranks", len(blocks) + 1, "x".join(map(str, self._mesh.shape)))
         return model
 
-    def _blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+    def _blocks(self, trainer: Trainer, model: torch.nn.Module) -> list[torch.nn.Module]:
         """Return the blocks, the innermost first.
 
         Raises:
-            ValueError: a name of `wrap` is that of no module.
+            ValueError: a name of `wrap` is that of no module, or the module answers what is none of the model.
         """
-        found = {type(module).__name__ for module in model.modules()}
-        unknown = sorted({*self.wrap} - found)
-        if unknown:
-            raise ValueError(
-                f"fsdp.wrap names {', '.join(unknown)}, and the model has none; it has {', '.join(sorted(found))}"
-            )
-        named = [module for module in model.modules() if type(module).__name__ in self.wrap and module is not model]
-        return [module for module in reversed(named) if size_of(module) >= self.min_parameters]
+        blocks = [block for block in find_blocks(trainer, model, "fsdp.wrap", self.wrap).values() if block is not model]
+        return [block for block in reversed(blocks) if size_of(block) >= self.min_parameters]
 
     # The step -------------------------------------------------------------------------
 
@@ -125,6 +141,10 @@ class Fsdp(CallbackInterface):
     @hookimpl(wrapper=True, trylast=True)  # who swaps other weights in does that in the shares
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
         """Put the model together before an evaluation, so that ranks may have different numbers of batches in it."""
+        if self._mesh is not None:  # running statistics are each rank's own while it trains
+            for buffer in trainer.model.buffers():
+                if not isinstance(buffer, DTensor):
+                    dist.broadcast(buffer, src=0)
         blocks = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)]
         for block in blocks:
             block.unshard()
@@ -136,25 +156,7 @@ class Fsdp(CallbackInterface):
                 block.set_reshard_after_forward(self.reshard_after_forward, recurse=False)
                 block.reshard()
 
-    # State ----------------------------------------------------------------------------
-
-    @hookimpl(wrapper=True, tryfirst=True)
-    def get_run_state(self) -> Generator[None, dict[str, Any], dict[str, Any]]:
-        state = yield
-        return whole(state)  # type: ignore[no-any-return]
-
-    @hookimpl(wrapper=True)
-    def set_run_state(self, trainer: Trainer, state: dict[str, Any]) -> Generator[None, bool, bool]:
-        """Give each rank its share of what was stored whole."""
-        if self._mesh is not None:
-            weights = dict(trainer.module.state_dict())
-            state["module"] = {name: share(value, weights.get(name)) for name, value in state["module"].items()}
-            for optimizer in state["optimizers"]:
-                optimizer["state"] = {
-                    name: {key: share(value, weights.get(name)) for key, value in kept.items()}
-                    for name, kept in optimizer["state"].items()
-                }
-        return (yield)
+    # Export ---------------------------------------------------------------------------
 
     @hookimpl(wrapper=True)
     def export_model(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -165,6 +167,26 @@ class Fsdp(CallbackInterface):
 def size_of(module: torch.nn.Module) -> int:
     """Return how many numbers the parameters of a module have."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def compare_with_autocast(model: torch.nn.Module, param_dtype: str, device_type: str) -> None:
+    """Have the first step refuse an autocast of another precision than the parameters are cast to.
+
+    Raises:
+        ValueError: in that step.
+    """
+
+    def compare(*_: Any) -> None:
+        handle.remove()
+        if torch.is_autocast_enabled(device_type):
+            dtype = str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
+            if dtype != param_dtype:
+                raise ValueError(
+                    f"fsdp.param_dtype={param_dtype}, and steps run under autocast of {dtype}, which would cast once "
+                    "more: leave fsdp.param_dtype away, or turn off the plugin of mixed precision (amp)"
+                )
+
+    handle = model.register_forward_pre_hook(compare)
 
 
 def root(model: torch.nn.Module) -> FSDPModule:
@@ -181,11 +203,4 @@ def whole(value: Any) -> Any:
         return {key: whole(kept) for key, kept in value.items()}
     if type(value) in (list, tuple):
         return type(value)([whole(kept) for kept in value])
-    return value
-
-
-def share(value: Any, like: Any) -> Any:
-    """Return this rank's share of a whole tensor, where it belongs to a parameter of that shape that is shared."""
-    if isinstance(value, torch.Tensor) and isinstance(like, DTensor) and value.shape == like.shape:
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
     return value

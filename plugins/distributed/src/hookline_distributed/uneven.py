@@ -1,0 +1,157 @@
+"""Ranks with different amounts of training data, of which nothing is left out: the shorter ones are kept in step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline import CallbackInterface, Stage, count_samples, hookimpl
+
+if TYPE_CHECKING:
+    from hookline import Trainer
+
+
+class Uneven(CallbackInterface):
+    """Fill up the windows of ranks that have fewer micro-batches than others, and weigh each by its real samples.
+
+    The gradient of a step is then the mean over all samples that ranks have in it, however they are spread, also over
+    the micro-batches of one rank alone. Ranks tell each other what they have only where it may differ: in the
+    last steps of an epoch, or in all of them where a loader does not say how long it is, or how large its batches are.
+
+    Args:
+        joins: in what only fills up a rank takes part without computing, by the verb `shadow`; else it takes
+            a batch at zero weight through the model.
+    """
+
+    def __init__(self, joins: bool) -> None:
+        self.joins = joins
+        self._certain = 0  # batches that each rank has for certain, and full ones
+        self._taken = 0
+        self._spare: list[Any] = []  # a batch to fill up with
+        self._real = 0
+        self._factors: list[float] = []
+        self._factor = 1.0
+        self._correction = 0
+        self._others: tuple[Any, ...] | None = None  # outputs besides the loss, as a step without samples has them
+
+    @hookimpl
+    def on_begin_train(self, trainer: Trainer) -> None:
+        if self.joins and trainer.world_size > 1 and not trainer.plugins.performers("shadow"):
+            raise ValueError(
+                "distributed.uneven=join: no plugin here lets a rank take part in a step without computing it. ddp "
+                "does, without find_unused_parameters; fsdp cannot, since each rank is needed in every forward: let "
+                "distributed.uneven=pad have a rank go on with a batch at zero weight"
+            )
+
+    @hookimpl(wrapper=True)
+    def setup_loader(self, trainer: Trainer, stage: Stage) -> Generator[None, Any, Any]:
+        loader = yield
+        if stage is not Stage.TRAIN or trainer.world_size == 1:
+            return loader
+        lengths = lengths_of(trainer, loader)
+        cursor, self._taken, self._certain = trainer.cursor, trainer.position, 0
+        if None not in lengths and cursor.draw and cursor.consumed % cursor.draw == 0:
+            self._certain = min(lengths) - 1
+        return loader if len(set(lengths)) == 1 else Lengthened(loader, max(lengths))
+
+    @hookimpl(wrapper=True)
+    def take_window(self, trainer: Trainer) -> Generator[None, list[Any], list[Any]]:
+        window = yield
+        trainer.padding, self._factors, self._correction = 0, [], 0
+        self._real = len(window)
+        self._spare = window[-1:] or self._spare
+        if self._taken + trainer.window_size > self._certain:
+            window = self._agree(trainer, window)
+        self._taken += len(window)
+        return window
+
+    def _agree(self, trainer: Trainer, window: list[Any]) -> list[Any]:
+        """Return a window as long as the longest of all ranks; none where all have come to the end."""
+        counts = [count_samples(batch) for batch in window]
+        ranks = trainer.hook.all_gather(trainer=trainer, value=(counts, bool(self._spare)))
+        size = max(len(counts) for counts, _ in ranks)
+        if not size:
+            return window
+        if not all(has for _, has in ranks):  # a rank has never had a batch: another gives it one
+            batches = trainer.hook.all_gather(trainer=trainer, value=self._spare)
+            self._spare = self._spare or next(filter(None, batches))
+        total = max(sum(sum(counts) for counts, _ in ranks), 1)
+        trainer.padding = size - len(window)
+        self._factors = [count * trainer.world_size * size / total for count in counts] + [0.0] * trainer.padding
+        if trainer.shares > 1:  # else the trainer has counted what there is
+            nominal = size * trainer.micro_batch_size * trainer.shares
+            self._correction = total * trainer.shares // trainer.world_size - nominal
+        return window + self._spare * trainer.padding
+
+    @hookimpl(wrapper=True)
+    def forward_backward(self, trainer: Trainer, index: int) -> Generator[None, tuple[Any, ...], tuple[Any, ...]]:
+        self._factor = self._factors[index] if self._factors else 1.0
+        trainer.idle = index >= self._real
+        shadows = trainer.idle and self._others is not None
+        try:
+            with trainer.hook.shadow(trainer=trainer) if shadows else contextlib.nullcontext():
+                outputs = yield
+        finally:
+            trainer.idle = False
+        if shadows:
+            return (outputs[0], *(self._others or ()))
+        if self.joins:
+            self._others = tuple(map(without_samples, outputs[1:]))
+        return outputs
+
+    @hookimpl(wrapper=True)
+    def scale_loss(self) -> Generator[None, torch.Tensor, torch.Tensor]:
+        loss = yield
+        return loss if self._factor == 1 else loss * self._factor
+
+    @hookimpl(tryfirst=True)
+    def on_end_train_step(self, trainer: Trainer) -> None:  # type: ignore[override]
+        trainer.counters.samples += self._correction
+
+
+class Lengthened:
+    """A loader that says the length of the longest of all ranks."""
+
+    def __init__(self, loader: Any, batches: int) -> None:
+        self.loader, self.batches = loader, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+def without_samples(output: Any) -> Any:
+    """Return a tensor like an output of a step, of no sample; None for what is no tensor."""
+    return output.new_empty((0, *output.shape[1:])) if isinstance(output, torch.Tensor) else None
+
+
+def length(loader: Any) -> int | None:
+    """Return how many batches a loader gives, None where it does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def lengths_of(trainer: Trainer, loader: Any) -> list[Any]:
+    """Return how many batches the training loader of each rank gives, None where none of them knows.
+
+    Raises:
+        ValueError: some know it, and some do not.
+    """
+    lengths: list[int | None] = trainer.hook.all_gather(trainer=trainer, value=length(loader))
+    if None in lengths and len(set(lengths)) > 1:
+        raise ValueError(
+            f"the ranks have {listed(lengths)} batches: the training loader must know its length on all, or on none"
+        )
+    return lengths
+
+
+def listed(lengths: list[int | None]) -> str:
+    """Return numbers of batches in words."""
+    return ", ".join("an unknown number of" if length is None else str(length) for length in lengths)
