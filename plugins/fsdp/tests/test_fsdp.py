@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
 
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, set_seed
 from hookline.data import Cursor, mix, sampler_class
@@ -141,6 +143,57 @@ def test_an_evaluation_is_with_the_running_statistics_of_rank_0():
     one, other = on_two({}, module=Normed)
     assert digest(one["weights"]) == digest(other["weights"])
     assert "net.1.running_mean" in one["weights"]
+
+
+class Some(Plain):
+    """Is evaluated on as many samples as one asks for, and counts them."""
+
+    def __init__(self, samples):
+        super().__init__()
+        self.samples, self.shared = samples, []
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        dataset = TensorDataset(*(tensor[: self.samples] for tensor in (self.inputs, self.targets, torch.arange(48))))
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler(dataset))
+
+    get_predict_dataloaders = get_val_dataloaders
+
+    def val_step(self, global_step, batch, device):
+        outputs = super().val_step(global_step, batch, device)
+        self.log(samples=float(len(batch[0])), over="epoch", reduce="sum", sync=True)
+        return outputs
+
+    @hookimpl
+    def on_end_val_step(self):
+        self.shared.append(share_of(self.trainer))
+
+    @hookimpl
+    def on_end_predict_step(self, batch):
+        self.seen.append(batch[2].tolist())
+
+
+def evaluate_some(samples, plugin=None):
+    torch.set_num_threads(1)
+    trainer = tiny_trainer({"fsdp": Fsdp(**(plugin or {}))}, Some(samples), train_batch_size=12, val_batch_size=4)
+    metrics = trainer.validate()
+    trainer.predict()
+    return metrics, sorted(itertools.chain(*trainer.module.seen)), trainer.module.shared
+
+
+@pytest.mark.plugins
+@pytest.mark.parametrize("samples", [1, 5, 16, 33])
+@pytest.mark.parametrize("reshard", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_ranks_with_other_numbers_of_batches_evaluate_each_sample_once(samples, reshard):
+    plugin = {"wrap": ["Linear"], "reshard_after_forward": reshard}
+    outcomes = run_ranks(evaluate_some, 2, samples, plugin)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output + outcomes[1].output
+    (metrics, seen, shared), (metrics_of_other, seen_by_other, _) = (outcome.value for outcome in outcomes)
+    expected, _, _ = evaluate_some(samples)
+    assert metrics == metrics_of_other == pytest.approx(expected)
+    assert metrics["samples"] == samples
+    assert sorted(seen + seen_by_other) == list(range(samples))
+    if reshard and samples > 1:  # else the whole model is there, since one rank has nothing to do
+        assert all(0.4 < share < 0.6 for share in shared)
 
 
 def by_hand():

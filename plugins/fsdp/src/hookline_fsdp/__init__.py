@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hookline import CallbackInterface, find_blocks, hookimpl
+from hookline import CallbackInterface, Stage, find_blocks, hookimpl
 from hookline_fsdp.meta import give_values, refuse_values
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Fsdp(CallbackInterface):
                 "least 0"
             )
         self._mesh: Any = None
+        self._last: dict[str, Any] = {}  # batch of each loader of an evaluation
+        self._behind: dict[str, int] = {}
         if not self.meta:
             setattr(self, "adapt_module", None)  # noqa: B010 - an attribute hides the method from the plugin manager
 
@@ -138,23 +140,69 @@ class Fsdp(CallbackInterface):
             root(trainer.model).set_requires_gradient_sync(index + 1 == size)
         return (yield)
 
+    # Evaluation -----------------------------------------------------------------------
+    # Every forward is one of all ranks, and they may have different numbers of batches.
+
+    @hookimpl(wrapper=True)
+    def setup_loader(self, trainer: Trainer, stage: Stage, key: str) -> Generator[None, Any, Any]:
+        loader = yield
+        return loader if stage is Stage.TRAIN or self._mesh is None else Remembering(loader, key, self._last)
+
     @hookimpl(wrapper=True, trylast=True)  # who swaps other weights in does that in the shares
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
-        """Put the model together before an evaluation, so that ranks may have different numbers of batches in it."""
         if self._mesh is not None:  # running statistics are each rank's own while it trains
             for buffer in trainer.model.buffers():
                 if not isinstance(buffer, DTensor):
                     dist.broadcast(buffer, src=0)
-        blocks = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)]
-        for block in blocks:
-            block.unshard()
-            block.set_reshard_after_forward(False, recurse=False)
         try:
             return (yield)
         finally:
-            for block in blocks:
-                block.set_reshard_after_forward(self.reshard_after_forward, recurse=False)
-                block.reshard()
+            self._last.clear()
+            if self._mesh is not None:
+                self._put_together(trainer.model, False)
+
+    @hookimpl(tryfirst=True)
+    def on_begin_evaluation(self, trainer: Trainer, totals: Mapping[str, int | None]) -> None:
+        """Find out how many batches of each loader this rank has less than another.
+
+        Where one has none, or does not know, the whole model is put together, and each rank is by itself.
+        """
+        if self._mesh is None:
+            return
+        ranks = trainer.hook.all_gather(trainer=trainer, value=dict(totals))
+        self._behind = {key: max(rank[key] or 0 for rank in ranks) - (own or 0) for key, own in totals.items()}
+        if not all(total for rank in ranks for total in rank.values()):
+            self._behind = {}
+            self._put_together(trainer.model, True)
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def gather_outputs(self, trainer: Trainer, stage: Stage, key: str) -> Generator[None, list[Any], list[Any]]:
+        self._keep_up(trainer, stage, key)
+        return (yield)
+
+    @hookimpl(tryfirst=True)
+    def on_end_predict_epoch(self, trainer: Trainer, key: str) -> None:
+        self._keep_up(trainer, Stage.PREDICT, key)
+
+    def _keep_up(self, trainer: Trainer, stage: Stage, key: str) -> None:
+        """Take part in the forwards that other ranks have more of: with the last batch again, which counts nowhere."""
+        for _ in range(self._behind.pop(key, 0)):
+            trainer.idle = True
+            try:
+                batch = trainer.hook.prepare_batch(trainer=trainer, batch=self._last[key], stage=stage)
+                trainer.hook.call_model(trainer=trainer, batch=batch, stage=stage)
+            finally:
+                trainer.idle = False
+
+    def _put_together(self, model: torch.nn.Module, together: bool) -> None:
+        """Put the whole model together on each rank, or take it apart."""
+        for block in model.modules():
+            if isinstance(block, FSDPModule):
+                if together:
+                    block.unshard()
+                else:
+                    block.reshard()
+                block.set_reshard_after_forward(self.reshard_after_forward and not together, recurse=False)
 
     # Export ---------------------------------------------------------------------------
 
@@ -162,6 +210,21 @@ class Fsdp(CallbackInterface):
     def export_model(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         state = yield
         return whole(state)  # type: ignore[no-any-return]
+
+
+class Remembering:
+    """A loader that leaves its last batch behind, by its key."""
+
+    def __init__(self, loader: Any, key: str, last: dict[str, Any]) -> None:
+        self.loader, self.key, self.last = loader, key, last
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.loader:
+            self.last[self.key] = batch
+            yield batch
 
 
 def size_of(module: torch.nn.Module) -> int:
