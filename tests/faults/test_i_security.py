@@ -17,7 +17,7 @@ import yaml
 
 from hookline.cli import main
 from hookline.cli.runs import read_run
-from hookline.testing import TinyModule, tiny_trainer
+from hookline.testing import TinyModule, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
 from hookline_checkpoint import storage
 from hookline_checkpoint.compare import differences
@@ -623,8 +623,20 @@ def fuzz(folder, seeds):
     return wrong, refused, read
 
 
-def fuzzed(folder, count):
-    a_checkpoint(folder / "runs")
+def train_in_shares(folder):
+    torch.set_num_threads(1)
+    options = {"max_steps": 2, "runs_folder": str(folder), "evaluate_every": None, "eval_when_finish": False}
+    tiny_trainer({"fsdp": {}, "checkpoint": {"every": "1 steps"}}, **options).train()
+
+
+def a_checkpoint_in_shares(folder):
+    """Make one of which two ranks have shares."""
+    outcomes = run_ranks(train_in_shares, 2, folder)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output + outcomes[1].output
+
+
+def fuzzed(folder, count, make):
+    make(folder / "runs")
     first = random.SystemRandom().randrange(10**9)
     print(f"seeds from {first}")
     outcome = run(fuzz, folder, range(first, first + count), timeout=115)
@@ -636,13 +648,15 @@ def fuzzed(folder, count):
     assert sorted(path.name for path in folder.iterdir()) == ["fuzz", "runs"]
 
 
-def test_i11_only_checkpoint_errors_come_of_mutated_files(tmp_path):
-    fuzzed(tmp_path, 150)
+@pytest.mark.parametrize("make", [a_checkpoint, pytest.param(a_checkpoint_in_shares, marks=pytest.mark.slow)])
+def test_i11_only_checkpoint_errors_come_of_mutated_files(make, tmp_path):
+    fuzzed(tmp_path, 150, make)
 
 
 @pytest.mark.slow
-def test_i11_two_thousand_mutations(tmp_path):
-    fuzzed(tmp_path, 2000)
+@pytest.mark.parametrize("make", [a_checkpoint, a_checkpoint_in_shares])
+def test_i11_two_thousand_mutations(make, tmp_path):
+    fuzzed(tmp_path, 2000, make)
 
 
 @pytest.mark.parametrize("ranks", [10**15, -1, 0, 1.5, True, "two", [], None])

@@ -66,9 +66,11 @@ def unpack(path: Path, rank: int, allocate: Allocate | None = None) -> dict[str,
         CheckpointError: it is damaged.
     """
     parts = unpack_shared(path, SHARED, allocate)
-    others = parts.pop("others")
     is_new = rank > 0 and rank >= ranks_of(read_manifest(path))
-    return {**parts, **others} if is_new else {**parts, **others, **unpack_own(path, rank)}
+    sections = {} if is_new else unpack_own(path, rank)
+    with understanding():
+        others = parts.pop("others")
+        return {**parts, **others, **sections}
 
 
 def unpack_shared(path: Path, parts: Collection[str], allocate: Allocate | None = None) -> dict[str, Any]:

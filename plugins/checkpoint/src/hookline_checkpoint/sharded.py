@@ -272,11 +272,17 @@ def _known(index: Mapping[str, Any], limit: int) -> tuple[dict[str, TensorStorag
                 offsets, sizes = _size(piece["offsets"]), _size(piece["sizes"])
                 fits = [begin + size <= whole for begin, size, whole in zip(offsets, sizes, shape, strict=True)]
                 chunks += [ChunkStorageMetadata(offsets, sizes)] * all(fits)
-                places[MetadataIndex(full, offsets)] = piece["file"], piece["key"], sizes
+                places[MetadataIndex(full, offsets)] = _text(piece["file"]), _text(piece["key"]), sizes
             if limit < 0 or sum(chunk.sizes.numel() for chunk in chunks) != shape.numel():
                 raise CheckpointError(f"{SHARES} lists other pieces of {name} than the whole of it")
             tensors[full] = TensorStorageMetadata(TensorProperties(dtype), shape, chunks)
     return tensors, places
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise CheckpointError(f"{SHARES} lists {value!r}, which is no name")
+    return value
 
 
 def _size(numbers: Any) -> torch.Size:
