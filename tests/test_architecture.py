@@ -28,7 +28,7 @@ FLOORS = [  # each may import from those before it
     {"plugins"},
     {"trainer"},
     {"config"},
-    {"cli", "testing"},
+    {"cli", "testing", "tracking"},
 ]
 PLUGINS = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 HOOKS = {hook.name: hook for hook in read_hooks()}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hookline import hookspecs as hookspecs
+    from hookline import tracking as tracking
     from hookline.blocks import find_blocks as find_blocks
     from hookline.config import instantiate as instantiate
     from hookline.data import count_samples as count_samples
@@ -39,6 +40,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "instantiate": "config",
     "seconds": "schedule",
     "set_seed": "state",
+    "tracking": "tracking",
     "verb": "marks",
 }
 __all__ = [*_HOMES]

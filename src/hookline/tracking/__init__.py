@@ -1,0 +1,227 @@
+"""What trackers have in common: a thread of their own, so that no service holds training up or breaks it.
+
+A tracker is a plugin whose class derives from `Tracker`. It says what its service is told at the start, of values and
+at the end; when that is, what is handed over and what becomes of failures is the same for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hookline.installed import name_of
+from hookline.interfaces import CallbackInterface, Stage
+from hookline.marks import hookimpl
+from hookline.schedule import seconds
+from hookline.state import UNITS, snapshot
+from hookline.tracking.values import Histogram, Image, Table, prepared
+
+if TYPE_CHECKING:
+    from hookline.trainer import Trainer
+
+__all__ = ["Histogram", "Image", "Run", "Table", "Tracker"]
+
+AXES = ("steps", "batches", "samples", "epochs", "seconds")
+WAITING = 1000  # calls that may wait for the thread; more are dropped
+FAILURES_ALLOWED = 3  # in a row, before a tracker is switched off
+
+log = logging.getLogger("hookline")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a tracker is told of the run that begins."""
+
+    name: str
+    folder: Path
+    """Of the run; a service that writes to disk writes below it."""
+    config: Mapping[str, Any]
+    """Resolved, its secrets masked."""
+    stage: Stage
+    place: float
+    """Where on the axis it goes on: 0, or what was reached before it was cut."""
+    id: str | None
+    """What `start` answered when this run was tracked before; None where it is a new one."""
+
+
+@dataclass(eq=False)
+class Tracker(CallbackInterface):
+    """Hands what is logged to a service, in order, by one thread of its own; rank 0 alone does.
+
+    Derive from it, and override `start`, `log_metrics` and what else the service can keep. All of these are called in
+    that thread, and may take their time and raise: after one failure of `start`, or three others in a row, the tracker
+    is switched off with one warning, and training goes on. What comes while a thousand calls wait is dropped, with one
+    warning as well.
+    """
+
+    axis: str = "steps"
+    """What values are placed by: steps (of the optimizer), batches, samples, epochs or seconds."""
+    close_timeout: str = "1 min"
+    """How long the end of a run waits for what the service has not taken yet."""
+
+    observer = True
+
+    def __post_init__(self) -> None:
+        own = name_of(type(self))
+        if self.axis not in AXES:
+            raise ValueError(f"{own}.axis={self.axis!r} must be one of {', '.join(AXES)}")
+        self._patience = seconds(self.close_timeout, f"{own}.close_timeout")
+        self._clerk: _Clerk | None = None
+        self._config: Mapping[str, Any] = {}
+
+    # What a tracker says of its service --------------------------------------------------
+
+    def start(self, run: Run) -> str | None:
+        """Begin a run of the service, or go on with `run.id`; return the id by which it can be gone on with later."""
+        raise NotImplementedError
+
+    def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
+        """Keep values by name at a place on the axis; they may be NaN or infinite."""
+        raise NotImplementedError
+
+    def log_text(self, name: str, text: str, place: float) -> None:
+        """Keep a text."""
+
+    def log_image(self, name: str, pixels: Any, place: float) -> None:
+        """Keep an image, or a figure that was drawn: a numpy array (height, width, 3) of uint8."""
+
+    def log_histogram(self, name: str, values: Any, place: float) -> None:
+        """Keep the distribution of values: a numpy array (n,) of float64, of finite numbers."""
+
+    def log_table(self, name: str, table: Table, place: float) -> None:
+        """Keep a table."""
+
+    def log_file(self, name: str, path: Path, place: float) -> None:
+        """Keep a file, or all files of a folder: a model that was saved, above all."""
+
+    def finish(self, status: str) -> None:
+        """End the run of the service: "finished", "stopped", "preempted" or "failed"."""
+
+    # When -------------------------------------------------------------------------------
+
+    @hookimpl
+    def on_setup(self, trainer: Trainer) -> None:
+        if trainer.rank != 0:
+            trainer.plugins.unregister(self)
+
+    @hookimpl
+    def on_begin_run(self, trainer: Trainer, stage: Stage, config: Mapping[str, Any]) -> None:
+        self._config = config
+        if stage is not Stage.TRAIN:
+            self._begin(trainer, stage)
+
+    @hookimpl(tryfirst=True)
+    def on_begin_train(self, trainer: Trainer) -> None:
+        self._begin(trainer, Stage.TRAIN)  # when it is known where a run that was cut goes on
+
+    def _begin(self, trainer: Trainer, stage: Stage) -> None:
+        note = trainer.run_dir / "trackers" / f"{trainer.plugins.get_name(self)}.json"
+        before = json.loads(note.read_text())["id"] if trainer.options.resume and note.exists() else None
+        run = Run(trainer.run_dir.name, trainer.run_dir, self._config, stage, self._place(trainer), before)
+
+        def start() -> None:
+            identity = self.start(run)
+            if identity is not None:
+                note.parent.mkdir(exist_ok=True)
+                part = note.with_suffix(".part")
+                part.write_text(json.dumps({"id": identity}))
+                os.replace(part, note)
+
+        self._clerk = _Clerk(str(trainer.plugins.get_name(self)), start)
+
+    def _place(self, trainer: Trainer) -> float:
+        counted: dict[str, float] = dict(zip(UNITS, snapshot(trainer.counters), strict=True))
+        return counted[self.axis]
+
+    @hookimpl
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        self._tell(self.log_metrics, dict(metrics), self._place(trainer))
+
+    @hookimpl
+    def on_log_object(self, trainer: Trainer, name: str, value: Any) -> None:
+        known = prepared(value)
+        if known is not None:
+            kind, value = known
+            self._tell(getattr(self, f"log_{kind}"), name, value, self._place(trainer))
+
+    @hookimpl
+    def on_checkpoint(self, trainer: Trainer, path: Path, kind: str) -> None:
+        if kind == "model":
+            self._tell(self.log_file, path.stem, path, self._place(trainer))
+
+    @hookimpl
+    def on_end_run(self, status: str) -> None:
+        clerk, self._clerk = self._clerk, None
+        if clerk is not None:
+            clerk.close(lambda: self.finish(status), self._patience)
+
+    def _tell(self, method: Callable[..., None], *arguments: Any) -> None:
+        if self._clerk is not None:
+            self._clerk.tell(lambda: method(*arguments))
+
+
+class _Clerk:
+    """Does calls in a thread of its own, one after the other, whatever becomes of them."""
+
+    def __init__(self, name: str, start: Callable[[], None]) -> None:
+        self.name = name
+        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(WAITING)  # None is the end
+        self._finish: Callable[[], None] | None = None
+        self._full = False
+        self._thread = threading.Thread(target=self._work, args=[start], name=f"hookline-{name}", daemon=True)
+        self._thread.start()
+
+    def tell(self, call: Callable[[], None]) -> None:
+        """Have something done soon; it is dropped where too much waits."""
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            if not self._full:
+                self._full = True
+                log.warning(
+                    "%s is slower than training, or hangs: %d calls wait for it, and more are dropped until there is "
+                    "room", self.name, WAITING,
+                )  # fmt: skip
+
+    def close(self, finish: Callable[[], None], patience: float) -> None:
+        """Have the last thing done, and wait for all of it, not for ever."""
+        deadline = time.monotonic() + patience
+        self._finish = finish
+        with contextlib.suppress(queue.Full):
+            self._calls.put(None, timeout=patience)
+        self._thread.join(max(deadline - time.monotonic(), 0))
+        if self._thread.is_alive():
+            log.warning("%s has not taken all within %g s (close_timeout): the run ends without", self.name, patience)
+
+    def _work(self, start: Callable[[], None]) -> None:
+        failures = 0 if self._try(start, "it could not start") else FAILURES_ALLOWED
+        started = not failures
+        while (call := self._calls.get()) is not None:
+            if failures < FAILURES_ALLOWED:
+                last = failures == FAILURES_ALLOWED - 1
+                why = f"{FAILURES_ALLOWED} failures in a row, the last" if last else None
+                failures = 0 if self._try(call, why) else failures + 1
+        if started and self._finish is not None:
+            self._try(self._finish, "it could not end its run")
+
+    def _try(self, call: Callable[[], None], why: str | None) -> bool:
+        """Do a call and return whether it has not failed; else say so if there is a reason to."""
+        try:
+            call()
+        except Exception as error:
+            if why is not None:
+                log.warning(
+                    "%s is switched off, and training goes on without it: %s: %s: %s",
+                    self.name, why, type(error).__name__, error,
+                )  # fmt: skip
+            return False
+        return True

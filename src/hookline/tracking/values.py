@@ -1,0 +1,85 @@
+"""What can be logged besides numbers, and how it is handed to trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture: an array or a tensor (height, width), (height, width, 3) or (3, height, width).
+
+    Whole numbers are 0 to 255, others 0 to 1.
+    """
+
+    pixels: Any
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """The distribution of the numbers of an array or a tensor."""
+
+    values: Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under names of columns."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def prepared(value: Any) -> tuple[str, Any] | None:
+    """Return the kind of a value and what trackers are given of it, which nobody changes any more; None for others."""
+    if isinstance(value, str):
+        return "text", value
+    if isinstance(value, Path):
+        return "file", value
+    if isinstance(value, Table):
+        return "table", Table(list(value.columns), [list(row) for row in value.rows])
+    if isinstance(value, Histogram):
+        numbers = as_array(value.values).astype("float64").ravel()
+        return "histogram", numbers[abs(numbers) < float("inf")]
+    if isinstance(value, Image):
+        return "image", as_pixels(as_array(value.pixels))
+    if hasattr(value, "canvas") and hasattr(value, "savefig"):  # a figure of matplotlib
+        value.canvas.draw()
+        return "image", as_array(value.canvas.buffer_rgba())[..., :3].copy()
+    if hasattr(value, "convert") and hasattr(value, "getbands"):  # an image of PIL
+        return "image", as_array(value.convert("RGB")).copy()
+    return None
+
+
+def as_array(value: Any) -> Any:
+    """Return a copy of the numbers of a tensor, an array or nested lists as an array of numpy."""
+    import numpy  # who logs pictures has it
+
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.is_floating_point() else value).numpy()
+    return numpy.array(value)
+
+
+def as_pixels(array: Any) -> Any:
+    """Return an image as (height, width, 3) of uint8.
+
+    Raises:
+        ValueError: an array of another shape.
+    """
+    if array.ndim == 3 and array.shape[-1] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            "an image has the shape (height, width), (height, width, channels) or (channels, height, width), with 1, 3 "
+            f"or 4 channels; this one has {array.shape}"
+        )
+    array = array[..., :3].repeat(3, axis=-1) if array.shape[-1] == 1 else array[..., :3]
+    return (array.clip(0, 1) * 255).round().astype("uint8") if array.dtype.kind == "f" else array.astype("uint8")
