@@ -62,7 +62,8 @@ def faults_at(hook, nth, faults, folder):
     def act():
         rank = os.environ["RANK"]
         if int(rank) in faults:
-            (folder / f"fault-{rank}").write_text(f"{time.monotonic()} {os.getpid()}")
+            (folder / f"part-{rank}").write_text(f"{time.monotonic()} {os.getpid()}")
+            (folder / f"part-{rank}").rename(folder / f"fault-{rank}")  # whoever sees it sees it whole
             ACTIONS[faults[int(rank)]](folder)
 
     return at_hook(hook, act, nth)
