@@ -60,6 +60,15 @@ def ft(session: nox.Session) -> None:
 
 
 @nox.session
+def trackers(session: nox.Session) -> None:
+    """Hand runs to the real services, and read back what they have kept."""
+    sdks = ["mlflow-skinny==3.17.2", "sqlalchemy", "alembic", "pillow", "tensorboard==2.21.0", "wandb==0.31.0"]
+    session.install(*sdks, "matplotlib", "-r", "requirements-dev.txt")
+    names = [f"plugins/{name}/tests" for name in ("csv", "mlflow", "tensorboard", "wandb")]
+    session.run("pytest", "-n", "0", "tests/test_tracking.py", *names, *session.posargs)
+
+
+@nox.session
 @nox.parametrize("name", PLUGINS)
 def plugin(session: nox.Session, name: str) -> None:
     """Build one plugin's wheel and the core's, install those alone, and run the plugin's tests that need no other."""

@@ -470,7 +470,7 @@ def test_no_process_outlives_a_launcher_that_is_killed(program, folder):
     process = start(folder, "module.wait_at=4", program=program)
     until(lambda: process.poll() is not None or all((folder / f"waits-{rank}").exists() for rank in (0, 1)))
     pids = [said(folder, rank)["pid"] for rank in (0, 1)]
-    assert all(map(runs, pids))
+    assert all(map(runs, pids)), (folder / "err").read_text()
     process.kill()
     process.wait()
     until(lambda: not any(map(runs, pids)), seconds=10)

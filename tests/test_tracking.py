@@ -13,6 +13,12 @@ from hookline.testing import TinyModule, check_plugin, digest, tiny_trainer
 from hookline.tracking import Histogram, Image, Table, Tracker
 
 
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Be where run folders may be made."""
+    monkeypatch.chdir(tmp_path)
+
+
 @dataclass(eq=False)
 class Keeper(Tracker):
     """Keeps all that it is told, and fails or waits where it is asked to."""

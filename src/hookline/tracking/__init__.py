@@ -68,15 +68,15 @@ class Tracker(CallbackInterface):
     close_timeout: str = "1 min"
     """How long the end of a run waits for what the service has not taken yet."""
 
-    observer = True
+    observer = True  # what is private here has two underscores: subclasses have names of their own
 
     def __post_init__(self) -> None:
         own = name_of(type(self))
         if self.axis not in AXES:
             raise ValueError(f"{own}.axis={self.axis!r} must be one of {', '.join(AXES)}")
-        self._patience = seconds(self.close_timeout, f"{own}.close_timeout")
-        self._clerk: _Clerk | None = None
-        self._config: Mapping[str, Any] = {}
+        self.__patience = seconds(self.close_timeout, f"{own}.close_timeout")
+        self.__clerk: _Clerk | None = None
+        self.__config: Mapping[str, Any] = {}
 
     # What a tracker says of its service --------------------------------------------------
 
@@ -106,6 +106,11 @@ class Tracker(CallbackInterface):
     def finish(self, status: str) -> None:
         """End the run of the service: "finished", "stopped", "preempted" or "failed"."""
 
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for the thread: a service that takes much at once is given it when there are none."""
+        return 0 if self.__clerk is None else self.__clerk.waiting
+
     # When -------------------------------------------------------------------------------
 
     @hookimpl
@@ -115,58 +120,73 @@ class Tracker(CallbackInterface):
 
     @hookimpl
     def on_begin_run(self, trainer: Trainer, stage: Stage, config: Mapping[str, Any]) -> None:
-        self._config = config
+        self.__config = config
         if stage is not Stage.TRAIN:
-            self._begin(trainer, stage)
+            self.__begin(trainer, stage)
 
     @hookimpl(tryfirst=True)
     def on_begin_train(self, trainer: Trainer) -> None:
-        self._begin(trainer, Stage.TRAIN)  # when it is known where a run that was cut goes on
+        self.__begin(trainer, Stage.TRAIN)  # when it is known where a run that was cut goes on
 
-    def _begin(self, trainer: Trainer, stage: Stage) -> None:
+    def __begin(self, trainer: Trainer, stage: Stage) -> None:
+        self.__end("failed")  # of a run whose end was never told
         note = trainer.run_dir / "trackers" / f"{trainer.plugins.get_name(self)}.json"
         before = json.loads(note.read_text())["id"] if trainer.options.resume and note.exists() else None
-        run = Run(trainer.run_dir.name, trainer.run_dir, self._config, stage, self._place(trainer), before)
+        run = Run(trainer.run_dir.name, trainer.run_dir, self.__config, stage, self.__place(trainer), before)
 
         def start() -> None:
             identity = self.start(run)
-            if identity is not None:
+            if identity is not None and stage is Stage.TRAIN:
                 note.parent.mkdir(exist_ok=True)
                 part = note.with_suffix(".part")
                 part.write_text(json.dumps({"id": identity}))
                 os.replace(part, note)
 
-        self._clerk = _Clerk(str(trainer.plugins.get_name(self)), start)
+        self.__clerk = _Clerk(str(trainer.plugins.get_name(self)), start)
 
-    def _place(self, trainer: Trainer) -> float:
+    def catch_up(self) -> None:
+        """Wait until all that was logged so far is taken, for `close_timeout` at the longest.
+
+        For a tracker of files, to be called by its `get_state`: a run that is killed after a save then has all that
+        stands before it, and none of it comes again.
+        """
+        if self.__clerk is not None:
+            self.__clerk.wait(self.__patience)
+
+    def __place(self, trainer: Trainer) -> float:
         counted: dict[str, float] = dict(zip(UNITS, snapshot(trainer.counters), strict=True))
         return counted[self.axis]
 
     @hookimpl
     def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        self._tell(self.log_metrics, dict(metrics), self._place(trainer))
+        if self.__clerk is None:  # nothing was left to train, but something to tell
+            self.__begin(trainer, trainer.stage)
+        self.__tell(self.log_metrics, dict(metrics), self.__place(trainer))
 
     @hookimpl
     def on_log_object(self, trainer: Trainer, name: str, value: Any) -> None:
         known = prepared(value)
         if known is not None:
             kind, value = known
-            self._tell(getattr(self, f"log_{kind}"), name, value, self._place(trainer))
+            self.__tell(getattr(self, f"log_{kind}"), name, value, self.__place(trainer))
 
     @hookimpl
     def on_checkpoint(self, trainer: Trainer, path: Path, kind: str) -> None:
         if kind == "model":
-            self._tell(self.log_file, path.stem, path, self._place(trainer))
+            self.__tell(self.log_file, path.stem, path, self.__place(trainer))
 
     @hookimpl
     def on_end_run(self, status: str) -> None:
-        clerk, self._clerk = self._clerk, None
-        if clerk is not None:
-            clerk.close(lambda: self.finish(status), self._patience)
+        self.__end(status)
 
-    def _tell(self, method: Callable[..., None], *arguments: Any) -> None:
-        if self._clerk is not None:
-            self._clerk.tell(lambda: method(*arguments))
+    def __end(self, status: str) -> None:
+        if self.__clerk is not None:
+            self.__clerk.close(lambda: self.finish(status), self.__patience)
+            self.__clerk = None
+
+    def __tell(self, method: Callable[..., None], *arguments: Any) -> None:
+        if self.__clerk is not None:
+            self.__clerk.tell(lambda: method(*arguments))
 
 
 class _Clerk:
@@ -180,6 +200,11 @@ class _Clerk:
         self._thread = threading.Thread(target=self._work, args=[start], name=f"hookline-{name}", daemon=True)
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """How many calls have not begun."""
+        return self._calls.qsize()
+
     def tell(self, call: Callable[[], None]) -> None:
         """Have something done soon; it is dropped where too much waits."""
         try:
@@ -191,6 +216,11 @@ class _Clerk:
                     "%s is slower than training, or hangs: %d calls wait for it, and more are dropped until there is "
                     "room", self.name, WAITING,
                 )  # fmt: skip
+
+    def wait(self, patience: float) -> None:
+        """Wait until nothing waits any more, not for ever."""
+        with self._calls.all_tasks_done:
+            self._calls.all_tasks_done.wait_for(lambda: not self._calls.unfinished_tasks, patience)
 
     def close(self, finish: Callable[[], None], patience: float) -> None:
         """Have the last thing done, and wait for all of it, not for ever."""
@@ -210,6 +240,7 @@ class _Clerk:
                 last = failures == FAILURES_ALLOWED - 1
                 why = f"{FAILURES_ALLOWED} failures in a row, the last" if last else None
                 failures = 0 if self._try(call, why) else failures + 1
+            self._calls.task_done()
         if started and self._finish is not None:
             self._try(self._finish, "it could not end its run")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,12 +49,21 @@ def prepared(value: Any) -> tuple[str, Any] | None:
         return "histogram", numbers[abs(numbers) < float("inf")]
     if isinstance(value, Image):
         return "image", as_pixels(as_array(value.pixels))
-    if hasattr(value, "canvas") and hasattr(value, "savefig"):  # a figure of matplotlib
-        value.canvas.draw()
-        return "image", as_array(value.canvas.buffer_rgba())[..., :3].copy()
+    if hasattr(value, "canvas") and hasattr(value, "savefig"):
+        return "image", drawn(value)
     if hasattr(value, "convert") and hasattr(value, "getbands"):  # an image of PIL
         return "image", as_array(value.convert("RGB")).copy()
     return None
+
+
+def drawn(figure: Any) -> Any:
+    """Return the pixels of a figure of matplotlib, whatever it is shown on."""
+    agg = importlib.import_module("matplotlib.backends.backend_agg")  # where there is a figure, there is this
+    shown = figure.canvas
+    canvas = agg.FigureCanvasAgg(figure)
+    canvas.draw()
+    figure.set_canvas(shown)
+    return as_array(canvas.buffer_rgba())[..., :3].copy()
 
 
 def as_array(value: Any) -> Any:

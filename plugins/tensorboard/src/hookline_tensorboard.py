@@ -1,0 +1,155 @@
+"""Write what is logged for TensorBoard, below the run's folder."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hookline import Stage
+from hookline.tracking import Run, Table, Tracker
+
+__version__ = "0.1.0"
+
+OWN = ("log_dir", "comment", "purge_step")  # what is said of the folder and of resuming
+
+
+def writer_class() -> Any:
+    """Return torch's writer for TensorBoard.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(
+            f"tensorboard needs TensorBoard, which cannot be imported ({error}): `pip install 'tensorboard>=2.21'`"
+        ) from error
+    return SummaryWriter
+
+
+@dataclass(eq=False)
+class Tensorboard(Tracker):
+    """Write numbers, texts, images, histograms, tables and the configuration for TensorBoard."""
+
+    folder: str = "tensorboard"
+    """Where to, below the folder of the run."""
+    init: dict[str, Any] = field(default_factory=dict)
+    """Other arguments of torch's `SummaryWriter`: `max_queue`, `flush_secs`, `filename_suffix`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
+            raise ValueError(
+                f"tensorboard.folder={self.folder!r} must lie below the folder of the run, as 'tensorboard' does; "
+                "trainer.runs_folder says where runs are"
+            )
+        if not self.init:
+            return
+        known = [name for name in inspect.signature(writer_class()).parameters if name not in OWN]
+        for name in self.init:
+            if name in OWN:
+                raise ValueError(f"tensorboard.init: {name} is set by the plugin; the folder is tensorboard.folder")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"tensorboard.init: SummaryWriter has no argument {name!r}{hint}; it has {', '.join(known)}"
+                )
+
+    def start(self, run: Run) -> None:
+        """Open a file of events, and have those dropped that training comes to again.
+
+        Raises:
+            ValueError: TensorBoard is not installed.
+        """
+        writer = writer_class()
+        self._run, self._place_reached = run.folder, run.place
+        folder = run.folder / self.folder
+        purge = None
+        if run.stage is Stage.TRAIN:
+            purge = int(run.place) + 1 if run.place else 0
+        else:
+            folder /= run.stage.value  # beside the curves of the training
+        wait_for_a_later_name(folder)
+        self._writer = writer(str(folder), purge_step=purge, **self.init)
+        summary = importlib.import_module("torch.utils.tensorboard.summary")
+        _, begun, self._over = summary.hparams(dict(flat(run.config)), {})
+        self._writer.file_writer.add_summary(begun)
+        self._writer.flush()
+
+    def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
+        """Write a point for each value."""
+        step = self._step(place)
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def log_text(self, name: str, text: str, place: float) -> None:
+        """Write a text."""
+        self._writer.add_text(name, text, self._step(place))
+
+    def log_image(self, name: str, pixels: Any, place: float) -> None:
+        """Write an image."""
+        self._writer.add_image(name, pixels, self._step(place), dataformats="HWC")
+
+    def log_histogram(self, name: str, values: Any, place: float) -> None:
+        """Write a histogram; of no values there is none."""
+        if len(values):
+            self._writer.add_histogram(name, values, self._step(place))
+
+    def log_table(self, name: str, table: Table, place: float) -> None:
+        """Write a table, as a text that TensorBoard shows as one."""
+        rows = [table.columns, ["---"] * len(table.columns), *table.rows]
+        lines = (" | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in row) for row in rows)
+        self.log_text(name, "\n".join(f"| {line} |" for line in lines), place)
+
+    def log_file(self, name: str, path: Path, place: float) -> None:
+        """Write where a file lies: TensorBoard keeps none."""
+        shown = path.relative_to(self._run) if path.is_relative_to(self._run) else path
+        self.log_text(f"files/{name}", shown.as_posix(), place)
+
+    def finish(self, status: str) -> None:
+        """Say how the run has ended, and close the file."""
+        self.log_text("status", status, self._place_reached)
+        if status in ("finished", "stopped"):  # the first end that it reads counts, and others may be gone on with
+            self._writer.file_writer.add_summary(self._over)
+        self._writer.close()
+
+    def get_state(self) -> dict[str, Any]:
+        """Return nothing, once all that stands before this state is on disk: it would not come again."""
+        self.catch_up()
+        return {}
+
+    def _step(self, place: float) -> int:
+        """Return what TensorBoard is told of a place; where it goes back, what is behind it is dropped."""
+        if place < self._place_reached:  # a state of before was put back
+            events = importlib.import_module("tensorboard.compat.proto.event_pb2")
+            begun = events.SessionLog(status=events.SessionLog.START)
+            self._writer.file_writer.add_event(events.Event(step=int(place), session_log=begun))
+        self._place_reached = place
+        return int(place)
+
+
+def flat(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the leaves of a configuration by dotted keys, as TensorBoard can hold them."""
+    if isinstance(config, Mapping) and config:
+        for key, value in config.items():
+            yield from flat(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(config, (bool, int, float, str)):
+        yield path, config
+    elif path:
+        yield path, json.dumps(config, default=str)
+
+
+def wait_for_a_later_name(folder: Path) -> None:
+    """Wait until a new file of events is sorted behind those that are there: their names begin with the second."""
+    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
