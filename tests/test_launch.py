@@ -295,6 +295,7 @@ def test_the_other_doors(folder, whole):
 
 
 @ranks
+@pytest.mark.slow
 def test_what_one_rank_raises_is_shown_once_and_the_code_is_1(folder):
     process = start(folder, "fit", "run.yaml", "--nproc", "2", "module.fail_at=3")
     err = ended(process, folder, 1)
@@ -387,6 +388,7 @@ def test_a_signal_to_the_launcher_saves_once(name, code, folder, whole):
 
 
 @ranks
+@pytest.mark.slow
 def test_a_rank_that_is_preempted_is_not_started_anew(folder, whole):
     process = waiting(folder, "--max-restarts", "2")
     os.kill(said(folder, 1)["pid"], signal.SIGTERM)

@@ -191,6 +191,7 @@ def test_a_compiler_that_repeats_no_random_numbers_is_refused():
 
 @pytest.mark.plugins
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [{"ddp": {}}, {"fsdp": {"wrap": ["Block"]}}], ids=["ddp", "fsdp"])
 def test_on_two_ranks(others):
     runs = []

@@ -172,6 +172,7 @@ def train_on(plugin, others):
 
 @pytest.mark.plugins
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 @pytest.mark.parametrize("others", [{"ddp": {}}, {"fsdp": {"wrap": ["Block"]}}], ids=["ddp", "fsdp"])
 def test_on_two_ranks(others):
     runs = []

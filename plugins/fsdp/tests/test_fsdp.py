@@ -493,6 +493,7 @@ def test_a_module_without_memory_is_never_whole_and_begins_the_same_on_any_numbe
 
 
 @pytest.mark.plugins
+@pytest.mark.slow
 def test_a_resume_of_a_module_without_memory_has_the_same_bits(tmp_path):
     def run(name, **options):
         options = {"runs_folder": str(tmp_path), "run_name": name, **options}

@@ -243,7 +243,8 @@ def others():
 
 
 @pytest.mark.plugins
-@pytest.mark.parametrize("plan", [pytest.param(TENSOR, marks=pytest.mark.slow), SEQUENCE])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [TENSOR, SEQUENCE])
 def test_with_clipping_an_average_metrics_and_windows(plan):
     one, other = on(2, plan, {}, others())
     alone = train(plan, {}, others())
@@ -253,6 +254,7 @@ def test_with_clipping_an_average_metrics_and_windows(plan):
 
 
 @pytest.mark.plugins
+@pytest.mark.slow
 def test_under_autocast():
     one, other = on(2, SEQUENCE, {"dropout": 0.1}, {"amp": {}})
     assert digest(one["weights"]) == digest(other["weights"])
@@ -430,6 +432,7 @@ def spoilt():
 
 
 @pytest.mark.plugins
+@pytest.mark.slow
 def test_a_step_is_skipped_for_a_part_of_one_rank():
     assert [outcome.value for outcome in run_ranks(spoilt, 2)] == [1, 1]
 
