@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hookline import hookspecs as hookspecs
+    from hookline import records as records
     from hookline import tracking as tracking
     from hookline.blocks import find_blocks as find_blocks
     from hookline.config import instantiate as instantiate
@@ -38,6 +39,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "hookimpl": "marks",
     "hookspecs": "hookspecs",
     "instantiate": "config",
+    "records": "records",
     "seconds": "schedule",
     "set_seed": "state",
     "tracking": "tracking",

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanSquaredError
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
-from hookline.cli.runs import read_run
+from hookline.records import read_run
 from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
 from hookline_accumulate import Accumulate

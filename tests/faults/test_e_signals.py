@@ -16,7 +16,7 @@ import yaml
 
 from hookline import CallbackInterface, hookimpl
 from hookline.cli import main
-from hookline.cli.runs import read_run
+from hookline.records import read_run
 from hookline.testing import TinyModule
 from hookline.testing.faults import PRELOADED, Child, at_file, at_hook, run
 from hookline_checkpoint import storage

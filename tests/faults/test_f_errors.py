@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hookline import CallbackInterface, hookimpl, hookspecs
 from hookline.cli import main
-from hookline.cli.runs import read_run
 from hookline.installed import installed, load
 from hookline.plugins import FAILURES_ALLOWED, is_observer
+from hookline.records import read_run
 from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 from hookline.testing.faults import PRELOADED, at_hook, failing, run
 from hookline_checkpoint import Checkpoint, storage

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from hookline.cli import main
-from hookline.cli.runs import read_run
+from hookline.records import read_run
 from hookline.testing import TinyModule, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
 from hookline_checkpoint import storage

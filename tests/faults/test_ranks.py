@@ -18,7 +18,7 @@ import yaml
 
 from hookline import CallbackInterface, hookimpl
 from hookline.cli import main
-from hookline.cli.runs import read_run
+from hookline.records import read_run
 from hookline.testing import TinyModule, run_ranks
 from hookline.testing.faults import PRELOADED, Child, at_hook, kill
 from hookline.testing.ranks import Ranks

@@ -1,4 +1,4 @@
-"""What the plugin writes, and what `hookline.cli.runs` reads of it, through real runs."""
+"""What the plugin writes, and what `hookline.records` reads of it, through real runs."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import torch
 
 import hookline_jsonl
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
-from hookline.cli.runs import FILE, read_run
+from hookline.records import FILE, read_run
 from hookline.testing import check_plugin
 from hookline_jsonl import Jsonl
 

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from hookline.cli.runs import FILE, list_runs, read_run, render_run, render_runs
+from hookline.cli.runs import render_run, render_runs
+from hookline.records import FILE, list_runs, read_run
 
 BEGIN = {
     "event": "begin", "session": "a", "time": 1000.0, "format": 1, "stage": "train", "command": ["python", "fit me.py"],

@@ -350,14 +350,15 @@ def _hooks(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
+    from hookline import records
     from hookline.cli import runs
 
     try:
         if getattr(options, "run", None) is None:
-            print(runs.render_runs(runs.list_runs(Path(options.folder))))
+            print(runs.render_runs(records.list_runs(Path(options.folder))))
         else:
             named = Path(options.run)
-            print(runs.render_run(runs.read_run(named if named.is_dir() else Path(options.folder) / options.run)))
+            print(runs.render_run(records.read_run(named if named.is_dir() else Path(options.folder) / options.run)))
     except ValueError as error:
         raise UserError(error) from error
     return 0
