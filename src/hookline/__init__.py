@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hookline.blocks import find_blocks as find_blocks
     from hookline.config import instantiate as instantiate
     from hookline.data import count_samples as count_samples
+    from hookline.data import with_sampler as with_sampler
     from hookline.interfaces import CallbackInterface as CallbackInterface
     from hookline.interfaces import ModuleInterface as ModuleInterface
     from hookline.interfaces import Stage as Stage
@@ -44,6 +45,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "set_seed": "state",
     "tracking": "tracking",
     "verb": "marks",
+    "with_sampler": "data",
 }
 __all__ = [*_HOMES]
 

@@ -18,7 +18,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    get_worker_info,
+)
 
 from hookline.schedule import seconds
 
@@ -95,6 +103,28 @@ def sampler_class(cursor: Cursor, shuffle: bool, share: int, shares: int) -> typ
 
 
 # Loaders ------------------------------------------------------------------------------
+
+
+def with_sampler(loader: Any, sampler: type[Sampler[Any]]) -> Any:
+    """Return a loader that was made without knowing of the run, drawing by the sampler class that the run hands out.
+
+    For adapters of interfaces that are not handed a sampler. A `DataLoader` that goes through its data in their order
+    does so here too, one that shuffles does as the run does; each rank then takes its share. What draws in another
+    way (a sampler or a loader of the user's own, an iterable) is returned as it is.
+    """
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+        return loader
+    own, batches = loader.sampler, loader.batch_sampler
+    shuffles = type(own) is RandomSampler and not own.replacement and own.num_samples == len(own.data_source)
+    if not (shuffles or type(own) is SequentialSampler) or type(batches) not in (BatchSampler, type(None)):
+        return loader
+    drawn = sampler if shuffles else type(sampler.__name__, (sampler,), {"shuffle": False})
+    names = (
+        "dataset", "batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn",
+        "multiprocessing_context", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
+    )  # fmt: skip
+    made = {name: getattr(loader, name) for name in names}
+    return DataLoader(sampler=drawn(loader.dataset), **made)
 
 
 def length(loader: Any) -> int | None:
