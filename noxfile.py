@@ -30,7 +30,7 @@ def faults(session: nox.Session) -> None:
 def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
-    names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "tp", "watchdog")
+    names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "progress", "tp", "watchdog")
     rows = [f"tests/faults/test_{name}.py" for name in ("elastic", "g_ranks", "launch", "ranks", "two_machines")]
     tests = [*(f"plugins/{name}/tests" for name in names), *rows, "tests/test_launch.py", "tests/test_simulate.py"]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
@@ -61,11 +61,26 @@ def ft(session: nox.Session) -> None:
 
 @nox.session
 def trackers(session: nox.Session) -> None:
-    """Hand runs to the real services, and read back what they have kept."""
-    sdks = ["mlflow-skinny==3.17.2", "sqlalchemy", "alembic", "pillow", "tensorboard==2.21.0", "wandb==0.31.0"]
-    session.install(*sdks, "matplotlib", "-r", "requirements-dev.txt")
-    names = [f"plugins/{name}/tests" for name in ("csv", "mlflow", "tensorboard", "wandb")]
-    session.run("pytest", "-n", "0", "tests/test_tracking.py", *names, *session.posargs)
+    """Hand runs to the real services, on servers and in a browser too, and read back what they have kept.
+
+    The browser is the machine's: chromium and chromedriver. Without them, what needs them is left out.
+    """
+    session.install("mlflow==3.17.2", "-r", "requirements-dev.txt")  # the whole one can serve
+    names = ("aim", "clearml", "comet", "csv", "dvclive", "mlflow", "tensorboard", "wandb")
+    tests = [
+        "tests/test_report.py",
+        "tests/test_tracking.py",
+        "tests/test_trackers_together.py",
+        *(f"plugins/{name}/tests" for name in names),
+    ]
+    session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
+
+
+@nox.session
+def notebook(session: nox.Session) -> None:
+    """Train in a real Jupyter kernel, and look at the outputs of the cell."""
+    session.install("ipykernel", "nbclient", "nbformat", "-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "0", "plugins/progress/tests/test_notebook.py", "-m", "slow", *session.posargs)
 
 
 @nox.session
@@ -73,7 +88,8 @@ def trackers(session: nox.Session) -> None:
 def plugin(session: nox.Session, name: str) -> None:
     """Build one plugin's wheel and the core's, install those alone, and run the plugin's tests that need no other."""
     wheels = session.create_tmp()
-    session.install("build", "flit_core", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "scikit-learn")
+    session.install("build", "flit_core", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis")
+    session.install("matplotlib", "psutil", "scikit-learn")
     for folder in (".", f"plugins/{name}"):
         session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, folder)
     session.install(TORCH, *map(str, Path(wheels).glob("*.whl")))

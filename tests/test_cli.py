@@ -1,7 +1,10 @@
 """The command line, as a user types it: real processes."""
 
+import contextlib
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import pytest
 import yaml
 
 from hookline.cli import main
+from hookline.cli.logs import shown
 
 MODULE = """
 import torch
@@ -132,7 +136,7 @@ def test_an_error_in_training_keeps_its_traceback(folder):
 
 
 def test_ctrl_c_ends_cleanly_with_130(folder):
-    command = [sys.executable, "-m", "hookline", "fit", "run.yaml", "module.wait=true"]
+    command = [sys.executable, "-m", "hookline", "fit", "run.yaml", "module.wait=true", "-q"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "training\n"
         process.send_signal(signal.SIGINT)
@@ -140,6 +144,86 @@ def test_ctrl_c_ends_cleanly_with_130(folder):
     assert process.returncode == 130
     assert out == "ended failed\n"
     assert err == "hookline: interrupted\n"
+
+
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+
+
+def test_a_run_says_on_standard_error_what_it_does(folder):
+    done = process(folder, "fit", "run.yaml")
+    begins, ends = done.stderr.splitlines()
+    begun = re.escape(f"INFO hookline.trainer: train begins in {Path('runs', 'run-1')} on cpu, rank 0 of 1")
+    assert re.fullmatch(f"{MOMENT} {begun}", begins)
+    assert re.fullmatch(rf"{MOMENT} INFO hookline\.trainer: train finished at step 2 after [\d.]+ s", ends)
+
+
+@contextlib.contextmanager
+def unconfigured():
+    """Be as if nobody had configured logging; pytest has."""
+    kept, logging.root.handlers = logging.root.handlers, []
+    try:
+        yield
+    finally:
+        logging.root.handlers = kept
+
+
+@pytest.mark.parametrize(
+    ("words", "levels"),
+    [
+        ([], ["INFO", "INFO"]),
+        (["--quiet"], []),
+        (["-q"], []),
+        (["--log-level", "warning"], []),
+        (["--log-level", "error"], []),
+        (["--log-level", "debug"], ["INFO", *["DEBUG"] * 3, "INFO"]),
+    ],
+)
+def test_how_much_is_said(hookline, words, levels):
+    with unconfigured():
+        done = hookline("validate", "run.yaml", *words)
+    assert [line.split()[2] for line in done.stderr.splitlines()] == levels
+    assert json.loads(done.stdout.removeprefix("ended finished\n")).keys() == {"val_loss"}
+    if "debug" in words:
+        assert "event on_end_run: wrapped by [], done or heard by ['module']" in done.stderr
+        assert re.search(r"hookline\.trainer: val at step 0 took [\d.]+ s\n", done.stderr)
+
+
+def test_warnings_and_errors_are_told_to_who_wants_quiet(hookline):
+    with unconfigured():
+        done = hookline("fit", "run.yaml", "-q", "trainer.max_steps=0")
+    assert done.stderr.endswith("WARNING hookline.trainer: nothing is left to train: the run is at step 0, epoch 0\n")
+    done = hookline("fit", "run.yaml", "-q", "trainer.epoch=1")
+    assert (done.returncode, done.stderr.partition(":")[0]) == (2, "hookline")
+    assert "--log-level: invalid choice: 'all'" in hookline("fit", "run.yaml", "--log-level", "all").stderr
+
+
+def test_who_configures_logging_has_it_his_way(hookline, caplog):
+    logger = logging.getLogger("hookline")
+    before = logger.level, list(logger.handlers)
+    done = hookline("fit", "run.yaml")
+    assert done.stderr == ""  # the handler is of pytest, and on the root logger
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert (logger.level, logger.handlers) == before
+    caplog.clear()
+    caplog.set_level(logging.ERROR, "hookline")
+    hookline("fit", "run.yaml")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("rank", "level", "said"),
+    [
+        ("0", None, ["INFO hookline.mine: one", "WARNING hookline.mine: two"]),
+        ("1", None, ["WARNING hookline.mine: rank 1: two"]),
+        ("1", "debug", ["INFO hookline.mine: rank 1: one", "WARNING hookline.mine: rank 1: two"]),
+        ("1", "error", []),
+    ],
+)
+def test_other_ranks_only_warn(capsys, rank, level, said):
+    with unconfigured(), shown(level, rank):
+        logging.getLogger("hookline.mine").info("one")
+        logging.getLogger("hookline.mine").warning("two")
+    assert [re.sub(f"^{MOMENT} ", "", line) for line in capsys.readouterr().err.splitlines()] == said
 
 
 def test_what_the_loop_refuses_is_one_line_too(hookline):

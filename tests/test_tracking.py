@@ -2,14 +2,15 @@
 
 import logging
 import threading
+import time
 from dataclasses import dataclass, field
 
 import numpy
 import pytest
 import torch
 
-from hookline import tracking
-from hookline.testing import TinyModule, check_plugin, digest, tiny_trainer
+from hookline import CallbackInterface, hookimpl, tracking
+from hookline.testing import Memory, TinyModule, check_plugin, digest, tiny_trainer
 from hookline.tracking import Histogram, Image, Table, Tracker
 
 
@@ -45,6 +46,9 @@ class Keeper(Tracker):
 
     def log_metrics(self, metrics, place):
         self.keep("metrics", dict(metrics), place)
+
+    def log_batch(self, metrics, batch):
+        self.keep("batch", dict(metrics), batch)
 
     def log_text(self, name, text, place):
         self.keep("text", name, text, place)
@@ -100,6 +104,84 @@ def test_the_axis_is_one_of_the_counters(axis, places):
     assert [place for metrics, place in keeper.of("metrics") if "train_loss" in metrics][:3] == places
 
 
+class Counts(TinyModule):
+    """Logs a running total every step; keeps it, as it would be in a state."""
+
+    def __init__(self, name="tokens"):
+        super().__init__()
+        self.name, self.total = name, 0
+
+    def on_end_train_step(self, global_step, *outputs):
+        self.log(reduce="last", **{self.name: 100.0 * global_step})
+
+
+def test_the_axis_may_be_a_value_that_is_logged():
+    keeper = Keeper(axis="tokens")
+    train(keeper, module=Counts(), epochs=1, evaluate_every="3 steps")
+    places = [(place, sorted(metrics)) for metrics, place in keeper.of("metrics")]
+    assert places == [
+        (200, ["tokens", "train_loss"]),
+        (200, ["val_loss"]),  # of step 3: at the last that is known
+        (400, ["tokens", "train_loss"]),
+        (400, ["val_loss"]),
+        (600, ["tokens", "train_loss"]),
+        (600, ["train_loss_epoch"]),
+        (600, ["val_loss"]),
+        (700, ["tokens", "train_loss"]),
+    ]
+
+
+def test_what_is_no_number_cannot_be_a_place():
+    class Breaks(Counts):
+        def on_end_train_step(self, global_step, *outputs):
+            self.log(reduce="last", tokens=float("nan") if global_step == 4 else 100.0 * global_step)
+
+    keeper = Keeper(axis="tokens")
+    train(keeper, module=Breaks(), epochs=1, evaluate_every=None, eval_when_finish=False)
+    assert [place for metrics, place in keeper.of("metrics") if "tokens" in metrics] == [200, 200, 600, 700]
+
+
+def test_an_axis_that_never_came_is_said_once(caplog):
+    keeper = Keeper(axis="tokens")
+    trainer = train(keeper)
+    assert {place for _, place in keeper.of("metrics")} == {0}
+    (said,) = warnings_of(caplog)
+    assert said == (
+        "keeper.axis='tokens': no value of this name was logged, so all values lie at 0; without one there are steps, "
+        "batches, samples, epochs, seconds"
+    )
+    caplog.clear()
+    trainer.validate()  # in which nobody trains, so nothing is missed
+    assert warnings_of(caplog) == []
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 8])
+def test_a_place_on_such_an_axis_goes_on_after_a_resume(step):
+    memory, whole, rest = Memory(every="1 steps"), Keeper(axis="tokens"), Keeper(axis="tokens")
+    train(whole, memory, module=Counts())
+    train(rest, Memory(memory.states[step]), module=Counts())
+    assert rest.run.place == 200 * (step // 2)
+    logged = [(metrics, place) for metrics, place in whole.of("metrics") if place > rest.run.place]
+    assert rest.of("metrics")[-len(logged) :] == logged
+    other = Keeper(axis="samples")
+    train(other, Memory(memory.states[step]), module=Counts())
+    assert other.run.place == memory.states[step]["trainer"]["counters"]["samples"]
+
+
+def test_values_within_validations_are_told_by_their_batch():
+    memory, keeper = Memory(every="7 steps"), Keeper()
+    train(keeper, memory, report_loss_after_eval=False)
+    assert [(list(metrics), batch) for metrics, batch in keeper.of("batch")] == [
+        (["val_loss_batch"], batch) for batch in (2, 4, 6, 8, 10, 12, 14)
+    ]
+    assert keeper.run.batch == 0
+    assert not any("val_loss_batch" in metrics for metrics, _ in keeper.of("metrics"))
+    rest = Keeper()
+    train(rest, Memory(memory.states[7]), report_loss_after_eval=False)
+    assert rest.run.batch == 7
+    assert rest.of("batch") == keeper.of("batch")[3:]
+
+
 class Shows(TinyModule):
     """Logs one of each kind."""
 
@@ -128,6 +210,27 @@ def test_what_is_no_number_is_handed_over_as_it_was():
     assert (gray.shape, gray.dtype, colours.shape) == ((2, 3, 3), numpy.uint8, (4, 5, 3))
     ((_, table, _),) = keeper.of("table")
     assert (table.columns, table.rows) == (["a", "b"], [[1, "x"]])
+
+
+def test_figures_and_pictures_are_handed_over_as_they_look():
+    figures = pytest.importorskip("matplotlib.figure", reason="no requirement of the tests: who logs figures has it")
+    pictures = pytest.importorskip("PIL.Image", reason="comes with matplotlib")
+    figure = figures.Figure(figsize=(2, 1), dpi=10, facecolor="red")
+    shown = figure.canvas
+
+    class Draws(TinyModule):
+        def on_end_train_step(self, global_step, *outputs):
+            if global_step == 3:
+                self.trainer.log_object("figure", figure)
+                self.trainer.log_object("picture", pictures.new("L", (3, 2), 7))
+
+    keeper = Keeper()
+    train(keeper, module=Draws())
+    (name, red, place), (_, gray, _) = keeper.of("image")
+    assert (name, red.shape, place) == ("figure", (10, 20, 3), 3)
+    assert red.reshape(-1, 3).tolist() == [[255, 0, 0]] * 200
+    assert (gray.shape, gray.dtype, set(gray.ravel().tolist())) == ((2, 3, 3), numpy.uint8, {7})
+    assert figure.canvas is shown
 
 
 def test_a_picture_of_another_shape(caplog):
@@ -206,7 +309,12 @@ def test_how_a_run_that_fails_ends():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"axis": "tokens"}, "keeper.axis='tokens' must be one of steps, batches, samples, epochs, seconds"),
+        (
+            {"axis": "step"},
+            "keeper.axis='step' must be one of steps, batches, samples, epochs, seconds, or the name of a logged "
+            "value, did you mean 'steps'",
+        ),
+        ({"axis": ""}, "keeper.axis='' must be one of"),
         ({"close_timeout": "soon"}, "keeper.close_timeout='soon' is not a cadence"),
     ],
 )
@@ -216,6 +324,74 @@ def test_bad_options(options, words):
 
 
 # Going on -----------------------------------------------------------------------------
+
+
+class Counter(CallbackInterface):
+    """Counts what is logged, before any tracker is told."""
+
+    def __init__(self):
+        self.count = 0
+
+    @hookimpl
+    def on_log(self):
+        self.count += 1
+
+
+def test_a_slow_tracker_has_all_that_was_logged_before_a_save_returns():
+    counter, saves = Counter(), []
+
+    class Slow(Keeper):
+        def keep(self, *what):
+            super().keep(*what)
+            threading.Event().wait(0.02)  # its service takes its time
+
+        def get_state(self):
+            before = len(self.of("metrics"))
+            self.go.set()
+            self.catch_up()
+            saves.append((before, len(self.of("metrics")), counter.count))
+            self.go.clear()
+            return super().get_state()
+
+        def finish(self, status): ...
+
+    slow = Slow()
+    slow.go.clear()
+
+    class Ends(CallbackInterface):
+        @hookimpl
+        def on_end_train(self):
+            slow.go.set()
+
+    tiny_trainer([counter, slow, Ends(), Memory(every="7 steps")], log_every="1 steps").train()
+    assert [(kept, logged) for _, kept, logged in saves] == [(9, 9), (18, 18)]
+    assert all(before < kept for before, kept, _ in saves)  # else it was not slow
+
+
+def test_a_save_does_not_wait_for_ever():
+    class Hangs(Keeper):
+        def get_state(self):
+            self.catch_up()
+            return super().get_state()
+
+    keeper = Hangs(close_timeout="1 s")
+    keeper.go.clear()
+    began = time.monotonic()
+    tiny_trainer([keeper, Memory()], epochs=1).train()
+    assert 2 <= time.monotonic() - began < 60  # at the save, and at the end
+    keeper.go.set()
+
+
+def test_the_last_flush_of_a_run_with_nothing_left_to_train_is_not_lost():
+    """It was killed behind its last save, and before it told what was left of the interval."""
+    memory, whole, rest = Memory(), Keeper(), Keeper()
+    train(whole, memory, max_steps=5, epochs=None, evaluate_every=None, eval_when_finish=False)
+    trainer = train(rest, Memory(memory.state), max_steps=5, epochs=None)
+    assert trainer.global_step == 5
+    assert [kind for kind, *_ in rest.told] == ["start", "metrics", "finish"]
+    assert rest.of("start") == [(5, None)]
+    assert rest.of("metrics") == whole.of("metrics")[-1:] == [({"train_loss": pytest.approx(0, abs=1e3)}, 5)]
+    assert rest.told[-1] == ("finish", "finished")
 
 
 @pytest.mark.plugins

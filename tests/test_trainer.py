@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hookline import CallbackInterface, Stage, Trainer, hookimpl
 from hookline.data import Cursor, sampler_class
-from hookline.testing import TinyModule, digest, tiny_trainer
+from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 
 
 class Diary(CallbackInterface):
@@ -414,6 +414,32 @@ def test_what_is_left_of_the_interval_is_logged_at_the_end():
     ] == [2, 3]
 
 
+def test_the_losses_of_training_by_another_name():
+    names = set().union(*(values for _, values in logged_of(TinyModule(), epochs=1, train_loss_metric_name="nll")))
+    assert names == {"nll", "nll_epoch", "val_loss"}
+
+
+def test_a_flush_is_one_copy_whatever_is_in_it(monkeypatch):
+    class Module(TinyModule):
+        def train_step(self, global_step, batch, device):
+            loss = super().train_step(global_step, batch, device)
+            for reduce in ("mean", "sum", "min", "max", "last"):
+                self.log(reduce=reduce, **{reduce: loss[0]})
+            return loss
+
+    copies = []
+    for name in ("tolist", "item", "__float__", "__bool__", "__int__"):
+        copy = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda tensor, copy=copy: copies.append(tensor.dtype) or copy(tensor), raising=False
+        )
+    options = {"evaluate_every": None, "eval_when_finish": False, "epochs": 1}
+    flushes = [values for _, values in logged_of(Module(), log_every="3 steps", **options)]
+    copied = copies.count(torch.float64)  # ids of samples and the clock of the random states are none
+    assert [len(values) for values in flushes] == [6, 6, 1, 6]
+    assert copied == len(flushes) + 1  # and the loss of the epoch, for the best
+
+
 def test_filter_log_changes_what_is_logged():
     class Filter(CallbackInterface):
         @hookimpl(wrapper=True)
@@ -445,6 +471,99 @@ def test_what_cannot_be_logged():
         trainer.log(over="run", x=1)
     with pytest.raises(TypeError, match=r"log\(x=…\) takes one number"):
         trainer.log(x=torch.ones(3))
+
+
+# Validations under way ----------------------------------------------------------------
+
+
+class Validates(TinyModule):
+    """Has validation batches of losses 1, 2, 3 …, of one sample each, in one loader or several."""
+
+    def __init__(self, *batches):
+        super().__init__(samples=16)
+        self.batches = batches
+
+    def val_step(self, global_step, batch, device):
+        return batch.mean()
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        loaders = {str(key): [torch.ones(1) * n for n in range(1, count + 1)] for key, count in enumerate(self.batches)}
+        return loaders if len(loaders) > 1 else loaders["0"]
+
+
+class Within(Diary):
+    """Keeps what is told within validations apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.within = []
+
+    @hookimpl
+    def on_log(self, trainer, metrics, global_step):
+        kept = self.logged if trainer.stage is Stage.TRAIN else self.within
+        kept.append((global_step, dict(metrics)))
+
+
+def within(module, *plugins, **options):
+    diary = Within()
+    options = {"epochs": 2, "log_every": "2 steps", "report_loss_after_eval": False, **options}
+    trainer = tiny_trainer([diary, *plugins], module, **options)
+    trainer.train()
+    return diary, trainer
+
+
+def test_the_mean_so_far_is_told_within_validations():
+    diary, trainer = within(Validates(3))
+    assert diary.within == [(2, {"val_loss_batch": 1.5}), (4, {"val_loss_batch": 1.0}), (6, {"val_loss_batch": 2.0})]
+    assert trainer.counters.evaluation_batches == 6
+    silent, _ = within(Validates(3), report_loss_after_eval=True)
+    assert silent.within == []
+    assert diary.logged == silent.logged
+
+
+def test_of_several_loaders_each_has_its_own():
+    diary, _ = within(Validates(3, 2), epochs=1, log_every="1 steps", val_loss_metric_name="loss")
+    assert diary.within == [
+        (1, {"loss_batch/0": 1.0}),
+        (2, {"loss_batch/0": 1.5}),
+        (3, {"loss_batch/0": 2.0}),
+        (4, {"loss_batch/1": 1.0}),
+        (5, {"loss_batch/1": 1.5}),
+    ]
+
+
+def test_neither_a_sanity_check_nor_an_evaluation_on_its_own_is_told_so():
+    diary, trainer = within(Validates(3), epochs=1, sanity_val_steps=3)
+    assert len(diary.within) == 1
+    trainer.validate()
+    trainer.test()
+    assert [place for place, _ in diary.within] == [2, 2, 2]  # theirs come when they are over, by the step
+    assert trainer.counters.evaluation_batches == 3
+
+
+def test_the_loss_of_the_validation_has_the_same_bits():
+    class Many(Validates):
+        def val_step(self, global_step, batch, device):
+            return super().val_step(global_step, batch, device).double().sqrt()
+
+    told, after = (within(Many(200), log_every="1 steps", report_loss_after_eval=report)[1] for report in (False, True))
+    assert told.metrics == after.metrics
+    assert digest(told.module.state_dict()) == digest(after.module.state_dict())
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_the_number_of_the_batch_goes_on_after_a_resume(step):
+    memory = Memory(every="1 steps")
+    whole, _ = within(Validates(3), memory)
+    rest, trainer = within(Validates(3), Memory(memory.states[step]))
+    done = 3 * (step // 2)
+    assert rest.within == [(batch, values) for batch, values in whole.within if batch > done]
+    assert trainer.counters.evaluation_batches == 6
+
+
+def test_the_number_of_batches_must_be_one_of_steps():
+    with pytest.raises(ValueError, match=r"report_loss_after_eval=False: log_every='1 min' must then count steps"):
+        tiny_trainer(report_loss_after_eval=False, log_every="1 min")
 
 
 def test_nan_is_logged_and_is_never_the_best():

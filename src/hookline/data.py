@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 from hookline.schedule import seconds
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.data")
 
 CHUNK = 4096  # indices turned into Python integers at a time
 

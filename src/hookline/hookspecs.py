@@ -556,7 +556,11 @@ def filter_log(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
 
 @event
 def on_log(trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
-    """Hear the values of one flush. Other axes than the step stand in `trainer.counters`."""
+    """Hear the values of one flush. Other axes than the step stand in `trainer.counters`.
+
+    Within a validation of a training (`trainer.stage` is then `Stage.VAL`) they are those of the validation so far, and
+    `global_step` is `trainer.counters.evaluation_batches`; see `report_loss_after_eval`.
+    """
 
 
 @event

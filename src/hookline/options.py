@@ -13,7 +13,7 @@ from typing import Any
 from hookline.installed import nearest
 from hookline.schedule import every, seconds
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.options")
 
 CHECKPOINTS = "checkpoints"  # the subfolder of a run's folder that holds what can be resumed from
 
@@ -44,6 +44,8 @@ class Options:
     """Validate at the end of training, unless that has just been done."""
     sanity_val_steps: int = 0
     """Validation batches to try before training; their metrics are dropped."""
+    report_loss_after_eval: bool = True
+    """Tell the loss of a validation when it is over; false: also that so far, every `log_every` of its batches."""
     log_every: str = "50 steps"
     """Cadence at which interval values are copied off the device and logged."""
     train_loss_metric_name: str = "train_loss"
@@ -86,6 +88,8 @@ def make_options(given: Mapping[str, Any]) -> Options:
         raise ValueError(
             f"evaluate_every={options.evaluate_every!r} counts evaluations by themselves; count steps or epochs"
         )
+    if not options.report_loss_after_eval and every(options.log_every).unit != "steps":
+        raise ValueError(f"report_loss_after_eval=False: log_every={options.log_every!r} must then count steps")
     for duration in (options.max_time, options.loader_timeout):
         if duration is not None:
             seconds(duration)

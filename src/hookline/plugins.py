@@ -43,7 +43,7 @@ LISTENING = ("on_log", "on_end_validation", "on_end_train_epoch", "on_boundary",
 BRIDGES = ("_call_on_", "_spread_on_")  # methods of CallbackInterface
 FAILURES_ALLOWED = 3  # of an observer, before it is switched off
 
-log = logging.getLogger(PROJECT)
+log = logging.getLogger(f"{PROJECT}.plugins")
 
 
 # Build --------------------------------------------------------------------------------

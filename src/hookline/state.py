@@ -26,6 +26,8 @@ class Counters:
     epochs: int = 0
     """Epochs completed; while one is under way this is its index."""
     evaluations: int = 0
+    evaluation_batches: int = 0
+    """Batches of these validations, on this rank."""
     samples: int = 0
     """Samples trained on, over all ranks; with several, each batch counts as a full one, so that they agree."""
     skipped_steps: int = 0

@@ -25,7 +25,7 @@ import torch
 
 from hookline import data
 from hookline.interfaces import Loader, ModuleInterface, Stage
-from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, as_number, to_floats, wide
+from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, to_floats, wide
 from hookline.masking import mask
 from hookline.options import make_options, run_folder
 from hookline.outputs import Collector, Outputs, WindowCut, as_outputs, collate, detached
@@ -44,7 +44,7 @@ from hookline.state import (
     snapshot,
 )
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.trainer")
 
 KEYWORDS = {  # what a module is asked by keyword
     **{f"{stage.value}_step": ("global_step", "batch", "device") for stage in Stage},
@@ -272,7 +272,12 @@ class Trainer:
         self.stage = stage
         self.stop_reason, self._stop_status, self.cutting = None, "stopped", False
         self._asked_alone, self._agreed = [], True
-        self.status, reason, first = "running", "", None
+        self.status, reason, first, began = "running", "", None, time.monotonic()
+        folder = f" in {self.run_dir}" if "run_dir" in vars(self) else ""  # asking for it makes it
+        log.info("%s begins%s on %s, rank %d of %d", stage.value, folder, self.device, self.rank, self.world_size)
+        for row in self.plugins.plan() if log.isEnabledFor(logging.DEBUG) else ():
+            if self.plugins.heard[row["hook"]]:
+                log.debug("%(kind)s %(hook)s: wrapped by %(wrapped_by)s, done or heard by %(done_by)s", row)
         try:
             self._raise(self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config))
             self.hook.run(trainer=self, stage=stage)
@@ -287,6 +292,9 @@ class Trainer:
             ended = {"trainer": self, "stage": stage, "status": self.status, "reason": reason}
             errors = self.plugins.tell_each("on_end_run", **ended)
             self.plugins.report_failures()
+            status, took = "failed" if errors else self.status, time.monotonic() - began
+            why = f": {reason.splitlines()[0]}" if reason else ""
+            log.info("%s %s at step %d after %.1f s%s", stage.value, status, self.global_step, took, why)
             if first is not None:
                 self._add_notes(first, errors)
             elif errors:
@@ -603,12 +611,13 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
 
-    def settle(self) -> bool:
+    def settle(self, counted: bool = False) -> bool:
         """Bring the last step to its boundary, once: tell it, serve what was asked for; return whether to go on.
 
-        Public for performers of `train_epoch` that count their own steps.
+        Public for performers of `train_epoch` that take steps in a way of their own: they count them in `counters` and
+        `position`, and say after each that it is `counted`.
         """
-        if self._settling_due:
+        if self._settling_due or counted:
             self._settling_due = False
             self.counters.seconds = time.monotonic() - self._session_began
             if self.world_size > 1:
@@ -689,7 +698,9 @@ class Trainer:
         loaders = self.get_loaders(stage)
         if not loaders:
             return None
+        began = time.monotonic()
         self.metrics = self.hook.evaluate(trainer=self, stage=stage, loaders=loaders, limit=limit)
+        log.debug("%s at step %d took %.3f s", stage.value, self.global_step, time.monotonic() - began)
         return self.metrics
 
     def _check_sanity(self) -> None:
@@ -708,6 +719,7 @@ class Trainer:
         """Be in an evaluation: no gradients, every submodule in eval mode and back to what it was, logs apart."""
         modes = [(module, module.training) for module in self.model.modules()]
         outer, self.stage, self._evaluation = self.stage, stage, LogBuffer()
+        self._in_training = outer is Stage.TRAIN and stage is Stage.VAL and not self.sanity_checking
         self.model.eval()
         try:
             with torch.no_grad():
@@ -715,7 +727,7 @@ class Trainer:
         finally:
             for module, training in modes:
                 module.training = training
-            self.stage, self._evaluation = outer, None
+            self.stage, self._evaluation, self.log_suffix = outer, None, ""
 
     def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
         """Take one loader's batches through the model and tell of each: the inner loop of `evaluate`."""
@@ -744,7 +756,11 @@ class Trainer:
             ended(trainer=self, global_step=self.global_step, key=key, **collated)
 
     def _take_loss(self, stage: Stage, outputs: Outputs) -> None:
-        """Log the loss of an evaluation batch: its first output, where that is a scalar."""
+        """Log the loss of an evaluation batch: its first output, where that is a scalar.
+
+        Where the mean so far is told, it is of this rank alone, as others may have fewer batches, and of a copy, as to
+        fold the values here would round them otherwise.
+        """
         if outputs and isinstance(outputs[0], torch.Tensor) and outputs[0].ndim == 0:
             assert self._evaluation is not None
             name = self.options.val_loss_metric_name if stage is Stage.VAL else f"{stage.value}_loss"
@@ -752,6 +768,11 @@ class Trainer:
                 reduction = self._evaluation.reduction(full_name)
                 reduction.sync = True
                 reduction.add(outputs[0].detach(), self._samples)
+            if self._in_training and not self.options.report_loss_after_eval:
+                batch = self.counters.evaluation_batches = self.counters.evaluation_batches + 1
+                if batch % every(self.options.log_every).number == 0 and self.plugins.heard["on_log"]:
+                    mean = Reduction.from_state(reduction.get_state()).value().item()
+                    self._tell_log({f"{name}_batch{self.log_suffix}": mean}, batch)
 
     def collect_metrics(self) -> dict[str, float]:
         """Return what this evaluation has logged, over all ranks."""
@@ -822,10 +843,10 @@ class Trainer:
     def _all_reduce(self, value: torch.Tensor, op: str) -> torch.Tensor:
         return self.hook.all_reduce(trainer=self, value=value, op=op)  # type: ignore[no-any-return]
 
-    def _tell_log(self, metrics: dict[str, float]) -> None:
+    def _tell_log(self, metrics: dict[str, float], batch: int | None = None) -> None:
         metrics = self.hook.filter_log(trainer=self, metrics=dict(metrics))
         if metrics:
-            self.hook.on_log(trainer=self, metrics=metrics, global_step=self.global_step)
+            self.hook.on_log(trainer=self, metrics=metrics, global_step=self.global_step if batch is None else batch)
 
     # State ----------------------------------------------------------------------------
 
@@ -903,6 +924,20 @@ class Trainer:
         path = run_folder(self.options, training=self.stage is Stage.TRAIN)
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    @property
+    def history(self) -> list[dict[str, float | int]]:
+        """What this run has logged so far: for each step its metrics by name and the counters of training.
+
+        Read from the run's record each time that it is asked for, on rank 0; `pandas.DataFrame(trainer.history)` is
+        a table of it. What an evaluation on its own logs is not among it.
+
+        Raises:
+            ValueError: nobody keeps a record of this run; says who does.
+        """
+        from hookline.records import read_run  # what few ask for costs others no import
+
+        return read_run(self.run_dir).rows
 
     def _own_config(self, plugins: Mapping[str, Any]) -> dict[str, Any]:
         """Describe a run that was built in Python as a configuration would."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.activation_checkpoint")
 
 
 @dataclass(eq=False)

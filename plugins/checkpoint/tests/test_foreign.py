@@ -332,7 +332,7 @@ def test_i2_objects_are_read_only_when_asked_for(kind, form, place, caplog):
     loaded = load_foreign(source, unsafe=True)
     assert type(loaded["object"]) is type(make())
     (record,) = caplog.records
-    assert (record.name, record.levelno) == ("hookline", logging.WARNING)
+    assert (record.name, record.levelno) == ("hookline.checkpoint", logging.WARNING)
     assert record.message == f"{source} is read with unsafe=True: whatever code it holds is run"
 
 

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 COMPILER = ("torch._dynamo", "torch._functorch", "torch._inductor")
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.compile")
 
 
 @dataclass(eq=False)

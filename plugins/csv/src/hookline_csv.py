@@ -31,7 +31,12 @@ class Csv(Tracker):
             ValueError: the table that is there is placed by something else.
         """
         training = run.stage is Stage.TRAIN
-        self._path = run.folder / ("metrics.csv" if training else f"metrics-{run.stage.value}.csv")
+        self._run = run
+        self._within: Csv | None = None  # the table of validations under way
+        self._open(run.folder / ("metrics.csv" if training else f"metrics-{run.stage.value}.csv"), run.place)
+
+    def _open(self, path: Path, place: float) -> None:
+        self._path = path
         self._file: io.FileIO | None = None
         self._row: dict[str, str] = {}  # the last one
         names, _ = read(self._path)
@@ -41,7 +46,7 @@ class Csv(Tracker):
                 "or move the file away"
             )
         self._names = names or [self.axis]
-        self._rewrite(run.place)
+        self._rewrite(place)
 
     def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
         """Add a row, or to the last one.
@@ -63,15 +68,27 @@ class Csv(Tracker):
         else:
             self._write(line, begin)
 
+    def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
+        """Add a row to a table of its own, `metrics-batches.csv`."""
+        if self._within is None:
+            self._within = Csv(axis="batch_of_validation")
+            self._within._open(self._run.folder / "metrics-batches.csv", self._run.batch)
+        self._within.log_metrics(metrics, batch)
+
     def finish(self, status: str) -> None:
-        """Close the table."""
+        """Close the tables."""
+        if self._within is not None:
+            self._within._close()
+        self._close()
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
 
     def get_state(self) -> dict[str, Any]:
-        """Return nothing, once all that stands before this state is on disk: it would not come again."""
+        """Return the base's state, once all that stands before this state is on disk: it would not come again."""
         self.catch_up()
-        return {}
+        return super().get_state()
 
     def _rewrite(self, place: float, last: Mapping[str, str] | None = None) -> None:
         """Write the table anew, with the rows up to a place, and take the new for the old at once.
@@ -85,7 +102,7 @@ class Csv(Tracker):
         if last is not None:
             kept = [*(row for row in kept if float(row[self.axis]) < place), dict(last)]
         part = self._path.with_suffix(".part")
-        self.finish("")
+        self._close()
         head = [line_of(self._names), *(line_of(row.get(name, "") for name in self._names) for row in kept)]
         part.write_bytes(b"".join(head))
         os.replace(part, self._path)

@@ -47,6 +47,22 @@ def run_of(folder, place=0, stage=Stage.TRAIN):
     return Run("run-1", folder, {}, stage, place, None)
 
 
+def within(folder):
+    return [(row["batch_of_validation"], row["val_loss_batch"]) for row in table(folder / "metrics-batches.csv")]
+
+
+def test_validations_under_way_have_a_table_of_their_own(tmp_path):
+    memory, recorder = Memory(every="1 steps"), Recorder()
+    options = {"log_every": "3 steps", "report_loss_after_eval": False}
+    trainer = train(tmp_path, Csv(), memory, recorder, **options)
+    whole = within(trainer.run_dir)
+    assert [batch for batch, _ in whole] == list(range(3, 36, 3))
+    assert all(recorder.rows[batch]["val_loss_batch"] == loss for batch, loss in whole)
+    assert "val_loss_batch" not in set().union(*table(trainer.run_dir / "metrics.csv"))
+    train(tmp_path, Csv(), Memory(memory.states[7]), resume=str(trainer.run_dir), **options)  # behind 14 batches
+    assert within(trainer.run_dir) == whole
+
+
 def test_contract(tmp_path):
     check_plugin(Csv, runs_folder=str(tmp_path))
 

@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 
 COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.ddp")
 
 
 @dataclass(eq=False)

@@ -33,7 +33,7 @@ OWNED = {  # keys of DeepSpeed's configuration that are decided elsewhere, and w
     "amp": "take bf16 or torch_autocast",
 }
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.deepspeed")
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.finite")
 
 HOOKS = {  # those of which each policy needs others
     "stop": {"on_end_optimizer_step", "on_boundary"},

@@ -27,7 +27,7 @@ REPLICA, REPLICAS, LIGHTHOUSE = "REPLICA_GROUP_ID", "NUM_REPLICA_GROUPS", "TORCH
 BUCKET = 64 * 2**20  # bytes of gradients that are averaged at a time
 OWN = ("rng", "logs", "window")  # sections of a run's state that a replica does not take from another
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.ft")
 
 
 @dataclass(eq=False)

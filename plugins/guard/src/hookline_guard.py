@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.guard")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

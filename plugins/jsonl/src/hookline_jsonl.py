@@ -109,7 +109,8 @@ class Jsonl(CallbackInterface):
 
     @hookimpl
     def on_begin_run(self, trainer: Trainer, stage: Stage, config: Mapping[str, Any]) -> None:
-        self._path = trainer.run_dir / FILE
+        self._path, self._stage = trainer.run_dir / FILE, stage
+        self._began = self._cost_due = time.monotonic()
         self._session = os.urandom(4).hex()  # an evaluation may write to the file of a training that still runs
         versions = {"hookline": hookline.__version__, "torch": torch.__version__, "python": platform.python_version()}
         self._write(
@@ -126,11 +127,16 @@ class Jsonl(CallbackInterface):
 
     @hookimpl
     def on_begin_train(self, trainer: Trainer, global_step: int) -> None:
-        self._write("train", step=global_step, epoch=trainer.epoch, totals=trainer.totals._asdict())
+        plan = [row for row in trainer.plugins.plan() if row["wrapped_by"] or row["done_by"] not in ([], ["core"])]
+        self._write("train", step=global_step, epoch=trainer.epoch, totals=trainer.totals._asdict(), plan=plan)
 
     @hookimpl
     def on_log(self, trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
         counters = trainer.counters
+        if trainer.stage is not self._stage:  # within a validation of a training
+            step, stage = counters.global_step, trainer.stage.value
+            self._write("batch", step=step, stage=stage, batch=global_step, metrics=plain(metrics))
+            return
         self._write(
             "log",
             step=global_step,
@@ -139,6 +145,7 @@ class Jsonl(CallbackInterface):
             samples=counters.samples,
             seconds=round(counters.seconds, 3),
             metrics=plain(metrics),
+            **(self._cost(trainer) if time.monotonic() >= self._cost_due else {}),
         )
 
     @hookimpl
@@ -156,9 +163,15 @@ class Jsonl(CallbackInterface):
     @hookimpl(trylast=True)
     def on_end_run(self, trainer: Trainer, status: str, reason: str) -> None:
         if self._path is not None:
-            self._write("end", step=trainer.global_step, status=status, reason=reason)
+            self._write("end", step=trainer.global_step, status=status, reason=reason, **self._cost(trainer))
             self._close()
             self._path = None
+
+    def _cost(self, trainer: Trainer) -> dict[str, dict[str, float]]:
+        """Return what observers have cost, and put off the next time: a longer run must not tell it ever more often."""
+        now = time.monotonic()
+        self._cost_due = now + (now - self._began) / 10
+        return {"cost": {name: round(seconds, 6) for name, seconds in trainer.plugins.cost.items()}}
 
     def _write(self, event: str, **fields: Any) -> None:
         """Append one line by one system call, so that a kill can tear no line but the last."""

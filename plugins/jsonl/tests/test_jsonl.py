@@ -16,7 +16,7 @@ import torch
 import hookline_jsonl
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
 from hookline.records import FILE, read_run
-from hookline.testing import check_plugin
+from hookline.testing import Memory, check_plugin
 from hookline_jsonl import Jsonl
 
 
@@ -260,6 +260,28 @@ def test_a_failure_before_the_first_step_is_recorded(tmp_path):
     assert (run.status, run.rows, run.step) == ("failed", [], 0)
 
 
+def test_the_plan_and_the_cost_of_who_watches_are_recorded(tmp_path):
+    class Watch(CallbackInterface):
+        observer = True
+
+        @hookimpl
+        def on_end_train_step(self):
+            pass
+
+    trainer = Trainer(Line(), [Jsonl(), Watch()], runs_folder=str(tmp_path), epochs=100, log_every="1 step")
+    trainer.train()
+    run, lines = read_run(trainer.run_dir), lines_of(trainer.run_dir)
+    took_part = {name for row in run.plan for name in row["wrapped_by"] + row["done_by"]}
+    assert took_part - {"core", "module"} == {"jsonl", "watch"}
+    assert run.plan == [row for row in trainer.plugins.plan() if row in run.plan]
+    assert set(run.cost) == {"jsonl", "watch"}
+    assert run.cost["jsonl"] == pytest.approx(trainer.plugins.cost["jsonl"], rel=0.5)
+    logs = [line for line in lines if line["event"] == "log"]
+    told = [line["time"] for line in logs if "cost" in line]
+    assert "cost" in logs[0]
+    assert len(told) < len(logs) / 2  # ever more rarely
+
+
 def test_texts_are_kept_and_other_objects_are_named(tmp_path):
     class Tell(CallbackInterface):
         @hookimpl
@@ -382,3 +404,26 @@ if __name__ == "__main__":
         train(sys.argv[2], kill_at=7, seed=3)
     else:
         train_on_a_disk_that_is_full_for_a_while(sys.argv[2])
+
+
+def test_what_is_told_within_validations_is_kept_apart(tmp_path):
+    """Also of a run that is gone on with: what is done again stands once."""
+    memory = Memory(every="1 steps")
+    options = {
+        "train_batch_size": 4, "val_batch_size": 4, "log_every": "2 steps", "evaluate_every": "2 steps", "epochs": 2,
+        "report_loss_after_eval": False, "runs_folder": str(tmp_path), "device": "cpu",
+    }  # fmt: skip
+    trainer = Trainer(Line(), [Jsonl(), memory], **options)
+    trainer.train()
+    whole = read_run(trainer.run_dir)
+    lines = [json.loads(line) for line in (trainer.run_dir / FILE).read_text().splitlines()]
+    told = [line for line in lines if line["event"] == "batch"]
+    assert [(line["batch"], line["step"], line["stage"]) for line in told] == [
+        (batch, 2 * ((batch - 1) // 5 + 1), "val") for batch in range(2, 26, 2)
+    ]
+    assert whole.batches == {line["batch"]: {**line["metrics"], "step": line["step"]} for line in told}
+    assert not any("val_loss_batch" in row for row in whole.rows)
+    Trainer(Line(), [Jsonl(), Memory(memory.states[5])], **options, resume=str(trainer.run_dir)).train()
+    again = read_run(trainer.run_dir)
+    assert again.batches == whole.batches
+    assert [row["step"] for row in again.rows] == [row["step"] for row in whole.rows]

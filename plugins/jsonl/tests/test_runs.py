@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -30,9 +31,21 @@ def write(folder, *records) -> None:
     (folder / FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_reading_needs_no_torch_and_no_rich():
-    script = "import sys, hookline.cli.runs; print([m for m in ('torch', 'rich', 'omegaconf') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
+HEAVY = ("torch", "rich", "omegaconf", "numpy", "matplotlib", "plotext")
+
+
+def test_reading_needs_no_torch_and_no_rich(tmp_path):
+    write(tmp_path / "a", BEGIN, TRAIN, log(1, x=1.0))
+    write(tmp_path / "b", BEGIN, TRAIN, log(1, x=2.0))
+    script = f"""
+import sys
+from hookline.cli import main
+for words in ([], ["compare", "a", "b"], ["show", "a", "--json"]):
+    assert main(["runs", "--folder", {str(tmp_path)!r}, *words]) == 0
+print([module for module in {HEAVY} if module in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_a_table_of_runs(tmp_path):
@@ -41,19 +54,16 @@ def test_a_table_of_runs(tmp_path):
     later = {"session": "b", "time": 2000.0}
     write(
         tmp_path / "run-10",
-        {**BEGIN, **later, "revision": None},
+        {**BEGIN, **later, "revision": None, "command": ["/bin/python3", "/bin/hookline", "fit", "a.yaml"]},
         {**TRAIN, **later},
         log(3, 2003.0, "b", train_loss=1.0),
     )
     (tmp_path / "not-a-run").mkdir()
-    started = [line.split()[-2:] for line in render_runs(list_runs(tmp_path)).splitlines()[1:]]
-    text = render_runs(list_runs(tmp_path))
-    for day, hour in started:
-        text = text.replace(f"{day} {hour}", "<moment>")
+    text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "<moment>".ljust(16), render_runs(list_runs(tmp_path)))
     assert text.splitlines() == [
-        "run     status    step  best val loss  at step  duration  revision  started",
-        "run-1   finished   8/8           0.25        6   1:01:01  01234567  <moment>",
-        "run-10  unknown    3/8              -        -   0:00:03  -         <moment>",
+        "run     status    step  best val loss  at step  duration  revision  started           command",
+        "run-1   finished   8/8           0.25        6   1:01:01  01234567  <moment>          python 'fit me.py'",
+        "run-10  unknown    3/8              -        -   0:00:03  -         <moment>          hookline fit a.yaml",
     ]
 
 
@@ -97,6 +107,17 @@ def test_long_and_wide_tables_are_cut_to_size(tmp_path):
     ]
     assert max(map(len, table)) <= 50
     assert "logged\n" in render_run(read_run(tmp_path), rows=None)
+    assert "logged" not in render_run(read_run(tmp_path), rows=0)
+
+
+def test_a_command_is_cut_to_the_width_that_is_left(tmp_path):
+    words = ["python", "-m", "hookline", "fit", "digits.yaml", *(f"trainer.option_{n}=1" for n in range(9))]
+    write(tmp_path / "run-1", {**BEGIN, "command": words}, TRAIN)
+    for width in (120, 140):
+        lines = render_runs(list_runs(tmp_path), width).splitlines()
+        assert max(map(len, lines)) == width
+        assert lines[1].endswith("...")
+        assert "  hookline fit digits.yaml" in lines[1]
 
 
 def test_later_sessions_replace_the_steps_that_they_did_again(tmp_path):

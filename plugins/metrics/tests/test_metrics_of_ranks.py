@@ -1,4 +1,4 @@
-"""Metrics of training on two ranks that were cut in the middle of an epoch: each goes on with its own."""
+"""Metrics of two ranks: exact over uneven data, and each goes on with its own where it was cut in mid-epoch."""
 
 import logging
 
@@ -75,3 +75,83 @@ def test_a_run_of_fewer_ranks_says_what_is_lost(tmp_path, caplog):
     words = "this run has 1 rank(s), and had 2 before: what ranks from 1 on kept for themselves (metrics.train) is lost"
     assert words in caplog.text
     assert len(alone) == 1
+
+
+class Boxes(torchmetrics.Metric):
+    """Keeps a tensor for each sample, of which some are empty, as metrics of detection do."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("boxes", [], dist_reduce_fx=None)
+        self.add_state("ids", [], dist_reduce_fx=None)
+
+    def update(self, ids):
+        for number in ids.tolist():
+            self.boxes.append(torch.ones(number % 3, 4))
+            self.ids.append(torch.tensor(number))
+
+    def compute(self):
+        assert [len(boxes) for boxes in self.boxes] == [int(number) % 3 for number in self.ids]
+        return {"samples": float(len(self.ids)), "boxes": float(sum(map(len, self.boxes)))}
+
+
+class Uneven(TinyModule):
+    """Three loaders: one of 7 samples, of which a rank has one more, one of a single sample, and one of 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.told, self.drawn = {}, []
+
+    def val_step(self, global_step, batch, device):
+        _, _, ids = batch
+        scores = torch.sin(torch.arange(9.0).reshape(3, 3)[ids % 3] + ids[:, None]).softmax(1)
+        return ids.float().mean(), {
+            **dict.fromkeys(("f1", "by_class", "both", "roc", "confusion"), (scores, ids % 3)),
+            "of": (ids,),
+        }
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        loader = {}
+        for key, size in (("seven", 7), ("one", 1), ("eight", 8)):
+            data = torch.utils.data.TensorDataset(*(torch.zeros(size),) * 2, torch.arange(size))
+            loader[key] = torch.utils.data.DataLoader(data, 2, sampler=sampler(data))
+        return loader
+
+    @hookimpl
+    def on_log_object(self, name, value):
+        self.drawn.append(name)
+        self.told[name] = [line.get_xydata().tolist() for axes in value.axes for line in axes.lines] or [
+            text.get_text() for axes in value.axes for text in axes.texts
+        ]
+
+
+def evaluated(plugins):
+    torch.set_num_threads(1)
+    module = Uneven()
+    f1 = {"_target_": "torchmetrics.classification.MulticlassF1Score", "num_classes": 3, "average": None}
+    metrics = {
+        "f1": f1,
+        "roc": {"_target_": "torchmetrics.classification.MulticlassROC", "num_classes": 3},
+        "by_class": {"_target_": "torchmetrics.ClasswiseWrapper", "metric": f1},
+        "both": {
+            "_target_": "torchmetrics.MetricCollection",
+            "metrics": {"f1": f1, "micro": {**f1, "average": "micro"}},
+        },
+        "confusion/one": {"_target_": "torchmetrics.classification.MulticlassConfusionMatrix", "num_classes": 3},
+    }
+    measured = tiny_trainer({**plugins, "metrics": Metrics(val={**metrics, "of": Boxes()})}, module).validate()
+    return {name: value for name, value in measured.items() if "loss" not in name}, module.told, module.drawn
+
+
+@pytest.mark.filterwarnings("ignore:No (positive|negative) samples")  # the loader of one sample has one class
+def test_values_are_exact_over_uneven_ranks_and_rank_0_draws_them():
+    values, told, drawn = evaluated({})
+    outcomes = run_ranks(evaluated, 2, {"distributed": {}})
+    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
+    first, second = [outcome.value for outcome in outcomes]
+    assert first[0] == second[0] == values
+    assert len(values) == 3 * (3 + 3 + 4 + 2)
+    assert (values["val_of_samples/seven"], values["val_of_samples/one"], values["val_of_boxes/seven"]) == (7, 1, 6)
+    assert sorted(drawn) == sorted(first[2]) == ["val_confusion/one", "val_roc/eight", "val_roc/one", "val_roc/seven"]
+    assert first[1] == told
+    assert second[2] == []

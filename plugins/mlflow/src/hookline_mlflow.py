@@ -66,6 +66,7 @@ class Mlflow(Tracker):
         self._unsent: list[Any] = []
         self._late = False  # whether MLflow could not be given what is unsent
         self._stored: Counter[tuple[str, int]] = Counter()  # what will come again, and is there
+        self._within: dict[str, int] = {}  # the last batch of validations that is there of a name
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         home = run.folder.resolve() / "mlflow"
@@ -76,7 +77,7 @@ class Mlflow(Tracker):
             self._client: Any = importlib.import_module("mlflow").MlflowClient(tracking_uri=uri)
         except ImportError as error:
             raise RuntimeError(
-                f"MLflow cannot be imported ({error}); `pip install 'mlflow-skinny>=3.17' sqlalchemy alembic`"
+                f"MLflow cannot be imported ({error}); `pip install 'mlflow-skinny>=3.10' sqlalchemy alembic`"
             ) from error
         goes_on = run.id is not None and run.stage is Stage.TRAIN
         if goes_on:
@@ -124,6 +125,19 @@ class Mlflow(Tracker):
                 self._unsent.append(metric(key, value, now, step))
         self._send_if_due()
 
+    def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
+        """Collect values with the number of the validation batch for their step, without those that are stored."""
+        metric, now = _entity("Metric"), int(time.time() * 1000)
+        for name, value in metrics.items():
+            key = _legal(name)
+            if key not in self._within:
+                history = self._client.get_metric_history(self._run_id, key)
+                self._within[key] = max((kept.step for kept in history), default=0)
+            if batch > self._within[key]:
+                self._within[key] = batch
+                self._unsent.append(metric(key, value, now, batch))
+        self._send_if_due()
+
     def log_text(self, name: str, text: str, place: float) -> None:
         """Keep a text as an artifact."""
         self._client.log_text(self._run_id, text, _path("texts", name, place, ".txt"))
@@ -147,10 +161,10 @@ class Mlflow(Tracker):
         self._send_if_due()
 
     def get_state(self) -> dict[str, Any]:
-        """Answer nothing, but when a store in the folder of the run has all that stands before a save."""
+        """Answer the base's state, but when a store in the folder of the run has all that stands before a save."""
         if self.tracking_uri is None:
             self.catch_up()
-        return {}
+        return super().get_state()
 
     def finish(self, status: str) -> None:
         """Send what is left, and end the run of MLflow."""

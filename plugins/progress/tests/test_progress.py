@@ -19,6 +19,7 @@ import hookline_progress
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
 from hookline.testing import check_plugin
 from hookline_progress import Progress
+from hookline_progress.validation import direction
 
 
 class Repeated:
@@ -98,6 +99,8 @@ def print_and_log(trainer, global_step):
         print("printed", flush=True)
         logging.getLogger("mine").warning("logged")
         sys.stderr.write("written\n")
+    if global_step == 5:
+        os.write(2, b"from outside\n")  # as another process does, or a library in C
 
 
 def fail(trainer, global_step):
@@ -116,13 +119,16 @@ def screen(written: str) -> list[str]:
     """Return the lines that a terminal shows after what was written to it."""
     lines, row, column = [""], 0, 0
     for control, move, erase, end, text in re.findall(
-        r"(\x1b\[[?0-9;]*[hlm])|\x1b\[(\d+)A|(\x1b\[2K)|(\r|\n)|([^\x1b\r\n]+|\x1b)", written
+        r"(\x1b\[[?0-9;]*[hlm])|\x1b\[(\d+)A|(\x1b\[2K|\x1b\[J)|(\r|\n)|([^\x1b\r\n]+|\x1b)", written
     ):
         if move:
             row -= int(move)
             assert row >= 0, "the cursor left the screen"
-        elif erase:
+        elif erase == "\x1b[2K":
             lines[row] = ""
+        elif erase:
+            assert column == 0
+            lines[row:] = [""]
         elif end == "\r":
             column = 0
         elif end == "\n":
@@ -136,8 +142,8 @@ def screen(written: str) -> list[str]:
     return [line.rstrip() for line in lines if line.strip()]
 
 
-def in_a_terminal(what: str) -> str:
-    """Return what a process wrote to its terminal."""
+def in_a_terminal(*words: str, cwd=None, **variables: str) -> str:
+    """Return what a process of Python wrote to its terminal."""
     master, slave = pty.openpty()
     written = bytearray()
 
@@ -148,9 +154,9 @@ def in_a_terminal(what: str) -> str:
 
     reader = threading.Thread(target=read)
     reader.start()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40"}
-    command = [sys.executable, __file__, what]
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "LINES": "40", **variables}
+    command = [sys.executable, *words]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=cwd)
     os.close(slave)
     process.wait(timeout=60)
     reader.join()
@@ -167,13 +173,13 @@ def lines_of(*plugins, module=None, progress=None, door="train", **options) -> l
     return stderr.getvalue().splitlines()
 
 
-def drawn(*plugins, module=None, door="train", **options) -> tuple[list[str], str]:
+def drawn(*plugins, module=None, progress=None, door="train", **options) -> tuple[list[str], str]:
     """Return what a terminal shows after a run in this process, and all that was written to it but colours."""
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
-        progress = Progress(refresh=1e-6, force_terminal=True)
+        progress = progress or Progress(refresh=1e-6, force_terminal=True)
         getattr(Trainer(module or Line(), [progress, *plugins], **options), door)()
-    return without_times(screen(stderr.getvalue())), uncoloured(stderr.getvalue())
+    return without_times(screen(stderr.getvalue().replace("\n", "\r\n"))), uncoloured(stderr.getvalue())
 
 
 def uncoloured(text: str) -> str:
@@ -209,7 +215,7 @@ def test_the_contract_is_kept():
 
 
 def test_a_terminal_shows_bars_and_keeps_the_lines_that_matter():
-    written = in_a_terminal("trains")
+    written = in_a_terminal(__file__, "trains")
     lines = without_times(screen(written))
     assert lines == [
         "training: 2 epochs, 8 steps",
@@ -217,7 +223,14 @@ def test_a_terminal_shows_bars_and_keeps_the_lines_that_matter():
         "logged",
         "written",
         "validated at step 4/8, epoch 1/2: val_loss 3 (best)",
+        "from outside",
         "validated at step 8/8, epoch 2/2: val_loss 2 (best)",
+        "validation at step 8/8, epoch 2/2",
+        "╭──────────┬───────┬────────┬──────┬─────────╮",
+        "│ metric   │ value │ change │ best │ at step │",
+        "├──────────┼───────┼────────┼──────┼─────────┤",
+        "│ val_loss │   2 ★ │     -1 │    2 │       8 │",
+        "╰──────────┴───────┴────────┴──────┴─────────╯",
         "finished at step 8/8, 2/2 epochs, after <time>",
     ]
     plain = uncoloured(written)
@@ -229,7 +242,7 @@ def test_a_terminal_shows_bars_and_keeps_the_lines_that_matter():
 
 
 def test_a_failure_leaves_a_clean_terminal_and_its_reason():
-    lines = screen(in_a_terminal("fails"))
+    lines = screen(in_a_terminal(__file__, "fails"))
     said = without_times(lines)
     assert said[0] == "training: 2 epochs, 8 steps"
     assert said[1] == "failed at step 3/8, 0/2 epochs, after <time>: RuntimeError: the loss went"
@@ -248,6 +261,7 @@ def test_a_log_file_gets_plain_lines():
         "written",
         "validated at step 4/8, epoch 1/2: val_loss 3 (best)",
         "epoch 1/2, step 4/8, shown 14, train_loss 4, train_loss_epoch 2.5, epoch done",
+        "from outside",
         "validated at step 8/8, epoch 2/2: val_loss 2 (best)",
         "epoch 2/2, step 8/8, shown 18, train_loss 8, train_loss_epoch 6.5, epoch done",
         "finished at step 8/8, 2/2 epochs, after <time>",
@@ -301,7 +315,7 @@ def test_a_bar_of_unknown_length_moves():
     shown, plain = drawn(module=Open(), epochs=1)
     assert shown[0] == "training: 1 epochs"
     assert re.fullmatch(r"validated at step \d+, epoch 1/1: val_loss 3 \(best\)", shown[1])
-    assert re.fullmatch(r"finished at step \d+, 1/1 epochs, after <time>", shown[2])
+    assert re.fullmatch(r"finished at step \d+, 1/1 epochs, after <time>", shown[-1])
     assert re.search(r"epoch 1/1 +━+ +([2-9]|\d\d+) ", plain)
 
 
@@ -316,14 +330,13 @@ def test_a_resumed_run_goes_on_where_it_was():
     def keep(trainer, global_step):
         if global_step == 7:
             kept["state"] = trainer.hook.get_run_state(trainer=trainer)
-            kept["state"]["trainer"]["best"]["valid_loss"] = 2.0
             trainer.stop("enough")
 
     options = {"epochs": 3, "train_batch_size": 2, "log_every": "1 step"}
-    lines = without_times(lines_of(Do(keep), **options))
+    lines = without_times(lines_of(Do(keep), module=Line(losses=(2.5, 9.0)), **options))
     assert lines[-1] == "stopped at step 7/12, 1/3 epochs, after <time>: enough"
 
-    shown, plain = drawn(Resume(), module=Line(losses=(2.5, 1.5)), **options)
+    shown, plain = drawn(Resume(), module=Line(losses=(2.5, 2.25)), **options)
     assert re.search(r"epoch 2/3 +━+╺?━+ +3/4", plain)
     assert re.search(r"step +━+╺?━+ +7/12", plain)
     assert "epoch 1/3" not in plain
@@ -331,9 +344,14 @@ def test_a_resumed_run_goes_on_where_it_was():
     assert shown == [
         "training: 3 epochs, 12 steps, going on after step 7",
         "validated at step 8/12, epoch 2/3: val_loss 2.5",
-        "validated at step 12/12, epoch 3/3: val_loss 1.5 (best)",
+        "validated at step 12/12, epoch 3/3: val_loss 2.25 (best)",
+        *shown[-7:-1],
         "finished at step 12/12, 3/3 epochs, after <time>",
     ]
+    assert shown[-3].split() == ["│", "val_loss", "│", "2.25", "★", "│", "-0.25", "│", "2.25", "│", "12", "│"]
+    kept["state"]["plugins"].clear()  # a run that did without this plugin knows the best value, and not its step
+    shown, _ = drawn(Resume(), module=Line(losses=(2.75, 2.5)), **options)
+    assert shown[-3].split() == ["│", "val_loss", "│", "2.5", "│", "-0.25", "│", "2.5", "│", "│"]
 
 
 @pytest.mark.parametrize(
@@ -363,7 +381,20 @@ def test_loaders_are_told_apart_and_a_sanity_check_is_called_so():
     shown, plain = drawn(module=Two(), train_batch_size=4, sanity_val_steps=9999999)
     seen = re.findall(r"(sanity check|val) (near|far)", plain)
     assert list(dict.fromkeys(seen)) == list(itertools.product(("sanity check", "val"), ("near", "far")))
-    assert shown[1] == "validated at step 2/2, epoch 1/1: val_loss 2 (best), val_loss/near 2, val_loss/far 2"
+    assert (
+        shown[1] == "validated at step 2/2, epoch 1/1: val_loss 2 (best), val_loss/near 2 (best), val_loss/far 2 (best)"
+    )
+
+
+def test_the_loss_so_far_of_a_validation_is_shown_while_it_lasts():
+    class Told(Line):
+        def get_val_dataloaders(self, sampler, batch_size):
+            return Until(r"train_loss_epoch 4.5  val_loss_batch 3")
+
+    options = {"report_loss_after_eval": False, "log_every": "1 step", "eval_when_finish": False}
+    drawn(module=Told(), epochs=2, evaluate_every="12 steps", **options)
+    lines = lines_of(**options)
+    assert not [line for line in lines if "val_loss_batch" in line]
 
 
 def test_another_rank_says_nothing():
@@ -412,11 +443,159 @@ def test_a_step_that_draws_nothing_costs_one_call():
     assert calls == ["on_end_train_step"] * 5
 
 
+class Measured(Line):
+    """Logs metrics by name, one row of values a validation."""
+
+    def __init__(self, rows, keys=()):
+        super().__init__(samples=1, losses=range(len(rows)))
+        self.rows = rows
+        self.keys = keys
+
+    def val_step(self, global_step, batch, device):
+        self.log(**self.rows[self.loss])
+        return batch  # no scalar, so no loss
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return {key: [torch.zeros(2)] for key in self.keys or ["default"]}
+
+
+def table_of(rows, keys=(), progress=None):
+    """Return what the table at the end of a run holds, without its frame."""
+    shown, _ = drawn(module=Measured(rows, keys), progress=progress, epochs=len(rows))
+    return [re.sub(" +", " ", line.strip("│ ")) for line in shown if line.startswith("│")]
+
+
+def test_the_table_marks_what_is_best_where_its_direction_is_known():
+    rows = [
+        {"val_accuracy": 0.5, "val_score": 7, "huber_loss": 4, "r": 3, "s": 3},
+        {"val_accuracy": 0.75, "val_score": 9, "huber_loss": 2, "r": 2, "s": 2},
+        {"val_accuracy": 0.625, "val_score": 8, "huber_loss": float("nan"), "r": 1, "s": 4},
+    ]
+    progress = Progress(refresh=1e-6, force_terminal=True, higher=["s"], lower=["r"])
+    assert table_of(rows, progress=progress) == [
+        "metric │ value │ change │ best │ at step",
+        "val_accuracy │ 0.625 │ -0.125 │ 0.75 │ 2",
+        "val_score │ 8 │ -1",
+        "huber_loss │ nan │ │ 2 │ 2",
+        "r │ 1 ★ │ -1 │ 1 │ 3",
+        "s │ 4 ★ │ +2 │ 4 │ 3",
+    ]
+    lines = lines_of(module=Measured(rows), epochs=3)
+    assert [line.partition(": ")[2] for line in lines if line.startswith("validated")] == [
+        "val_accuracy 0.5 (best), val_score 7, huber_loss 4 (best), r 3, s 3",
+        "val_accuracy 0.75 (best), val_score 9, huber_loss 2 (best), r 2, s 2",
+        "val_accuracy 0.625, val_score 8, huber_loss nan, r 1, s 4",
+    ]
+
+
+def test_several_loaders_are_columns_where_they_fit(monkeypatch):
+    rows = [{"accuracy": 0.5}, {"accuracy": 0.75}]
+    monkeypatch.setenv("COLUMNS", "100")
+    assert table_of(rows, ["near", "far"]) == [
+        "metric │ near │ change │ best │ at step │ far │ change │ best │ at step",
+        "accuracy │ 0.75 ★ │ +0.25 │ 0.75 │ 2 │ 0.75 ★ │ +0.25 │ 0.75 │ 2",
+    ]
+    monkeypatch.setenv("COLUMNS", "70")
+    assert table_of(rows, ["near", "far"]) == [
+        "metric │ value │ change │ best │ at step",
+        "accuracy/near │ 0.75 ★ │ +0.25 │ 0.75 │ 2",
+        "accuracy/far │ 0.75 ★ │ +0.25 │ 0.75 │ 2",
+    ]
+
+
+def test_a_table_of_many_metrics_leaves_room_for_the_bars(monkeypatch):
+    monkeypatch.setenv("LINES", "20")
+    monkeypatch.setenv("COLUMNS", "80")
+    shown, plain = drawn(module=Measured([{f"m{index}": 1 for index in range(30)}] * 2), epochs=2)
+    assert sum(line.startswith("│ m") for line in shown) == 31  # at the end all of them, and the head
+    block = plain.split("\x1b[J")[-2]
+    assert "and 22 more" in block
+    assert re.search(r"step +━", block)
+    assert block.count("\n") < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("val_loss", -1), ("MeanSquaredError", -1), ("val_top5_accuracy", 1), ("val_m_MulticlassAUROC", 1),
+        ("BinaryF1Score", 1), ("score", 0), ("error_recall", 0), ("glossary", 0), ("", 0),
+    ],
+)  # fmt: skip
+def test_names_say_which_way_is_better_or_do_not(name, way):
+    assert direction(name) == way
+
+
+def test_a_terminal_that_knows_no_stars_gets_asterisks():
+    stderr = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stderr(stderr):
+        Trainer(Line(), [Progress(force_terminal=True)]).train()
+    stderr.flush()
+    assert "| val_loss |   3 * |        |    3 |       8 |" in uncoloured(stderr.buffer.getvalue().decode())
+
+
+@pytest.mark.parametrize("name", ["hookline", "hookline.progress"])
+@pytest.mark.parametrize("force_terminal", [True, False])
+def test_a_level_above_info_silences_it_and_keeps_its_state(name, force_terminal):
+    logger, stderr = logging.getLogger(name), io.StringIO()
+    logger.setLevel(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(stderr):
+            progress = Progress(refresh=1e-6, force_terminal=force_terminal)
+            Trainer(Line(), [progress], epochs=2).train()
+    finally:
+        logger.setLevel(logging.NOTSET)
+    assert stderr.getvalue() == ""
+    assert progress.get_state() == {"best": {"val_loss": [2.0, 16]}, "last": {"val_loss": 2.0}}
+
+
+class OfTwo(Line):
+    """Its second rank speaks once an epoch."""
+
+    def train_step(self, global_step, batch, device):
+        if os.environ["RANK"] == "1" and global_step in (3, 11):
+            print(f"rank 1 in step {global_step}", flush=True)
+            logging.getLogger("hookline.mine").info("of rank 0 alone")
+        return self.weight * global_step
+
+
+@pytest.mark.slow
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_share_a_terminal(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "module: {_target_: test_progress.OfTwo}\n"
+        "trainer: {epochs: 2, train_batch_size: 2, device: cpu, log_every: 1 step}\n"
+        "plugins: {ddp: {}, progress: {refresh: 1.0e-6}}\n"
+    )
+    words = ["-m", "hookline", "fit", "run.yaml", "--nproc", "2"]
+    written = in_a_terminal(*words, cwd=tmp_path, PYTHONPATH=os.path.dirname(__file__))
+    lines = without_times(screen(written))
+    of_others = [line for line in lines if line.startswith("rank 1")]
+    assert of_others == ["rank 1 in step 3", "rank 1 in step 11"]
+    own = [line for line in lines if line not in of_others]
+    assert own == [
+        own[0],
+        "training: 2 epochs, 16 steps",
+        "validated at step 8/16, epoch 1/2: val_loss 3 (best)",
+        "validated at step 16/16, epoch 2/2: val_loss 2 (best)",
+        "validation at step 16/16, epoch 2/2",
+        *own[5:10],
+        "finished at step 16/16, 2/2 epochs, after <time>",
+        own[-1],
+    ]
+    assert re.fullmatch(r"[-\d]+ <time> INFO hookline.trainer: train begins in .* on cpu, rank 0 of 2", own[0])
+    assert re.fullmatch(r"[-\d]+ <time> INFO hookline.trainer: train finished at step 16 after [\d.]+ s", own[-1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"refresh": 0}, r"progress\.refresh=0 must be above 0 seconds"),
         ({"every": "50 steps"}, r"progress\.every='50 steps' must be a time, such as"),
+        (
+            {"higher": ["a", "b"], "lower": ["b"]},
+            r"progress\.higher and progress\.lower both name b; leave one of them",
+        ),
         ({"every": "soon"}, r"progress\.every: 'soon' is not a cadence; write one like"),
     ],
 )

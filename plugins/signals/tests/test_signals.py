@@ -149,7 +149,7 @@ def test_a_second_signal_ends_at_once(first, second, code, tmp_path):
     run.process.send_signal(second)
     ended, output = run.end()
     assert ended == code
-    assert "step" not in output
+    assert "\nstep" not in f"\n{output}"
     assert checkpoints(tmp_path, "run-1") == []
 
 

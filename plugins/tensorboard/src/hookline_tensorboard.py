@@ -30,7 +30,7 @@ def writer_class() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError(
-            f"tensorboard needs TensorBoard, which cannot be imported ({error}): `pip install 'tensorboard>=2.21'`"
+            f"tensorboard needs TensorBoard, which cannot be imported ({error}): `pip install 'tensorboard>=2.18'`"
         ) from error
     return SummaryWriter
 
@@ -72,6 +72,8 @@ class Tensorboard(Tracker):
         """
         writer = writer_class()
         self._run, self._place_reached = run.folder, run.place
+        self._within: Any = None  # the writer of validations under way
+        self._batch_reached = run.batch
         folder = run.folder / self.folder
         purge = None
         if run.stage is Stage.TRAIN:
@@ -91,6 +93,20 @@ class Tensorboard(Tracker):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
+
+    def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
+        """Write a point for each value beside the others, because these steps are not theirs."""
+        if self._within is None:
+            folder = self._run / self.folder / "batches"
+            wait_for_a_later_name(folder)
+            purge = self._batch_reached + 1 if self._batch_reached else 0
+            self._within = writer_class()(str(folder), purge_step=purge, **self.init)
+        elif batch <= self._batch_reached:  # a state of before was put back
+            drop_behind(self._within, batch)
+        self._batch_reached = batch
+        for name, value in metrics.items():
+            self._within.add_scalar(name, value, batch)
+        self._within.flush()
 
     def log_text(self, name: str, text: str, place: float) -> None:
         """Write a text."""
@@ -122,20 +138,27 @@ class Tensorboard(Tracker):
         if status in ("finished", "stopped"):  # the first end that it reads counts, and others may be gone on with
             self._writer.file_writer.add_summary(self._over)
         self._writer.close()
+        if self._within is not None:
+            self._within.close()
 
     def get_state(self) -> dict[str, Any]:
-        """Return nothing, once all that stands before this state is on disk: it would not come again."""
+        """Return the base's state, once all that stands before this state is on disk: it would not come again."""
         self.catch_up()
-        return {}
+        return super().get_state()
 
     def _step(self, place: float) -> int:
         """Return what TensorBoard is told of a place; where it goes back, what is behind it is dropped."""
         if place < self._place_reached:  # a state of before was put back
-            events = importlib.import_module("tensorboard.compat.proto.event_pb2")
-            begun = events.SessionLog(status=events.SessionLog.START)
-            self._writer.file_writer.add_event(events.Event(step=int(place), session_log=begun))
+            drop_behind(self._writer, int(place))
         self._place_reached = place
         return int(place)
+
+
+def drop_behind(writer: Any, step: int) -> None:
+    """Have TensorBoard leave out what stands in a folder for this step and later ones."""
+    events = importlib.import_module("tensorboard.compat.proto.event_pb2")
+    begun = events.SessionLog(status=events.SessionLog.START)
+    writer.file_writer.add_event(events.Event(step=step, session_log=begun))
 
 
 def flat(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:

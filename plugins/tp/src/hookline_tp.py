@@ -51,7 +51,7 @@ OFFERED = (
 HEADS = ("heads", "num_heads", "n_heads", "n_head", "num_attention_heads", "num_key_value_heads", "num_kv_heads")
 SAME = 1e-2  # by how much of themselves gradients of two ranks may differ that compute the same in another order
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.tp")
 
 
 @dataclass(eq=False)

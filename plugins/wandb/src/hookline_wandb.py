@@ -32,6 +32,7 @@ SETTINGS = {
     "x_disable_meta": True,  # it holds the command, and so what the configuration masks
     "x_transaction_log_flush_interval": 0.1,  # the SDK's 15 s would be lost when a run is killed
 }
+BATCH = "validation_batch"  # the name under which rows within validations have their place
 BLOCK = 32768
 MAGIC = b":W&B"
 
@@ -117,7 +118,8 @@ class Wandb(Tracker):
         except BaseException:
             self._free_folders()
             raise
-        self._row = 0
+        self._row = self._last_batch = 0
+        self._within: set[str] = set()  # names that rows within validations have
         self._run.define_metric(self.axis)
         self._run.define_metric("*", step_metric=self.axis)
         if run.id is not None:
@@ -131,6 +133,16 @@ class Wandb(Tracker):
     def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
         """Log values as one row, with their place."""
         self._add(dict(metrics), place)
+
+    def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
+        """Log values as one row, with the number of the validation batch, if it is not stored already."""
+        if batch > self._last_batch:
+            self._last_batch = batch
+            for name in metrics.keys() - self._within:
+                self._run.define_metric(name, step_metric=BATCH)
+            self._within |= metrics.keys()
+            self._run.log({**metrics, BATCH: batch}, step=self._row, commit=True)
+            self._row += 1
 
     def log_text(self, name: str, text: str, place: float) -> None:
         """Log a text as a page, which a server shows."""
@@ -175,11 +187,11 @@ class Wandb(Tracker):
         self._free_folders()
 
     def get_state(self) -> dict[str, Any]:
-        """Return nothing, once all that stands before this state is in the file: it would not come again."""
+        """Return the base's state, once all that stands before this state is in the file: it would not come again."""
         if self.mode == "offline":
             self.catch_up()
             self._wait_for(lambda log: log.next_row >= self._row)
-        return {}
+        return super().get_state()
 
     def _wait_for(self, stored: Callable[[RunLog], bool]) -> None:
         """Wait until something is in the file: a process of the SDK writes it, and a kill takes what it has not yet."""
@@ -207,13 +219,17 @@ class Wandb(Tracker):
         """Find where the run stands that is gone on with: the number of its next row, and its last place."""
         self._row = self._run.step
         self._last = self._run.summary.get(self.axis)
+        self._last_batch = int(self._run.summary.get(BATCH) or 0)
         own = self._run.settings.sync_file
         for path in sorted((run.folder / "wandb").glob(f"*run-*-{run.id}/*.wandb"), key=lambda path: path.parent.name):
             if self.mode == "online" or str(path) == own:
                 continue
             log = RunLog(path)
             for row in log.rows():
+                self._last_batch = max(self._last_batch, row.get(BATCH, 0))
                 place = row.get(self.axis)
+                if place is None:  # a row of a validation
+                    continue
                 if place != self._last:
                     self._last, self._names = place, set()
                 self._names |= row.keys()

@@ -1,6 +1,8 @@
 """What stands in the SDK's own files after real runs, also after one that was killed and gone on with."""
 
+import io
 import json
+import logging
 import math
 import os
 import re
@@ -10,17 +12,19 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from hookline import CallbackInterface, Stage, hookimpl
 from hookline.testing import Memory, TinyModule, check_plugin, digest, tiny_trainer
+from hookline.testing.faults import run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_wandb import RunLog, Wandb
 
-MISSING = "wandb is not installed: see nox -s trackers"
 OWN = {"_timestamp", "_runtime", "_step", "_wandb"}
 
 
@@ -102,13 +106,12 @@ def quick(**options):
 
 @pytest.fixture
 def sdk(tmp_path, monkeypatch):
-    """Say that the SDK is needed, and give it an empty home."""
+    """Give the SDK an empty home, and none of the user's own settings."""
     home = tmp_path / "home"
     home.mkdir()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
-    return pytest.importorskip("wandb", reason=MISSING)
 
 
 @pytest.fixture
@@ -121,6 +124,7 @@ def begun(sdk, tmp_path):
 # Without the SDK ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_contract(tmp_path):
     check_plugin(Wandb, runs_folder=str(tmp_path))
 
@@ -185,6 +189,7 @@ def test_every_flush_is_a_row_and_nothing_is_written_elsewhere(sdk, tmp_path):
     assert kept.exit_code == 0
     assert list((tmp_path / "home").iterdir()) == []
     assert sorted(path.name for path in trainer.run_dir.iterdir()) == ["trackers", "wandb"]
+    os.environ.pop("WANDB_SERVICE", None)  # where the SDK's process is, set by the first run of this one
     assert dict(os.environ) == before
 
 
@@ -196,8 +201,24 @@ def test_values_that_are_no_numbers(begun, tmp_path):
     assert (kept.points("b"), kept.points("c")) == ([(3, math.inf)], [(3, -math.inf)])
 
 
-@pytest.mark.plugins
+@dataclass(eq=False)
+class Service(CallbackInterface):
+    """Has a secret among its options."""
+
+    password: str = "open sesame"
+    kept: str = "in plain sight"
+
+
 def test_no_secret_of_the_configuration_is_written(sdk, tmp_path):
+    trainer = train(tmp_path / "runs", quick(), Service())
+    written = [path.read_bytes() for path in trainer.run_dir.rglob("*") if path.is_file()]
+    assert any(b"in plain sight" in content for content in written)
+    assert not any(b"sesame" in content for content in written)
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_no_secret_of_the_command_line_is_written(sdk, tmp_path):
     (tmp_path / "run.yaml").write_text(
         "module: {_target_: hookline.testing.TinyModule}\n"
         "trainer: {epochs: 1, train_batch_size: 8, device: cpu}\n"
@@ -257,15 +278,12 @@ def test_texts_images_histograms_tables_and_files(sdk, tmp_path):
 
 
 def test_a_figure_is_an_image(sdk, tmp_path):
-    reason = "matplotlib is not installed: see nox -s trackers"
-    figures = pytest.importorskip("matplotlib.figure", reason=reason)
-    agg = pytest.importorskip("matplotlib.backends.backend_agg", reason=reason)
+    from matplotlib.figure import Figure
 
     class Draws(TinyModule):
         def on_end_train_step(self, global_step, *outputs):
             if global_step == 1:
-                figure = figures.Figure(figsize=(2, 1), dpi=50)
-                agg.FigureCanvasAgg(figure)
+                figure = Figure(figsize=(2, 1), dpi=50)
                 figure.subplots().plot([1, 2, 3])
                 self.trainer.log_object("curve", figure)
 
@@ -345,6 +363,21 @@ def test_another_run_in_the_middle_has_files_of_its_own(sdk, tmp_path):
 # Going on -----------------------------------------------------------------------------
 
 
+def test_values_within_validations_have_an_axis_of_their_own(sdk, tmp_path):
+    memory, recorder = Memory(every="1 steps"), Recorder()
+    options = {"epochs": 1, "log_every": "3 steps", "report_loss_after_eval": False}
+    trainer = train(tmp_path, quick(), memory, recorder, **options)
+    (kept,) = parts(trainer.run_dir)
+    assert kept.points("val_loss_batch", "validation_batch") == recorder.points["val_loss_batch"]
+    assert [batch for batch, _ in recorder.points["val_loss_batch"]] == [3, 6, 9, 12, 15, 18, 21]
+    assert {m.name: m.step_metric for m in kept.metrics}["val_loss_batch"] == "validation_batch"
+    train(tmp_path, quick(), Memory(memory.states[4]), resume=str(trainer.run_dir), **{**options, "epochs": 2})
+    both = [point for part in parts(trainer.run_dir) for point in part.points("val_loss_batch", "validation_batch")]
+    assert [batch for batch, _ in both] == list(range(3, 36, 3))
+    steps = [step for part in parts(trainer.run_dir) for step, _ in part.points("train_loss")]
+    assert steps == [3, 6, 7, 9, 12, 14]
+
+
 class Stores(CallbackInterface):
     """Stores the state after step 4, and kills the process when the values of a later step are in the file."""
 
@@ -368,6 +401,7 @@ class Stores(CallbackInterface):
         return True
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_without_a_value_lost_or_doubled(sdk, tmp_path):
     command = [sys.executable, __file__, str(tmp_path / "runs")]
     killed = subprocess.run(command, cwd=tmp_path / "home", capture_output=True, text=True, timeout=100)
@@ -441,6 +475,41 @@ def test_a_row_larger_than_a_block_is_read_while_it_is_written(sdk, begun, tmp_p
     begun.finish("finished")
 
 
+class KillsTheService(CallbackInterface):
+    """Kills the process of the SDK after step 5, when all up to it is in the file."""
+
+    def __init__(self, tracker):
+        self.tracker = tracker
+
+    @hookimpl
+    def on_boundary(self, global_step):
+        if global_step == 5:
+            self.tracker.get_state()
+            (service,) = psutil.Process().children()
+            service.kill()
+            service.wait(30)
+
+
+def without_its_service(folder):
+    torch.set_num_threads(1)
+    tracker = quick(close_timeout="20 s")
+    said = io.StringIO()
+    logging.getLogger("hookline").addHandler(logging.StreamHandler(said))
+    trainer = train(folder, tracker, KillsTheService(tracker))
+    return trainer.status, digest(trainer.module.state_dict()), said.getvalue()
+
+
+@pytest.mark.slow
+def test_a_process_of_the_sdk_that_is_killed_costs_what_comes_after(sdk, tmp_path):
+    ended = run(without_its_service, tmp_path / "cut")  # in a process of its own, since the SDK has one for all runs
+    assert ended.code == 0, ended.output
+    status, bits, said = ended.value
+    assert (status, bits) == ("finished", digest(train(tmp_path / "whole").module.state_dict()))
+    assert "wandb is switched off, and training goes on without it: 3 failures in a row" in said
+    (kept,) = parts(tmp_path / "cut" / "run-1")
+    assert [step for step, _ in kept.points("train_loss")] == [1, 2, 3, 4, 5]
+
+
 # Online -------------------------------------------------------------------------------
 
 
@@ -450,6 +519,7 @@ def test_without_a_key_it_says_what_to_do(sdk, tmp_path, caplog, settings):
     assert "there is no key for the server: set WANDB_API_KEY, or call `wandb login` once" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", [False, True], ids=["closed", "silent"])
 def test_a_server_that_is_gone_costs_training_nothing_but_a_bounded_wait(sdk, tmp_path, caplog, monkeypatch, answers):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -463,6 +533,22 @@ def test_a_server_that_is_gone_costs_training_nothing_but_a_bounded_wait(sdk, tm
         assert time.monotonic() - begun < 20
     assert "wandb is switched off, and training goes on without it: it could not start" in caplog.text
     assert not [*(tmp_path / "home").rglob("settings")]  # this server is that of this run alone
+    assert not (tmp_path / "run-1" / "trackers").exists()  # there is no run that could be gone on with
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_when_a_run_goes_on_is_asked_for_the_same_run_the_next_time(sdk, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    memory = Memory()
+    train(tmp_path, memory)
+    note = tmp_path / "run-1" / "trackers" / "wandb.json"
+    note.parent.mkdir(parents=True)
+    note.write_text('{"id": "abc123"}')
+    init = {"settings": {"base_url": "http://127.0.0.1:1", "init_timeout": 1.0, "silent": True}}
+    tracker = Wandb(mode="online", init=init)
+    trainer = train(tmp_path, tracker, Memory(memory.state), resume=True, epochs=3)
+    assert (trainer.status, trainer.global_step) == ("finished", 21)
+    assert json.loads(note.read_text()) == {"id": "abc123"}
 
 
 if __name__ == "__main__":

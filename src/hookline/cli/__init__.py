@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hookline import __version__
+from hookline.cli import logs, runs
 from hookline.cli.layout import table
 from hookline.installed import COMMANDS, distribution, installed
 
@@ -29,7 +30,11 @@ examples:
   hookline plan --world 8x64 examples/digits.yaml        memory and communication of each of 8 times 64 ranks
   hookline plugins                                       what is installed
   hookline hooks on_boundary                             what a hook is told, and when
-  hookline runs show digits-1
+  hookline runs                                          what has been recorded
+  hookline runs show digits-1                            its parameters, curves and metrics
+  hookline runs compare digits-1 digits-2
+  hookline runs plot digits-1 digits-2 --out curves.png
+  hookline runs serve                                    a page that follows them, in a browser
 """
 DOORS = {
     "fit": ("train", "train a module"),
@@ -109,13 +114,20 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     for name, (door, summary) in DOORS.items():
-        _add_configuration(added := add(name, summary, _run_or_launch, parents=[_launching()]))
+        _add_configuration(added := add(name, summary, _door, parents=[_launching()]))
         added.set_defaults(door=door)
         added.add_argument(
             "--resume", nargs="?", const=True, default=None, metavar="RUN",
             help="go on with the newest run of this name, or with the run or checkpoint at a path",
         )  # fmt: skip
         added.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        added.add_argument(
+            "--log-level", choices=logs.LEVELS, help="how much is said of the run on standard error (default: info)"
+        )
+        added.add_argument(
+            "-q", "--quiet", dest="log_level", action="store_const", const="warning",
+            help="say nothing but warnings and errors, and show no progress: --log-level warning",
+        )  # fmt: skip
     plan = add("plan", "show for each hook who wraps it and who does or hears it", _plan)
     _add_configuration(plan)
     plan.add_argument(
@@ -127,11 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
     hooks = add("hooks", "show the hooks in the order of the loop", _hooks)
     hooks.add_argument("name", nargs="?", help="one hook, in full")
-    runs = add("runs", "list the runs of a folder, or show one", _runs)
-    runs.add_argument("--folder", default="runs", help="where the runs are (default: runs)")
-    shows = runs.add_subparsers(metavar="")
-    show = shows.add_parser("show", help="show a run's parameters and metrics")
-    show.add_argument("run", help="a run's folder, or its name below --folder")
+    runs.add_commands(add("runs", "list the runs of a folder; show, compare or plot them", _runs))
     new = add("new", "write the skeleton of something new", _new)
     new.add_argument("kind", choices=["plugin"])
     new.add_argument("name", help="name of the plugin, e.g. weight-noise")
@@ -204,6 +212,13 @@ def _raised_by_user_code(error: BaseException) -> bool:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     return traceback is not None and not traceback.tb_frame.f_globals.get("__name__", "").startswith("hookline")
+
+
+def _door(options: argparse.Namespace) -> int:
+    from hookline.cli import launch
+
+    with logs.shown(options.log_level, launch.launched()[1]):
+        return _run_or_launch(options)
 
 
 def _run_or_launch(options: argparse.Namespace) -> int:
@@ -350,15 +365,8 @@ def _hooks(options: argparse.Namespace) -> int:
 
 
 def _runs(options: argparse.Namespace) -> int:
-    from hookline import records
-    from hookline.cli import runs
-
     try:
-        if getattr(options, "run", None) is None:
-            print(runs.render_runs(records.list_runs(Path(options.folder))))
-        else:
-            named = Path(options.run)
-            print(runs.render_run(records.read_run(named if named.is_dir() else Path(options.folder) / options.run)))
+        options.of_runs(options)
     except ValueError as error:
         raise UserError(error) from error
     return 0

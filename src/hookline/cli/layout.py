@@ -14,3 +14,14 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[
         for line in lines
     ]
     return ["  ".join(line).rstrip() for line in aligned]
+
+
+def shorten(text: str, width: int) -> str:
+    """Return a text on one line of at most so many columns."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def number(value: float) -> str:
+    """Return a number as people read it: five digits, integers whole."""
+    return str(value) if isinstance(value, int) else format(value, ".5g")

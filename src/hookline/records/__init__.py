@@ -6,13 +6,15 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 FILE = "metrics.jsonl"
 COUNTERS = ("step", "epoch", "batches", "samples", "seconds")
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What a line raises that is torn, or not of this format."""
 
 
 @dataclass
@@ -51,6 +53,8 @@ class Run:
     """One per step of training that logged, in order: its metrics by name, and `COUNTERS`."""
     evaluations: list[tuple[str, dict[str, float | int]]] = field(default_factory=list)
     """Stage and values of evaluations on their own."""
+    batches: dict[int, dict[str, float | int]] = field(default_factory=dict)
+    """What was told within validations (`report_loss_after_eval: false`), by batch of them: metrics, and `step`."""
     objects: list[dict[str, Any]] = field(default_factory=list)
     """What was logged and is no number, by `step` and `name`: a `text`, or the `type` of what was no text."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
@@ -61,13 +65,18 @@ class Run:
     seconds: float = 0.0
     """Time spent in all sessions."""
     totals: dict[str, int | None] = field(default_factory=dict)
+    plan: list[dict[str, Any]] = field(default_factory=list)
+    """Of the last training, for each hook that a plugin takes part in: `hook`, `kind`, `wrapped_by`, `done_by`."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """Seconds that each plugin that only watches took in the last training session, as told last."""
     unreadable: int = 0
     """Lines that could not be read: torn by a kill, or not of this format."""
 
     @property
     def val_loss(self) -> str:
         """The name under which this run logs the loss that its best values follow."""
-        return str((self.config.get("trainer") or {}).get("val_loss_metric_name", "val_loss"))
+        trainer = self.config.get("trainer")
+        return str(trainer.get("val_loss_metric_name", "val_loss") if isinstance(trainer, Mapping) else "val_loss")
 
     @property
     def best(self) -> dict[str, float | int] | None:
@@ -94,44 +103,90 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
             f"{str(folder)!r} holds no {FILE}: a run leaves a record only with the plugin jsonl; "
             "add `plugins: {jsonl: {}}` (from the distribution hookline-jsonl)"
         )
-    run, sessions, rows = Run(folder), dict[str, Session](), dict[int, dict[str, float | int]]()
+    run, sessions, rows = Run(folder), dict[str, Session](), _RowsByStep()
     for line in (folder / FILE).read_bytes().splitlines():
         try:
-            _take(run, sessions, rows, json.loads(line))
-        except (ValueError, TypeError, KeyError):
+            take(run, sessions, rows, json.loads(line))
+        except UNREADABLE:
             run.unreadable += 1
     run.rows = [rows[step] for step in sorted(rows)]
-    run.sessions = list(sessions.values())
-    run.seconds = sum(session.ended - session.began for session in run.sessions)
-    if run.sessions:
-        trainings = [session for session in run.sessions if session.stage == "train"]
-        last = (trainings or run.sessions)[-1]
-        run.began = min(session.began for session in run.sessions)
-        run.status, run.reason = last.status or _status_without_end(last), last.reason
+    sum_up(run, sessions)
     return run
 
 
-def _take(
-    run: Run, sessions: dict[str, Session], rows: dict[int, dict[str, float | int]], record: Mapping[str, Any]
-) -> None:
-    """Take in one line: what it tells of its session and of the run."""
-    event, name, moment = record["event"], record["session"], float(record["time"])
-    if event == "begin":
-        sessions[name] = _begin(run, record)
-    session = sessions.setdefault(name, Session("train", moment, moment, "", 0))  # its first line may be unreadable
+class Rows(Protocol):
+    """Takes what a training logs, by step."""
+
+    def drop_behind(self, step: int) -> None:
+        """Forget the steps behind one: they are done again."""
+
+    def put(self, step: int, counters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Keep values; later ones of the same step and name stand."""
+
+
+class _RowsByStep(dict[int, dict[str, float | int]]):
+    def drop_behind(self, step: int) -> None:
+        for behind in [known for known in self if known > step]:
+            del self[behind]
+
+    def put(self, step: int, counters: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        self[step] = {**self.get(step, {}), **metrics, **counters}
+
+
+def sum_up(run: Run, sessions: Mapping[str, Session]) -> None:
+    """Tell of a run what its sessions say together."""
+    run.sessions = list(sessions.values())
+    run.seconds = sum(session.ended - session.began for session in run.sessions)
+    if run.sessions:
+        last = last_training(run.sessions)
+        run.began = min(session.began for session in run.sessions)
+        run.status, run.reason = last.status or _status_without_end(last), last.reason
+
+
+def last_training(sessions: Sequence[Session]) -> Session:
+    """Return the last session that trained; where none did, the last."""
+    return ([session for session in sessions if session.stage == "train"] or sessions)[-1]
+
+
+def touch(run: Run, sessions: dict[str, Session], record: Mapping[str, Any]) -> Session:
+    """Take of a line only when it was and how far its training was, and return its session."""
+    moment = float(record["time"])
+    # Its first line may be unreadable.
+    session = sessions.setdefault(record["session"], Session("train", moment, moment, "", 0))
     session.ended = moment
+    if "step" in record:
+        if not isinstance(record["step"], int):
+            raise TypeError("a step is a whole number")
+        if session.stage == "train":
+            run.step = record["step"]
+    return session
+
+
+def take(run: Run, sessions: dict[str, Session], rows: Rows, record: Mapping[str, Any]) -> None:
+    """Take in one line: what it tells of its session and of the run.
+
+    Raises:
+        UNREADABLE: it is not of this format.
+    """
+    event = record["event"]
+    if event == "begin":
+        sessions[record["session"]] = _begin(run, record)
+    session = touch(run, sessions, record)
     if event == "train":
         begun = record["step"]
-        for step in [step for step in rows if step > begun]:
-            del rows[step]
+        rows.drop_behind(begun)
+        run.plan, run.cost = [_planned(row) for row in record.get("plan", ())], {}
         run.objects = [kept for kept in run.objects if kept["step"] <= begun]
         run.checkpoints = [kept for kept in run.checkpoints if kept["step"] <= begun]
-        run.totals = record["totals"]
+        run.batches = {batch: kept for batch, kept in run.batches.items() if kept["step"] <= begun}
+        run.totals = dict(record["totals"])
+    elif event == "batch":
+        run.batches[int(record["batch"])] = {**_metrics(record), "step": record["step"]}
     elif event == "log":
-        metrics = {name: float(value) if isinstance(value, str) else value for name, value in record["metrics"].items()}
+        metrics = _metrics(record)
         if session.stage == "train":
             counters = {name: record[name] for name in COUNTERS}
-            rows[record["step"]] = rows.get(record["step"], {}) | metrics | counters
+            rows.put(record["step"], counters, metrics)
         else:
             run.evaluations.append((session.stage, {"step": record["step"], **metrics}))
     elif event == "object":
@@ -139,17 +194,29 @@ def _take(
     elif event == "checkpoint":
         run.checkpoints.append({key: record[key] for key in ("step", "path", "kind")})
     elif event == "end":
-        session.status, session.reason = record["status"], record["reason"]
-    if session.stage == "train" and "step" in record:
-        run.step = record["step"]
+        session.status, session.reason = str(record["status"]), str(record["reason"])
+    if "cost" in record and session.stage == "train":
+        run.cost = {str(name): float(seconds) for name, seconds in record["cost"].items()}
+
+
+def _metrics(record: Mapping[str, Any]) -> dict[str, float | int]:
+    return {name: float(value) if isinstance(value, str) else value for name, value in record["metrics"].items()}
 
 
 def _begin(run: Run, record: Mapping[str, Any]) -> Session:
     """Take in the first line of a session; a later evaluation does not hide how the run was trained."""
-    if record["stage"] == "train" or (not run.sessions and not run.config):
-        run.config, run.command, run.revision = record["config"], record["command"], record["revision"]
-        run.versions = record["versions"]
-    return Session(record["stage"], record["time"], record["time"], record["host"], record["pid"])
+    moment, revision = float(record["time"]), record["revision"]
+    session = Session(str(record["stage"]), moment, moment, str(record["host"]), int(record["pid"]))
+    if session.stage == "train" or (not run.sessions and not run.config):
+        run.config, run.command = dict(record["config"]), [str(word) for word in record["command"]]
+        run.versions = {str(name): str(version) for name, version in record["versions"].items()}
+        run.revision = None if revision is None else str(revision)
+    return session
+
+
+def _planned(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = {name: [str(plugin) for plugin in row[name]] for name in ("wrapped_by", "done_by")}
+    return {"hook": str(row["hook"]), "kind": str(row["kind"]), **names}
 
 
 def _status_without_end(session: Session) -> str:
@@ -157,7 +224,7 @@ def _status_without_end(session: Session) -> str:
         return "unknown"
     try:
         os.kill(session.pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # it is gone, or was never one
         return "crashed"
     except PermissionError:
         pass  # it lives, under another user

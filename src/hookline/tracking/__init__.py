@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import queue
 import threading
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hookline.installed import name_of
+from hookline.installed import name_of, nearest
 from hookline.interfaces import CallbackInterface, Stage
 from hookline.marks import hookimpl
 from hookline.schedule import seconds
@@ -34,7 +35,7 @@ AXES = ("steps", "batches", "samples", "epochs", "seconds")
 WAITING = 1000  # calls that may wait for the thread; more are dropped
 FAILURES_ALLOWED = 3  # in a row, before a tracker is switched off
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.tracking")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Run:
     """Where on the axis it goes on: 0, or what was reached before it was cut."""
     id: str | None
     """What `start` answered when this run was tracked before; None where it is a new one."""
+    batch: int = 0
+    """How many validation batches were told of by `log_batch`, up to where it goes on."""
 
 
 @dataclass(eq=False)
@@ -64,7 +67,10 @@ class Tracker(CallbackInterface):
     """
 
     axis: str = "steps"
-    """What values are placed by: steps (of the optimizer), batches, samples, epochs or seconds."""
+    """What values are placed by: steps (of the optimizer), batches, samples, epochs or seconds; or the name of a value.
+
+    Each flush then lies at the last value that was logged by this name, such as a running total of tokens.
+    """
     close_timeout: str = "1 min"
     """How long the end of a run waits for what the service has not taken yet."""
 
@@ -72,11 +78,16 @@ class Tracker(CallbackInterface):
 
     def __post_init__(self) -> None:
         own = name_of(type(self))
-        if self.axis not in AXES:
-            raise ValueError(f"{own}.axis={self.axis!r} must be one of {', '.join(AXES)}")
+        near = nearest(self.axis, AXES)
+        if not self.axis or (self.axis not in AXES and near):
+            raise ValueError(
+                f"{own}.axis={self.axis!r} must be one of {', '.join(AXES)}, or the name of a logged value{near}"
+            )
         self.__patience = seconds(self.close_timeout, f"{own}.close_timeout")
         self.__clerk: _Clerk | None = None
         self.__config: Mapping[str, Any] = {}
+        self.__stage = Stage.TRAIN
+        self.__reached: float | None = None  # the last value of the name that `axis` is
 
     # What a tracker says of its service --------------------------------------------------
 
@@ -87,6 +98,9 @@ class Tracker(CallbackInterface):
     def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
         """Keep values by name at a place on the axis; they may be NaN or infinite."""
         raise NotImplementedError
+
+    def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
+        """Keep values of a validation under way, by the number of its batch in the run: an axis of their own."""
 
     def log_text(self, name: str, text: str, place: float) -> None:
         """Keep a text."""
@@ -120,7 +134,7 @@ class Tracker(CallbackInterface):
 
     @hookimpl
     def on_begin_run(self, trainer: Trainer, stage: Stage, config: Mapping[str, Any]) -> None:
-        self.__config = config
+        self.__config, self.__stage = config, stage
         if stage is not Stage.TRAIN:
             self.__begin(trainer, stage)
 
@@ -132,7 +146,8 @@ class Tracker(CallbackInterface):
         self.__end("failed")  # of a run whose end was never told
         note = trainer.run_dir / "trackers" / f"{trainer.plugins.get_name(self)}.json"
         before = json.loads(note.read_text())["id"] if trainer.options.resume and note.exists() else None
-        run = Run(trainer.run_dir.name, trainer.run_dir, self.__config, stage, self.__place(trainer), before)
+        place, batch = self.__place(trainer), trainer.counters.evaluation_batches
+        run = Run(trainer.run_dir.name, trainer.run_dir, self.__config, stage, place, before, batch)
 
         def start() -> None:
             identity = self.start(run)
@@ -153,14 +168,29 @@ class Tracker(CallbackInterface):
         if self.__clerk is not None:
             self.__clerk.wait(self.__patience)
 
+    def get_state(self) -> dict[str, Any]:
+        """Return where the run stands on an axis that is no counter; who overrides it adds this to his own."""
+        return {} if self.__reached is None else {"axis": self.axis, "place": self.__reached}
+
+    def update_state(self, state: dict[str, Any]) -> None:
+        """Take it back, where the axis is the same."""
+        self.__reached = state.get("place") if state.get("axis") == self.axis else None
+
     def __place(self, trainer: Trainer) -> float:
+        if self.axis not in AXES:
+            return self.__reached or 0
         counted: dict[str, float] = dict(zip(UNITS, snapshot(trainer.counters), strict=True))
         return counted[self.axis]
 
     @hookimpl
-    def on_log(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
         if self.__clerk is None:  # nothing was left to train, but something to tell
             self.__begin(trainer, trainer.stage)
+        if trainer.stage is not self.__stage:
+            self.__tell(self.log_batch, dict(metrics), global_step)
+            return
+        if self.axis not in AXES and math.isfinite(metrics.get(self.axis, math.nan)):
+            self.__reached = metrics[self.axis]
         self.__tell(self.log_metrics, dict(metrics), self.__place(trainer))
 
     @hookimpl
@@ -176,7 +206,12 @@ class Tracker(CallbackInterface):
             self.__tell(self.log_file, path.stem, path, self.__place(trainer))
 
     @hookimpl
-    def on_end_run(self, status: str) -> None:
+    def on_end_run(self, trainer: Trainer, stage: Stage, status: str) -> None:
+        if self.__clerk is not None and stage is Stage.TRAIN and self.axis not in AXES and self.__reached is None:
+            log.warning(
+                "%s.axis=%r: no value of this name was logged, so all values lie at 0; without one there are %s",
+                trainer.plugins.get_name(self), self.axis, ", ".join(AXES),
+            )  # fmt: skip
         self.__end(status)
 
     def __end(self, status: str) -> None:

@@ -14,7 +14,7 @@ from hookline_checkpoint.storage import CheckpointError
 
 T = TypeVar("T")
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.checkpoint")
 
 
 class Background(Generic[T]):

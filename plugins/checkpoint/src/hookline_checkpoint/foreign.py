@@ -33,7 +33,7 @@ CURE = (
     "it with unsafe=True (--unsafe), which runs the code that it holds"
 )
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.checkpoint")
 
 
 class ForeignError(ValueError):

@@ -24,7 +24,7 @@ from hookline_checkpoint.storage import leftover
 NAME = ".lock"
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.checkpoint")
 
 
 class LockedError(ValueError):

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import platform
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from hookline_checkpoint.storage import FOLDER, CheckpointError
 if TYPE_CHECKING:
     from hookline import Trainer
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.checkpoint")
 
 
 def cadences(given: Any) -> list[str]:
@@ -306,11 +307,13 @@ class Checkpoint(CallbackInterface):
 
     def _write(self, put: Callable[[], Path], reason: str) -> Path:
         """Write a checkpoint and remove what is not needed any more; in the background too, so ask nobody else."""
+        began = time.monotonic()
         path = put()
+        took = time.monotonic() - began
         self._good.add(path)
         if self._retention is not None:
             retain(path, self._retention, self._good)
-        log.info("saved %s (%s)", path, reason)
+        log.info("saved %s in %.2f s (%s)", path, took, reason)
         return path
 
     def _finish(self, trainer: Trainer, write: Callable[[], Path | None]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hookline_checkpoint.storage import CheckpointError, is_good, listed, read_manifest, remove
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.checkpoint")
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ FOLDER_MODE, FILE_MODE = 0o755, 0o644  # at most: nobody else may change a check
 T = TypeVar("T")
 Buffer = bytes | memoryview
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.checkpoint")
 
 
 class CheckpointError(ValueError):

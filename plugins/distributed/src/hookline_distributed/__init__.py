@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 
 UNEVEN = ("drop", "error", "pad", "join")
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.distributed")
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.fsdp")
 
 
 @dataclass(eq=False)

@@ -25,7 +25,7 @@ FOLDER = "models"
 VALID, TRAIN, ALWAYS = "best_valid_loss", "best_train_loss", "always"
 OFFERED = f'"{VALID}", "{TRAIN}", "best_<metric>" such as "best_val_accuracy", "{ALWAYS}", a list of them, or null'
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.model_saving")
 
 
 def policies(given: Any) -> list[str]:

@@ -31,7 +31,7 @@ EXIT_CODE = 124
 KILLED = "killed rank {rank} (process {pid} on {host}), which was stopped and could not have ended itself"
 MISSING = "no stacks came from rank {rank} (process {pid} on {host}): it is gone, or cannot run or reach this folder"
 
-log = logging.getLogger("hookline")
+log = logging.getLogger("hookline.watchdog")
 
 
 class Phase(NamedTuple):

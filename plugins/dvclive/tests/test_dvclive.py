@@ -1,0 +1,372 @@
+"""What DVCLive's files hold of real runs, read as its own readers do; also of one that was killed and gone on with."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from PIL import Image as Pictures
+
+from hookline import CallbackInterface, Stage, hookimpl
+from hookline.testing import Memory, TinyModule, digest, tiny_trainer
+from hookline.testing.faults import kill, run
+from hookline.tracking import Histogram, Image, Run, Table
+from hookline_dvclive import Dvclive
+
+
+class Kept:
+    """What the files of a run hold, the curves and the last values by DVCLive's own reader."""
+
+    def __init__(self, folder):
+        from dvclive.serialize import load_yaml
+        from dvclive.utils import parse_metrics
+
+        self.plots = folder / "plots"
+        files = types.SimpleNamespace(plots_dir=str(self.plots), metrics_file=str(folder / "metrics.json"))
+        history, self.last = parse_metrics(files)
+        self.curves = {
+            path.removeprefix(f"{self.plots}/metrics/").removesuffix(".tsv"): history[path] for path in history
+        }
+        self.params = load_yaml(str(folder / "params.yaml"))
+
+    def points(self, name):
+        return [(float(row["step"]), float(row[name.rpartition("/")[2]])) for row in self.curves[name]]
+
+    def plot(self, path):
+        return json.loads((self.plots / "custom" / path).read_text())
+
+    def image(self, path):
+        with Pictures.open(self.plots / "images" / path) as picture:
+            return picture.size, picture.getpixel((0, 0))
+
+
+def train(folder, *plugins, module=None, method="train", **options):
+    options = {"epochs": 1, "log_every": "1 steps"} | options
+    trainer = tiny_trainer(plugins, module, runs_folder=str(folder), **options)
+    getattr(trainer, method)()
+    return trainer
+
+
+class Recorder(CallbackInterface):
+    """Keeps what was logged by name."""
+
+    def __init__(self):
+        self.points = {}
+
+    @hookimpl
+    def on_log(self, metrics, global_step):
+        for name, value in metrics.items():
+            self.points.setdefault(name, []).append((global_step, value))
+
+
+# Options ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"report": "pdf"}, r"dvclive\.report='pdf' must be one of md, html, notebook, or null"),
+        ({"init": {"report": "md"}}, r"dvclive\.init: report is an option of the plugin itself, dvclive\.report"),
+        ({"init": {"monitor_system": True}}, r"dvclive\.init: monitor_system is not for you to set; .*plugin monitor"),
+        ({"exp_name": "x"}, r"dvclive: exp_name is about a repository of DVC: it needs dvclive\.save_dvc_exp=true"),
+        ({"init": {"dvcyaml": "dvc.yaml"}}, r"dvclive: dvcyaml is about a repository of DVC"),
+    ],
+)
+def test_options_that_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Dvclive(**options)
+
+
+def test_an_argument_that_the_sdk_does_not_take(tmp_path):
+    words = r"dvclive\.init: Live has no argument 'cache_image', did you mean 'cache_images'\?; it has dvcyaml, cache_i"
+    with pytest.raises(ValueError, match=words):
+        Dvclive(init={"cache_image": True}).start(Run("run-1", tmp_path, {}, Stage.TRAIN, 0, None))
+
+
+def test_without_dvclive_it_says_what_to_install(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "dvclive", None)
+    assert train(tmp_path, Dvclive()).status == "finished"
+    assert "`pip install 'dvclive>=3.49.1,<4' hydra-core==1.3.0`" in caplog.text
+
+
+# What is kept -------------------------------------------------------------------------
+
+
+class Shows(TinyModule):
+    """Logs one of each kind in the second step."""
+
+    def on_end_train_step(self, global_step, *outputs):
+        self.trainer.log_object("again", Image(torch.full((3, 4, 5), 10 * global_step)))
+        if global_step != 2:
+            return
+        self.trainer.log(
+            **{"nothing": math.nan, "much": -math.inf, "train_loss/b": 1.5, "../up": 2.5, "a/step": 3.5, "step": 4.5}
+        )
+        for name, value in {
+            "note": "a text",
+            "numbers": Histogram(torch.arange(10.0)),
+            "no number": Histogram(torch.full([3], math.nan)),
+            "../curve": drawn(),
+            "rows": Table(["name", "n"], [["a|b", 1], [None, math.pi], [self.trainer.run_dir, True]]),
+            "one": Table(["n"], [[1]]),
+        }.items():
+            self.trainer.log_object(name, value)
+
+
+def drawn():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2, 1), dpi=50)
+    FigureCanvasAgg(figure)
+    figure.subplots().plot([1, 2, 3])
+    return figure
+
+
+def test_all_that_is_logged_can_be_read_and_no_bit_changes(tmp_path):
+    recorder, before = Recorder(), dict(os.environ)
+    config = {"lr": 0.25, "net": {"sizes": [1, 2], "name": "x"}, "none": None}
+    trainer = train(tmp_path / "runs", Dvclive(), recorder, module=Shows(), config=config)
+    kept = Kept(trainer.run_dir / "dvclive")
+
+    renamed = {"../up": "up", "a/step": "a/step_", "step": "step_"}
+    expected = {renamed.get(name, name): points for name, points in recorder.points.items()}
+    odd = expected.pop("nothing")
+    assert {name: kept.points(name) for name in kept.curves if name != "nothing"} == expected
+    assert len(expected["train_loss"]) == 7
+    assert [step for step, value in kept.points("nothing") if math.isnan(value)] == [step for step, _ in odd] == [2]
+    assert kept.last["train_loss"] == expected["train_loss"][-1][1]
+    assert (kept.last["train_loss/b"], kept.last["much"], kept.last["nothing"]) == (1.5, "-inf", "nan")
+    assert (kept.last["step"], kept.last["status"]) == (7, "finished")
+    assert kept.params == config
+
+    assert [kept.image(f"again/{n}.png") for n in range(1, 8)] == [((5, 4), (10 * n,) * 3) for n in range(1, 8)]
+    assert kept.image("curve/2.png")[0] == (100, 50)
+    bins = kept.plot("numbers/2.json")
+    assert (len(bins), sum(bar["count"] for bar in bins), bins[0]["from"], bins[-1]["to"]) == (64, 10, 0, 9)
+    assert kept.plot("rows/2.json") == [
+        {"name": "a|b", "n": 1}, {"name": None, "n": math.pi}, {"name": str(trainer.run_dir), "n": True},
+    ]  # fmt: skip
+    assert kept.plot("one/2.json") == [{"n": 1}]
+    assert not (kept.plots / "custom" / "no number").exists()
+
+    assert sorted(path.name for path in trainer.run_dir.iterdir()) == ["dvclive", "trackers"]
+    assert dict(os.environ) == before
+    without = train(tmp_path / "without", module=Shows())
+    assert digest(trainer.module.state_dict()) == digest(without.module.state_dict())
+
+
+def test_validation_batches_other_axes_and_a_step_back(tmp_path):
+    tracker = Dvclive(axis="seconds")
+    tracker.start(Run("run-1", tmp_path, {}, Stage.TRAIN, 0, None))
+    for place in (0.5, 1.0, 2.5, 1.0):  # a state of before was put back
+        tracker.log_metrics({"a": place / 7}, place)
+    tracker.log_image("square", torch.zeros(2, 2, 3, dtype=torch.uint8).numpy(), 1.5)
+    for batch in (1, 2, 3, 2):
+        tracker.log_batch({"val_loss_batch/x": batch / 3}, batch)
+    tracker.finish("failed")
+    kept = Kept(tmp_path / "dvclive")
+    assert kept.points("a") == [(0.5, 0.5 / 7), (1, 1 / 7)]
+    assert kept.points("validation_batches/val_loss_batch/x") == [(1, 1 / 3), (2, 2 / 3)]
+    assert kept.image("square/1.5.png") == ((2, 2), (0, 0, 0))
+    assert (kept.last["step"], kept.last["status"]) == (1, "failed")
+
+
+SCRIPT = """
+import sys
+sys.addaudithook(lambda event, arguments: event == "socket.connect" and print(event, arguments))
+from hookline.testing import tiny_trainer
+from hookline_dvclive import Dvclive
+trainer = tiny_trainer([Dvclive()], runs_folder=sys.argv[1], epochs=1, log_every="1 steps")
+trainer.train()
+"""
+
+
+def test_it_writes_below_the_run_folder_alone_and_connects_nowhere(tmp_path):
+    home, place = tmp_path / "home", tmp_path / "place"
+    home.mkdir()
+    place.mkdir()
+    subprocess.run(["git", "init", "-q", str(place)], check=True)  # of which DVCLive would make one of DVC
+    before = sorted(place.rglob("*"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
+    environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", "DVC_STUDIO_TOKEN": "opensesame"}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(Kept(tmp_path / "runs" / "run-1" / "dvclive").points("train_loss")) == 7
+    assert [*home.rglob("*")] == []
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.plugins
+def test_no_secret_of_the_configuration_is_written(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "module: {_target_: hookline.testing.TinyModule}\n"
+        "trainer: {epochs: 1, train_batch_size: 8, device: cpu}\n"
+        "plugins: {dvclive: {}}\n"
+        "vars: {password: none, kept: in plain sight}\n"
+    )
+    command = [sys.executable, "-m", "hookline", "fit", "run.yaml", "vars.password=opensesame"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = [path.read_bytes() for path in (tmp_path / "runs" / "run-1").rglob("*") if path.is_file()]
+    assert any(b"in plain sight" in content for content in written)
+    assert not any(b"sesame" in content for content in written)
+
+
+# How it ends, and goes on -------------------------------------------------------------
+
+
+def test_a_run_that_failed_and_an_evaluation_beside_it(tmp_path):
+    class Fails(TinyModule):
+        def train_step(self, global_step, batch, device):
+            if global_step == 4:
+                raise ZeroDivisionError
+            return super().train_step(global_step, batch, device)
+
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path, Dvclive(), module=Fails())
+    kept = Kept(tmp_path / "run-1" / "dvclive")
+    assert kept.last["status"] == "failed"
+    assert [step for step, _ in kept.points("train_loss")] == [1, 2, 3]
+
+    trainer = train(tmp_path, Dvclive(), method="validate")
+    evaluation = Kept(trainer.run_dir / "dvclive-val")
+    assert evaluation.last["val_loss"] == trainer.metrics["val_loss"]
+    assert not (trainer.run_dir / "dvclive").exists()
+    assert not (trainer.run_dir / "trackers").exists()
+
+
+class Stores(CallbackInterface):
+    """Stores the state after step 4, and kills the process after step 9, when the values of step 8 are there."""
+
+    @hookimpl
+    def on_boundary(self, trainer, global_step):
+        if global_step == 4:
+            trainer.save("fourth")
+        if global_step == 9:
+            while "\n8\t" not in (trainer.run_dir / "dvclive" / "plots" / "metrics" / "train_loss.tsv").read_text():
+                pass
+            kill()
+
+    @hookimpl
+    def save(self, trainer):
+        state = trainer.hook.get_run_state(trainer=trainer)
+        if trainer.global_step == 4:  # with the state, all that stands before it is stored
+            kept = Kept(trainer.run_dir / "dvclive")
+            assert [step for step, _ in kept.points("train_loss")] == [1, 2, 3, 4]
+        torch.save(state, trainer.run_dir / "state.pt")
+        return True
+
+
+def until_killed(folder):
+    torch.set_num_threads(1)
+    train(folder, Dvclive(), Stores(), epochs=2, evaluate_every="3 steps")
+
+
+def test_a_run_that_was_killed_is_readable_and_goes_on_with_each_place_once(tmp_path):
+    killed = run(until_killed, tmp_path / "runs")
+    assert killed.code == -signal.SIGKILL, killed.output
+    folder = tmp_path / "runs" / "run-1"
+    with (folder / "dvclive" / "plots" / "metrics" / "train_loss.tsv").open() as file:
+        seen = [int(row["step"]) for row in csv.DictReader(file, delimiter="\t")]
+    assert seen == [*range(1, len(seen) + 1)]
+    assert len(seen) >= 8
+    with (folder / "dvclive" / "plots" / "metrics" / "train_loss.tsv").open("a") as file:
+        file.write("10\t0.")  # torn
+    (folder / "dvclive" / "metrics.json").write_text('{"torn": ')
+    (folder / "dvclive" / "params.yaml").write_text("torn: [")
+
+    state = torch.load(folder / "state.pt", weights_only=False)
+    options = {"epochs": 2, "evaluate_every": "3 steps"}
+    resumed = train(tmp_path / "runs", Dvclive(), Memory(state), **options, resume=str(folder))
+    assert len(resumed.module.seen) == 10
+    recorder = Recorder()
+    train(tmp_path / "whole", recorder, **options)
+    kept = Kept(folder / "dvclive")
+    assert {name: kept.points(name) for name in kept.curves} == recorder.points
+    assert (kept.last["step"], kept.last["status"]) == (14, "finished")
+
+
+def test_a_run_that_goes_on_keeps_last_values_and_drops_batches_behind(tmp_path):
+    first = Dvclive()
+    identity = first.start(Run("run-1", tmp_path, {"lr": 1}, Stage.TRAIN, 0, None))
+    first.log_metrics({"once": 1.0}, 1)
+    for batch in (1, 2, 3):
+        first.log_batch({"b": batch / 3}, batch)
+    first.log_metrics({"late": 1.0}, 5)
+    first.finish("preempted")
+    second = Dvclive()
+    second.start(Run("run-1", tmp_path, {"lr": 2}, Stage.TRAIN, 3, identity, batch=2))
+    second.log_metrics({"a": 1.0}, 4)
+    kept = Kept(tmp_path / "dvclive")
+    assert kept.points("validation_batches/b") == [(1, 1 / 3), (2, 2 / 3)]
+    assert "late" not in kept.curves
+    assert kept.last["once"] == 1.0
+    assert "status" not in kept.last
+    assert kept.params == {"lr": 2}
+
+
+# A repository of DVC, and reports -------------------------------------------------------
+
+EXPERIMENT = """
+import sys
+from pathlib import Path
+from hookline.testing import tiny_trainer
+from hookline_dvclive import Dvclive
+from hookline import CallbackInterface, hookimpl
+class Saves(CallbackInterface):
+    @hookimpl
+    def on_end_train(self, trainer):
+        path = trainer.run_dir / "best model"
+        path.mkdir()
+        (path / "model.bin").write_bytes(b"weights")
+        trainer.hook.on_checkpoint(trainer=trainer, path=path, kind="model")
+tracker = Dvclive(save_dvc_exp=True, exp_name="first", report="html", close_timeout="2 min")
+tiny_trainer([tracker, Saves()], runs_folder="runs", epochs=1, log_every="1 steps").train()
+"""
+
+
+@pytest.mark.slow
+def test_in_a_repository_models_are_tracked_and_the_run_is_an_experiment(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path), "DVC_STUDIO_OFFLINE": "true", "DVC_NO_ANALYTICS": "true"}
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def do(*command):
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    do("git", "init", "-q")
+    do("git", "config", "user.name", "n")
+    do("git", "config", "user.email", "n@example.org")
+    do(sys.executable, "-m", "dvc", "init", "-q")
+    do("git", "commit", "-q", "-m", "begin")
+    do(sys.executable, "-W", "ignore", "-c", EXPERIMENT)
+    assert do(sys.executable, "-m", "dvc", "exp", "list", "--name-only").split() == ["first"]
+    last = json.loads(do(sys.executable, "-m", "dvc", "metrics", "show", "--json"))
+    assert last[""]["data"]["runs/run-1/dvclive/metrics.json"]["data"]["status"] == "finished"
+    pointer = (place / "runs" / "run-1" / "best model.dvc").read_text()
+    assert "path: best model" in pointer
+    cached = [path.read_bytes() for path in (place / ".dvc" / "cache").rglob("*") if path.is_file()]
+    assert b"weights" in cached
+    assert "train_loss" in (place / "runs" / "run-1" / "dvclive" / "report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("report", ["md", "html"])
+def test_a_report_is_made_at_the_end(tmp_path, report):
+    code = (
+        "import sys; from hookline.testing import tiny_trainer; from hookline_dvclive import Dvclive\n"
+        "tiny_trainer([Dvclive(report=sys.argv[2])], runs_folder=sys.argv[1], epochs=1, log_every='1 steps').train()"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path), report], check=True)
+    assert "train_loss" in (tmp_path / "run-1" / "dvclive" / f"report.{report}").read_text()

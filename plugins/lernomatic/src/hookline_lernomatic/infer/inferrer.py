@@ -1,0 +1,46 @@
+"""Inference with a model from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hookline_lernomatic.model.common import LernomaticModel, model_from
+
+
+class Inferrer:
+    """Gives what a model makes of data, without gradients and in eval mode.
+
+    Args:
+        model: a model, unless `load_model` brings one.
+        device_id: of a CUDA device; -1 for the CPU.
+    """
+
+    def __init__(self, model: LernomaticModel | None = None, device_id: int = -1) -> None:
+        self.device = torch.device("cpu" if device_id < 0 else f"cuda:{device_id}")
+        self.model = model
+        if model is not None:
+            model.send_to(self.device)
+
+    def load_model(self, fname: str | Path) -> None:
+        """Take the model of a checkpoint that a trainer has saved.
+
+        Raises:
+            ValueError: its class may not be imported (`allow_import`), or is not there.
+        """
+        self.model = model_from(torch.load(fname, map_location="cpu", weights_only=True)["model"])
+        self.model.send_to(self.device)
+
+    def forward(self, X: torch.Tensor) -> Any:
+        """Return what the model makes of a batch.
+
+        Raises:
+            RuntimeError: there is no model yet.
+        """
+        if self.model is None:
+            raise RuntimeError("Inferrer has no model yet: call load_model(file), or give it one")
+        self.model.set_eval()
+        with torch.no_grad():
+            return self.model.forward(X.to(self.device))
