@@ -173,11 +173,11 @@ def render_runs(runs: Sequence[Run], width: int = PIPED) -> str:
     header = ["run", "status", "step", "best val loss", "at step", "duration", "revision", "started"]
     lines = table(header, [_summary(run) for run in runs], right=(2, 3, 4, 5))
     used = max(map(len, lines)) + 2
-    commands = ["command", *(shorten(_typed(run.command), max(width - used, 20)) for run in runs)]
+    commands = ["command", *(shorten(typed(run.command), max(width - used, 20)) for run in runs)]
     return "\n".join(line.ljust(used) + command for line, command in zip(lines, commands, strict=True))
 
 
-def _typed(command: Sequence[str]) -> str:
+def typed(command: Sequence[str]) -> str:
     """Return a command as it was typed: without the path of the interpreter, and of `hookline`."""
     words = list(command)
     if words[1:3] == ["-m", "hookline"]:

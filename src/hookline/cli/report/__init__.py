@@ -12,7 +12,6 @@ import ipaddress
 import json
 import math
 import os
-import shlex
 import socket
 import socketserver
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from hookline.cli.curves import is_validated, panel_of
+from hookline.cli.runs import typed
 from hookline.records import FILE, last_training
 from hookline.records.follow import Curves, Follower, Glance, thinned
 
@@ -178,7 +178,7 @@ def _summary(glance: Glance) -> dict[str, Any]:
         "seconds": run.seconds,
         "began": run.began,
         "revision": run.revision,
-        "command": shlex.join(run.command),
+        "command": typed(run.command),
         "complete": glance.complete,
     }
 
