@@ -96,14 +96,16 @@ VARIANTS = {  # options with which a plugin implements all of its hooks; one tha
     "limits": [{"overfit_batches": 3}],
     "metrics": [{"train": {"error": METRIC}, "val": {"error": METRIC}, "test": {"error": METRIC}}],
     "model_saving": [{"policy": ["best_valid_loss", "best_train_loss", "always"]}],
+    "monitor": [{"learning_rate": True, "grad_norm": True, "throughput": True, "plugin_time": True}],
     "progress": [{"force_terminal": True, "refresh": 1e-9}],
     "signals": [{"within_window": True}],
 }
 DOORS = ("train", "validate", "test", "predict")
 BEFORE_A_RUN = ("get_ranks", "get_share", "get_device", "adapt_module", "on_setup")
-ELSEWHERE = {  # methods that this run does not come to: they want other ranks, Ray, or a function that makes the module
+ELSEWHERE = {  # methods that this run does not come to: they want other ranks, Ray, or a module of a certain kind
     "distributed": {"get_mesh"},
     "fsdp": {"adapt_module"},
+    "monitor": {"update"},
     "ray": {"on_end_validation", "on_checkpoint"},
 }
 

@@ -247,19 +247,25 @@ class Hf(CallbackInterface):
 
     @hookimpl
     def on_setup(self, trainer: Trainer) -> None:
-        if not hasattr(getattr(trainer.module, "model", None), "save_pretrained"):
+        if not keeps(trainer.module):
             log.warning(
                 "hf has nothing to keep: a %s has no `model` of transformers, as a hookline_hf.HfModule has",
                 type(trainer.module).__name__,
             )
-            trainer.plugins.unregister(self)
 
     @hookimpl
     def on_end_train(self, trainer: Trainer) -> None:  # type: ignore[override]
+        module: Any = trainer.module
+        if not keeps(module):
+            return
         weights = trainer.export_model()  # all ranks may have to give their share
         if trainer.rank == 0:
-            module: Any = trainer.module
             kept = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
             module.model.save_pretrained(trainer.run_dir / self.folder, state_dict=kept)
             if (tokenizer := getattr(module, "tokenizer", None)) is not None:
                 tokenizer.save_pretrained(trainer.run_dir / self.folder)
+
+
+def keeps(module: Any) -> bool:
+    """Tell whether a module has a model of transformers."""
+    return hasattr(getattr(module, "model", None), "save_pretrained")

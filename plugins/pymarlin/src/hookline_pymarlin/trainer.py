@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,6 @@ class Trainer:
         if trainer_backend is not None:
             args = replace(args, backend=trainer_backend)
         self.args = args
-        logging.getLogger("hookline").setLevel(args.log_level)
         plugins = {"pymarlin": Pymarlin(), **args.plugins()}
         if checkpointer is not None:
             plugins["checkpoint"] = Checkpointed(checkpointer)
@@ -48,17 +48,30 @@ class Trainer:
 
     def train(self) -> None:
         """Train."""
-        self.core.train()
+        with self._logging():
+            self.core.train()
 
     def validate(self) -> Sequence[Any]:
         """Validate; return the collated outputs of the last loader."""
         kept = Outputs()
         self.core.plugins.register(kept, "outputs")
         try:
-            self.core.validate()
+            with self._logging():
+                self.core.validate()
         finally:
             self.core.plugins.unregister(kept)
         return kept.outputs
+
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Have hookline log from `args.log_level` on."""
+        logger = logging.getLogger("hookline")
+        before = logger.level
+        logger.setLevel(self.args.log_level)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
 
     def plan(self) -> list[dict[str, Any]]:
         """Return who does what in the run behind it, as `hookline plan` shows it."""

@@ -1,0 +1,233 @@
+"""The bridge: ACCMT's plain object as the module that the core trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline import ModuleInterface, Stage, Trainer, hookimpl, with_sampler
+from hookline_accmt import data
+from hookline_accmt.module import AcceleratorModule, check, step_of
+from hookline_accmt.status import StatusDict
+
+if TYPE_CHECKING:
+    from hookline_accmt.plugin import Accmt
+
+log = logging.getLogger("hookline.accmt")
+
+
+class Bridge(ModuleInterface):
+    """Owns the model of an `AcceleratorModule`, and asks that for all else.
+
+    Args:
+        user: the module.
+        accmt: what the run is told besides.
+        trainer: whose run it is.
+    """
+
+    def __init__(self, user: AcceleratorModule, accmt: Accmt, trainer: Trainer) -> None:
+        super().__init__()
+        check(user)
+        self.model = user.model
+        vars(user).pop("model", None)
+        user._bridge = self
+        self.user = user
+        self.accmt = accmt
+        self._place = accmt.place
+        user.status_dict = StatusDict(trainer, accmt.place)
+        user.device = trainer.device
+        step = step_of(user, "training_step")
+        assert step is not None
+        self._training_step: Callable[[Any], Any] = step
+        self._validation_step = step_of(user, "validation_step")
+        self._begun = 0  # what makes a place in the epoch of one in the run
+        self._loaders: dict[str, Any] = {}
+        self._told: set[str] = set()  # names of pairs that no metric has
+        if user.teacher is not None:
+            user.teacher.requires_grad_(False).eval().to(trainer.device)
+
+    def set_up(self, trainer: Trainer) -> None:
+        """Refuse data that are missing, or that nothing can be done with.
+
+        Raises:
+            TypeError: what is missing.
+        """
+        name = type(self.user).__name__
+        if self.accmt.made["train_dataset"] is None and not hasattr(self.user, "get_train_dataloader"):
+            raise TypeError(f"there is nothing to train on: give fit a train_dataset, or {name} get_train_dataloader()")
+        if self.has_validation and self._validation_step is None:
+            raise TypeError(f"there are validation data, and {name} has neither validation_step(batch) nor step(batch)")
+        if self.accmt.hyperparameters is None and not hasattr(self.user, "get_optimizer"):
+            raise TypeError(f"there is no optimizer: name one in hps, or give {name} get_optimizer()")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are data to validate on."""
+        return self.accmt.made["val_dataset"] is not None or hasattr(self.user, "get_validation_dataloader")
+
+    # Steps ----------------------------------------------------------------------------
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        """Take a batch through the module's `training_step`."""
+        place = self._place
+        place.epoch_step = self._begun + place.global_step
+        loss = self._training_step(batch)
+        place.global_step += 1
+        return loss
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> tuple[Any, ...]:
+        """Take a batch through the module's `validation_step`; return the loss, and pairs by name."""
+        assert self._validation_step is not None
+        answer = self._validation_step(batch)
+        if self.trainer.stage is Stage.VAL:
+            self._place.eval_global_step += 1
+        named = answer if isinstance(answer, Mapping) else {"loss": answer}
+        loss = named.get("loss")
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            raise TypeError(
+                f"{type(self.user).__name__}.validation_step must return the loss, a tensor of one element, or a "
+                f"dictionary with it under 'loss'; it returned {shown(answer)}"
+            )
+        loss, pairs = loss.reshape(()), {}
+        for name, value in named.items():
+            if isinstance(value, (tuple, list)) and len(value) == 2:
+                pairs[name] = tuple(value)
+            elif name != "loss":
+                try:
+                    self.trainer.log(**{f"val_{name}": value})
+                except TypeError as error:
+                    raise TypeError(
+                        f"validation_step returned a {type(value).__name__} for {name!r}; it must be a tuple "
+                        f"(predictions, references), or a number ({error})"
+                    ) from None
+        self._tell_of_metrics(pairs)
+        return loss, pairs
+
+    def _tell_of_metrics(self, pairs: Mapping[str, Any]) -> None:
+        """Say once of each pair for which there is no metric."""
+        unknown = {*pairs} - self._told
+        if not unknown:
+            return
+        self._told |= unknown
+        metrics = self.trainer.plugins.get_plugin("metrics")
+        known = {} if metrics is None else {**getattr(metrics, "val", {}), **self.get_metrics(Stage.VAL)}
+        for name in sorted(unknown - {*known}):
+            log.warning(
+                "validation_step returns predictions and references for %r, and no metric has this name, so they are "
+                "dropped: answer one in %s.get_metrics(), or name it in the plugin metrics",
+                name, type(self.user).__name__,
+            )  # fmt: skip
+
+    def get_metrics(self, stage: Stage) -> Any:
+        """Return the module's metrics of what its `validation_step` returns pairs for."""
+        return self.user.get_metrics() if stage is Stage.VAL and hasattr(self.user, "get_metrics") else {}
+
+    # Data -----------------------------------------------------------------------------
+
+    def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
+        """Return the module's own loader, or one of the dataset."""
+        given, accmt = self._own_loader("get_train_dataloader", sampler), self.accmt
+        dataset, samplers = accmt.made["train_dataset"], accmt.made["sampler"]
+        if given is not None:
+            return given
+        return data.loader(dataset, batch_size, sampler, accmt.shuffle_train, samplers, **self._loading())
+
+    def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
+        """Return the module's own loader, or one of the dataset; None where there is neither."""
+        given, dataset = self._own_loader("get_validation_dataloader", sampler), self.accmt.made["val_dataset"]
+        if given is not None or dataset is None:
+            return given
+        return data.loader(dataset, batch_size, sampler, self.accmt.shuffle_validation, **self._loading())
+
+    def _own_loader(self, name: str, sampler: Any) -> Any:
+        """Return what a method of the module gives, which is asked once."""
+        if not hasattr(self.user, name):
+            return None
+        if name not in self._loaders:
+            self._loaders[name] = getattr(self.user, name)()
+        return with_sampler(self._loaders[name], sampler)
+
+    def _loading(self) -> dict[str, Any]:
+        accmt = self.accmt
+        return {
+            "collate_fn": getattr(self.user, "collate_fn", accmt.made["collate_fn"]),
+            "num_workers": accmt.dataloader_num_workers,
+            "pin_memory": accmt.dataloader_pin_memory and self.trainer.device.type == "cuda",
+        }
+
+    # Optimizers -----------------------------------------------------------------------
+
+    def get_optimizers_schedulers(
+        self, estimated_global_steps_per_epoch: int | None, epochs: int
+    ) -> tuple[Iterable[torch.optim.Optimizer], Iterable[Any]]:
+        """Return the module's own, or those of the hyperparameters."""
+        hps, user = self.accmt.hyperparameters, self.user
+        optimizer = user.get_optimizer() if hasattr(user, "get_optimizer") else None
+        if optimizer is None:
+            if hps is None:
+                raise TypeError(f"{type(user).__name__}.get_optimizer() gave None, and hps names no optimizer")
+            optimizer = hps.make_optimizer(self.model.parameters(), self.trainer.device)
+        scheduler = None
+        if hasattr(user, "get_scheduler"):
+            scheduler = user.get_scheduler(optimizer, estimated_global_steps_per_epoch, epochs)
+        if scheduler is None and hps is not None:
+            scheduler = hps.make_scheduler(optimizer, estimated_global_steps_per_epoch, epochs)
+        if not self.accmt.set_to_none:
+            clear = optimizer.zero_grad
+            optimizer.zero_grad = lambda set_to_none=False: clear(set_to_none=set_to_none)  # type: ignore[method-assign]
+        return [optimizer], [] if scheduler is None else [scheduler]
+
+    # What is heard --------------------------------------------------------------------
+
+    @hookimpl
+    def on_begin_train(self, trainer: Trainer) -> None:
+        for name in self.accmt.zeroed:  # gradients of zero are no gradients that are not there
+            parameter = self.get_parameter(name)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.accmt.zeroed = []
+
+    def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
+        """Say which epoch it is, and where in it the run is."""
+        trainer, place = self.trainer, self._place
+        begun = trainer.position + len(trainer.begun)
+        place.global_step = trainer.counters.batches + len(trainer.begun)
+        self._begun = begun - place.global_step
+        place.epoch, place.skip_batches = epoch, begun
+
+    @hookimpl(wrapper=True)
+    def save(self, trainer: Trainer) -> Generator[None, bool, bool]:
+        stored = yield
+        if stored:
+            self._place.skip_batches = trainer.position
+        return stored
+
+    @hookimpl(wrapper=True)
+    def compile_model(self, trainer: Trainer, model: torch.nn.Module) -> Generator[None, Any, Any]:
+        compiled = yield
+        if self.user.teacher is not None and not isinstance(model, _Held):
+            trainer.hook.compile_model(trainer=trainer, model=_Held(self.user.teacher))
+        return compiled
+
+    @hookimpl(wrapper=True)
+    def export_model(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        weights = yield
+        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def shown(answer: Any) -> str:
+    """Return what an answer is, in short."""
+    if isinstance(answer, torch.Tensor):
+        return f"a tensor of shape {tuple(answer.shape)}"
+    return f"{answer!r:.80}" if isinstance(answer, Mapping) else f"a {type(answer).__name__}"
+
+
+class _Held(torch.nn.Module):
+    """A model to be compiled beside the one that is trained."""
+
+    def __init__(self, teacher: torch.nn.Module) -> None:
+        super().__init__()
+        self.teacher = teacher
