@@ -66,7 +66,7 @@ def trackers(session: nox.Session) -> None:
     The browser is the machine's: chromium and chromedriver. Without them, what needs them is left out.
     """
     session.install("mlflow==3.17.2", "-r", "requirements-dev.txt")  # the whole one can serve
-    names = ("aim", "clearml", "comet", "csv", "dvclive", "mlflow", "tensorboard", "wandb")
+    names = ("accmt", "aim", "clearml", "comet", "csv", "dvclive", "mlflow", "tensorboard", "wandb")
     tests = [
         "tests/test_report.py",
         "tests/test_tracking.py",
@@ -74,6 +74,13 @@ def trackers(session: nox.Session) -> None:
         *(f"plugins/{name}/tests" for name in names),
     ]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
+
+
+@nox.session
+def lightning(session: nox.Session) -> None:
+    """Train the demo modules of the real Lightning, here and by its own trainer, to the same losses."""
+    session.install("lightning==2.6.6", "-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "0", "plugins/lightning/tests/test_package.py", "-m", "slow", *session.posargs)
 
 
 @nox.session

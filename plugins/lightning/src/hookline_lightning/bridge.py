@@ -1,0 +1,444 @@
+"""A module of today's Lightning as a module of the core."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import types
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+import hookline
+from hookline import ModuleInterface, Stage, with_sampler
+from hookline_lightning.configure import SchedulerConfig, read_optimizers
+from hookline_lightning.module import DOORS, Doors, LightningModule
+from hookline_lightning.view import View
+
+log = logging.getLogger("hookline.lightning")
+
+BASES = (  # what stands in classes of these modules is nobody's override
+    "torch.nn", "hookline_lightning.module", "hookline_lightning.early",
+    "lightning.pytorch.core", "lightning.fabric", "pytorch_lightning.core",
+    "lightning.pytorch.callbacks.callback", "pytorch_lightning.callbacks.callback", "lightning_fabric",
+)  # fmt: skip
+WORDS = {Stage.TRAIN: "fit", Stage.VAL: "validate", Stage.TEST: "test", Stage.PREDICT: "predict"}
+LONG = {Stage.TRAIN: "train", Stage.VAL: "validation", Stage.TEST: "test", Stage.PREDICT: "predict"}
+OWN_WORDS = ("over", "reduce", "sync", "prog")  # keywords of Trainer.log
+
+
+def overridden(thing: Any, name: str) -> Callable[..., Any] | None:
+    """Return a method that the user has written, or None."""
+    if name in vars(thing):
+        return getattr(thing, name)  # type: ignore[no-any-return]
+    for kind in type(thing).__mro__:
+        if name in vars(kind):
+            return None if kind is object or kind.__module__.startswith(BASES) else getattr(thing, name)
+    return None
+
+
+@functools.cache
+def room(function: Callable[..., Any]) -> int:
+    """Return how many positional arguments a plain function or method takes."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        return sys.maxsize
+    return sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters)
+
+
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call with as many of the arguments as the function takes."""
+    plain = getattr(function, "__func__", None)
+    taken = room(function) if plain is None else room(plain) - 1
+    return function(*arguments[:taken])
+
+
+def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """Return a loss of zero that depends on each of these parameters."""
+    return torch.stack([one.flatten()[:0].sum() for one in parameters if one.requires_grad]).sum()
+
+
+def without_graph(returned: Any) -> Any:
+    """Return what a step did, detached."""
+    if isinstance(returned, Mapping):
+        return {key: without_graph(value) for key, value in returned.items()}
+    return returned.detach() if isinstance(returned, torch.Tensor) else returned
+
+
+class Held:
+    """What a step of an evaluation returned: no output that the run would take for a loss."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Bridge(ModuleInterface):
+    """A module of today's Lightning.
+
+    Args:
+        module: the user's.
+        core: the run.
+    """
+
+    def __init__(self, module: torch.nn.Module, core: hookline.Trainer) -> None:
+        super().__init__()
+        self.module: Any = module
+        self.view = View(core, self)
+        self.word = "fit"
+        self.configs: list[SchedulerConfig] = []
+        self.loaders: dict[Stage, Any] = {}
+        self.index = 0  # of the batch under way: in training within its window
+        self.batch_idx = self.loader_idx = 0
+        self.skipped = False
+        self.between = False  # whether a hook of a beginning or an end is called, where self.log is of the epoch
+        self.lossless = False  # whether a manual optimisation tells no loss
+        self.forked: set[str] = set()  # names of an epoch, of what is logged of steps and of the epoch
+        self.hidden: set[str] = set()
+        self.epoch_metrics: dict[str, Any] = {}  # objects of torchmetrics that were logged
+        self.window: list[tuple[Any, Any, int]] = []
+        self.listeners: dict[str, list[Callable[..., Any]]] = {}
+        self._wrapped: list[LightningOptimizer] = []
+        self._toggled: dict[torch.nn.Parameter, bool] | None = None
+        for one in module.modules():
+            if one is module or isinstance(one, LightningModule) or hasattr(type(one), "automatic_optimization"):
+                self._attach(one)
+
+    def _attach(self, module: Any) -> None:
+        """Give a module the doors to the run, in the place of those that the real package has."""
+        module._trainer = self.view
+        if isinstance(module, LightningModule):
+            return
+        for name in DOORS:
+            if overridden(module, name) is None:
+                setattr(module, name, types.MethodType(getattr(Doors, name), module))
+        if not hasattr(type(module), "trainer"):
+            module.trainer = self.view
+
+    @property
+    def manual(self) -> bool:
+        """Whether the module steps its optimizers itself."""
+        return not getattr(self.module, "automatic_optimization", True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = super().__getstate__()
+        return {**kept, "loaders": {}, "listeners": {}, "window": [], "_wrapped": [], "configs": []}
+
+    # Steps ----------------------------------------------------------------------------
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        """Return the loss of a batch."""
+        index = self.trainer.position + self.index
+        for listener in self.listeners.get("on_train_batch_start", ()):
+            if listener(batch, index) == -1:
+                raise ValueError(
+                    "on_train_batch_start returned -1, which ends an epoch early: this is not here; limit the epoch "
+                    "(limit_train_batches), or ask for the end by self.trainer.should_stop = True"
+                )
+        returned = call(self.module.training_step, batch, index)
+        if "on_train_batch_end" in self.listeners:
+            self.window.append((without_graph(returned), batch, index))
+        loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+        if self.manual:
+            return () if loss is None else loss
+        if loss is None:
+            if isinstance(returned, Mapping):
+                raise ValueError(f"training_step returned a mapping without 'loss'; it has {', '.join(returned)}")
+            if self.trainer.shares > 1:
+                raise ValueError(
+                    "training_step returned None, which skips a batch; with several processes one would skip and "
+                    "others not: return a loss of zero that depends on the parameters"
+                )
+            self.skipped = self.index == 0 or self.skipped
+            return zero_loss(self.module.parameters())
+        self.skipped = False
+        return loss
+
+    def _evaluation_step(self, name: str, batch: Any) -> Any:
+        index, loader = self.batch_idx, self.loader_idx
+        self.batch_idx += 1
+        stage = LONG[self.trainer.stage]
+        self.tell(f"on_{stage}_batch_start", batch, index, loader)
+        step = overridden(self.module, name)
+        return self.module(batch) if step is None else call(step, batch, index, loader)
+
+    def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        """Return what `validation_step` does, none of it a loss of the run."""
+        return (Held(self._evaluation_step("validation_step", batch)),)
+
+    def test_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        """Return what `test_step` does, none of it a loss of the run."""
+        return (Held(self._evaluation_step("test_step", batch)),)
+
+    def predict_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        """Return what `predict_step` does, or `forward` where there is none."""
+        return self._evaluation_step("predict_step", batch)
+
+    # Data -----------------------------------------------------------------------------
+
+    def ask_for_loaders(self, stage: Stage) -> Any:
+        """Return what the data module, else the module, has for a stage; asked once."""
+        if stage not in self.loaders:
+            word = "val" if stage is Stage.VAL else LONG[stage]
+            step = {Stage.VAL: "validation_step", Stage.TEST: "test_step"}.get(stage)
+            asked = None
+            if step is None or overridden(self.module, step):
+                for source in (self.view.datamodule, self.module):
+                    if source is not None and (ask := overridden(source, f"{word}_dataloader")):
+                        asked = ask()
+                        break
+            self.loaders[stage] = asked
+        return self.loaders[stage]
+
+    def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
+        """Return the user's loader, its order the run's."""
+        loader = self.ask_for_loaders(Stage.TRAIN)
+        if loader is None:
+            raise ValueError(
+                f"{type(self.module).__name__} has no train_dataloader(), and no data module or loader is given"
+            )
+        if isinstance(loader, (list, tuple, Mapping)):
+            raise ValueError(
+                f"train_dataloader() returned a {type(loader).__name__} of loaders, and one is wanted: put them into "
+                "one data set, or return one iterable over all of them (lightning's CombinedLoader is one)"
+            )
+        return with_sampler(loader, sampler)
+
+    def _evaluation_loaders(self, stage: Stage, sampler: type) -> Any:
+        asked = self.ask_for_loaders(stage)
+        if asked is None:
+            return None
+        if isinstance(asked, (list, tuple)):
+            asked = {f"dataloader_idx_{number}": loader for number, loader in enumerate(asked)}
+        if not isinstance(asked, Mapping):
+            asked = {"default": asked}
+        elif len(asked) == 1:
+            asked = {"default": next(iter(asked.values()))}
+        return {key: with_sampler(loader, sampler) for key, loader in asked.items()}
+
+    def get_val_dataloaders(self, sampler: type, batch_size: int) -> Any:
+        """Return the user's loaders."""
+        return self._evaluation_loaders(Stage.VAL, sampler)
+
+    def get_test_dataloaders(self, sampler: type, batch_size: int) -> Any:
+        """Return the user's loaders."""
+        return self._evaluation_loaders(Stage.TEST, sampler)
+
+    def get_predict_dataloaders(self, sampler: type, batch_size: int) -> Any:
+        """Return the user's loaders."""
+        return self._evaluation_loaders(Stage.PREDICT, sampler)
+
+    # Optimizers -----------------------------------------------------------------------
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int | None, epochs: int) -> Any:
+        """Return what `configure_optimizers` answers, with one that does nothing where it answers None."""
+        name = type(self.module).__name__
+        optimizers, self.configs = read_optimizers(self.module.configure_optimizers())
+        if not optimizers:
+            log.warning("%s.configure_optimizers() returned none: no weight will move but by its own hand", name)
+            optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)]
+        if len(optimizers) > 1 and not self.manual:
+            raise ValueError(
+                f"{name}.configure_optimizers() returned {len(optimizers)} optimizers, and nobody knows which of them "
+                "steps when: set self.automatic_optimization = False in __init__ and step them in training_step"
+            )
+        self._wrapped = [LightningOptimizer(one, self) for one in optimizers]
+        plain = [(one.scheduler, one.interval) for one in self.configs if not one.reduce_on_plateau]
+        return optimizers, plain + [(one.scheduler, "validation") for one in self.configs if one.reduce_on_plateau]
+
+    def wrapped(self) -> list[LightningOptimizer]:
+        """Return the optimizers as `self.optimizers()` shows them."""
+        return self._wrapped
+
+    def backward(self, loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        """Compute gradients in manual optimisation."""
+        core = self.trainer
+        if not self.manual:
+            raise RuntimeError("manual_backward needs self.automatic_optimization = False in __init__")
+        if not arguments and not options:
+            core.hook.run_backward(trainer=core, loss=loss)
+        elif core.plugins.performers("run_backward"):
+            (other,) = core.plugins.performers("run_backward")
+            raise ValueError(
+                f"manual_backward(loss, {', '.join(options) or '…'}): the plugin {other} does backward in a way of its "
+                "own, and takes the loss alone"
+            )
+        else:
+            self.tell("on_before_backward", loss)
+            loss.backward(*arguments, **options)  # type: ignore[no-untyped-call]
+        core.hook.on_end_backward(trainer=core, global_step=core.global_step, loss_tensor=loss)
+
+    def toggle(self, optimizer: Any) -> None:
+        """Have only the parameters of one optimizer require gradients."""
+        if self._toggled is not None:
+            raise RuntimeError("toggle_optimizer is called twice; call untoggle_optimizer between")
+        groups = [group for one in self.trainer.optimizers for group in one.param_groups]
+        self._toggled = {one: one.requires_grad for group in groups for one in group["params"]}
+        own = {one for group in optimizer.param_groups for one in group["params"]}
+        for parameter in self._toggled:
+            if parameter not in own:
+                parameter.requires_grad_(False)
+
+    def untoggle(self) -> None:
+        """Have parameters require gradients as they did."""
+        for parameter, required in (self._toggled or {}).items():
+            parameter.requires_grad_(required)
+        self._toggled = None
+
+    # Telling and logging --------------------------------------------------------------
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        """Call an event's listeners: callbacks, then the module."""
+        for listener in self.listeners.get(event, ()):
+            listener(*arguments)
+
+    def tell_between(self, event: str, *arguments: Any) -> None:
+        """Tell an event of a beginning or an end: what is logged in it is of the epoch."""
+        self.between = True
+        try:
+            self.tell(event, *arguments)
+        finally:
+            self.between = False
+
+    def take(
+        self, name: str, value: Any, *, prog_bar: bool, logger: bool | None, on_step: bool | None,
+        on_epoch: bool | None, reduce_fx: Any, sync: bool, with_key: bool, first_rank: bool,
+    ) -> None:  # fmt: skip
+        """Log a value as `self.log` means it."""
+        core = self.trainer
+        if first_rank and core.rank:
+            return
+        reduce = getattr(reduce_fx, "__name__", reduce_fx)
+        if reduce not in ("mean", "sum", "min", "max"):
+            raise ValueError(f"self.log({name!r}, reduce_fx={reduce_fx!r}): must be mean, sum, min or max")
+        if name in OWN_WORDS:
+            raise ValueError(f"self.log({name!r}): this name is a word of the run's own; take another")
+        training = core.stage is Stage.TRAIN
+        on_step = (training and not self.between) if on_step is None else on_step
+        on_epoch = not (training and not self.between) if on_epoch is None else on_epoch
+        names = (f"{name}_step", f"{name}_epoch") if on_step and on_epoch else (name, name)
+        if names[0] != names[1]:
+            self.forked.add(names[1])
+        if logger is False and not prog_bar:
+            self.hidden.update(names)
+        options: dict[str, Any] = {"prog": prog_bar, "sync": sync}
+        if not training:
+            if on_step or on_epoch:
+                with self.without_key() if not with_key else nullcontext():
+                    self._take_over_epoch(names[bool(on_epoch)], value, reduce, options)
+            return
+        own = core.options.train_loss_metric_name  # the run logs the loss itself under this name
+        if on_step and names[0] != own:
+            shown = getattr(value, "_forward_cache", None) if is_metric(value) else value
+            if shown is not None:
+                core.log(**options, **{names[0]: shown})
+        if on_epoch and names[1] != f"{own}_epoch":
+            self._take_over_epoch(names[1], value, reduce, options)
+
+    def _take_over_epoch(self, name: str, value: Any, reduce: str, options: dict[str, Any]) -> None:
+        if is_metric(value):
+            self.epoch_metrics[name + self.trainer.log_suffix] = (name, value, options)
+        else:
+            over = "epoch" if self.trainer.stage is Stage.TRAIN else "interval"
+            self.trainer.log(over=over, reduce=reduce, **options, **{name: value})
+
+    @contextmanager
+    def without_key(self) -> Generator[None, None, None]:
+        """Have no loader's key in the names of what is logged within."""
+        suffix, self.trainer.log_suffix = self.trainer.log_suffix, ""
+        try:
+            yield
+        finally:
+            self.trainer.log_suffix = suffix
+
+    def log_epoch_metrics(self) -> None:
+        """Log the objects of torchmetrics that were logged, and reset them."""
+        metrics, self.epoch_metrics = self.epoch_metrics, {}
+        over = "epoch" if self.trainer.stage is Stage.TRAIN else "interval"
+        for full_name, (name, metric, options) in metrics.items():
+            with nullcontext() if full_name != name else self.without_key():
+                self.trainer.log(over=over, **options, **{name: metric.compute()})
+        for metric in {id(metric): metric for _, metric, _ in metrics.values()}.values():
+            metric.reset()
+
+
+def is_metric(value: Any) -> bool:
+    """Tell whether a value is an object of torchmetrics."""
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
+
+
+class LightningOptimizer:
+    """An optimizer whose `step` goes through the gates of the run."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, bridge: Bridge) -> None:
+        self.optimizer = optimizer
+        self._bridge = bridge
+        self.stepped = False
+        """Whether it has stepped since the batch began."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Of the optimizer, for `isinstance`."""
+        return type(self.optimizer)
+
+    def step(self, closure: Any = None, **options: Any) -> None:
+        """Step, with the gradients averaged over ranks: gates, clipping and the scaler come with it.
+
+        The gradients stay as they are; clear them by `zero_grad`.
+        """
+        if options:
+            raise TypeError(f"step() takes a closure alone, not {', '.join(options)}")
+        core = self._bridge.trainer
+        if closure is not None:
+            closure = self._averaging(closure)
+        self._average()
+        gradients = {
+            one: one.grad
+            for other in core.optimizers
+            for group in other.param_groups
+            for one in group["params"]
+            if closure is None or other is not self.optimizer
+        }
+        core.step([self.optimizer], closure)  # it clears the gradients of all
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        self.stepped = True
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Generator[None, None, None]:
+        """Have only the parameters of this optimizer require gradients within."""
+        self._bridge.toggle(self.optimizer)
+        try:
+            yield
+        finally:
+            self._bridge.untoggle()
+
+    def _averaging(self, closure: Any) -> Any:
+        def run() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._average()
+            return loss
+
+        return run
+
+    def _average(self) -> None:
+        """Give each gradient its mean over ranks."""
+        core = self._bridge.trainer
+        if core.shares == 1:
+            return
+        groups = self.optimizer.param_groups
+        found = [one.grad for group in groups for one in group["params"] if one.grad is not None]
+        if not found:
+            return
+        whole = torch.cat([one.flatten() for one in found])
+        whole = core.hook.all_reduce(trainer=core, value=whole, op="sum") / core.shares
+        for gradient, part in zip(found, whole.split([one.numel() for one in found]), strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -1,0 +1,123 @@
+"""Which events of Lightning's modules and callbacks are told, and which are not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hookline_lightning.bridge import Bridge, call, overridden
+
+STAGED = [
+    f"on_{stage}_{event}"
+    for stage in ("validation", "test", "predict")
+    for event in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
+]
+BOTH = [
+    "setup", "teardown", "on_fit_start", "on_fit_end", "on_train_start", "on_train_end",
+    "on_train_epoch_start", "on_train_epoch_end", "on_train_batch_start", "on_train_batch_end", *STAGED,
+    "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad",
+    "on_save_checkpoint", "on_load_checkpoint",
+]  # fmt: skip
+OF_CALLBACKS = [*BOTH, "on_sanity_check_start", "on_sanity_check_end", "on_exception"]
+OF_MODULES = [
+    *BOTH, "on_before_batch_transfer", "on_after_batch_transfer",
+    "on_validation_model_eval", "on_validation_model_train", "on_test_model_eval", "on_test_model_train",
+    "on_predict_model_eval", "on_predict_model_train", "on_validation_model_zero_grad",
+]  # fmt: skip
+SEPARATELY = ("setup", "teardown", "on_save_checkpoint", "on_load_checkpoint", "on_exception")  # told by the plugin
+LONG_STEPS = {  # event: the hook in which it is told
+    "on_before_backward": "run_backward",
+    "on_after_backward": "on_end_backward",
+    "on_before_optimizer_step": "on_begin_optimizer_step",
+    "on_before_zero_grad": "on_end_optimizer_step",
+    "on_train_batch_end": "on_end_train_step",
+}
+MODES = "the run sets modes before and after each evaluation, and puts every submodule back to what it was"
+REFUSED = {  # methods of modules, and why
+    "on_validation_model_eval": MODES, "on_validation_model_train": MODES, "on_test_model_eval": MODES,
+    "on_test_model_train": MODES, "on_predict_model_eval": MODES, "on_predict_model_train": MODES,
+    "on_validation_model_zero_grad": "the run clears gradients behind each step",
+    "optimizer_zero_grad": "the run clears gradients behind each step",
+    "configure_sharded_model": "it is gone from Lightning; write configure_model",
+    "training_step_end": "it is gone from Lightning; do it in training_step",
+    "validation_step_end": "it is gone from Lightning; do it in validation_step",
+    "training_epoch_end": "it is gone from Lightning; keep outputs yourself and use on_train_epoch_end",
+    "validation_epoch_end": "it is gone from Lightning; keep outputs yourself and use on_validation_epoch_end",
+    "test_epoch_end": "it is gone from Lightning; keep outputs yourself and use on_test_epoch_end",
+    "predict_epoch_end": "it is gone from Lightning; keep outputs yourself and use on_predict_epoch_end",
+    "tbptt_split_batch": "it is gone from Lightning; split the batch in training_step",
+}  # fmt: skip
+OWN = {  # callbacks of the real package that reach into its trainer, and what does the same here
+    "ModelCheckpoint": "the plugin checkpoint (every, keep_best, monitor, mode) or model_saving",
+    "OnExceptionCheckpoint": "the plugin guard",
+    "LearningRateMonitor": "the plugin monitor with learning_rate: true",
+    "DeviceStatsMonitor": "the plugin monitor with gpu_utilization and cpu_utilization",
+    "ThroughputMonitor": "the plugin monitor with throughput: true",
+    "TQDMProgressBar": "the plugin progress",
+    "RichProgressBar": "the plugin progress",
+    "ProgressBar": "the plugin progress",
+    "GradientAccumulationScheduler": "the plugin accumulate, whose window is the same all along",
+    "StochasticWeightAveraging": "the plugin ema",
+    "WeightAveraging": "the plugin ema",
+    "EMAWeightAveraging": "the plugin ema",
+    "ModelSummary": "nothing: print the module",
+    "RichModelSummary": "nothing: print the module",
+    "ModelPruning": "nothing",
+    "BatchSizeFinder": "nothing",
+    "LearningRateFinder": "nothing",
+    "SpikeDetection": "the plugin finite or guard",
+    "Timer": "the option max_time",
+}
+
+
+def refuse_unheard(bridge: Bridge, callbacks: Iterable[Any]) -> None:
+    """Refuse what the user has written and nobody would call.
+
+    Raises:
+        ValueError: a method of the module or of a callback, by name.
+    """
+    module = bridge.module
+    for name, why in REFUSED.items():
+        if overridden(module, name):
+            raise ValueError(f"{type(module).__name__}.{name}() is not called here: {why}")
+    for callback in callbacks:
+        for kind in type(callback).__mro__:
+            if kind.__module__.startswith(("lightning.pytorch", "pytorch_lightning")) and kind.__name__ in OWN:
+                raise ValueError(
+                    f"the callback {type(callback).__name__} reaches into Lightning's own trainer; here it is "
+                    f"{OWN[kind.__name__]}"
+                )
+    for thing, known in [(module, OF_MODULES), *((callback, OF_CALLBACKS) for callback in callbacks)]:
+        for name in dir(type(thing)):
+            if name.startswith("on_") and name not in known and callable(overridden(thing, name)):
+                near = difflib.get_close_matches(name, known, 1)
+                raise ValueError(
+                    f"{type(thing).__name__}.{name}() is no event that is told here"
+                    f"{f' (did you mean {near[0]!r}?)' if near else ''}; name it otherwise if it is none"
+                )
+
+
+def listeners(bridge: Bridge, callbacks: Iterable[Any]) -> dict[str, list[Callable[..., Any]]]:
+    """Return who hears which event: callbacks in their order, then the module.
+
+    Callbacks that look at a value (`monitor`) hear the end of a training epoch when its values are known.
+    """
+    found: dict[str, list[Callable[..., Any]]] = {}
+    for callback in callbacks:
+        for name in OF_CALLBACKS:
+            if name not in SEPARATELY and (method := overridden(callback, name)):
+                late = name == "on_train_epoch_end" and hasattr(callback, "monitor")
+                found.setdefault(f"{name} late" if late else name, []).append(_bound(method, bridge))
+    for name in OF_MODULES:
+        if name not in SEPARATELY and (method := overridden(bridge.module, name)):
+            found.setdefault(name, []).append(_trimmed(method))
+    return found
+
+
+def _bound(method: Callable[..., Any], bridge: Bridge) -> Callable[..., Any]:
+    return lambda *arguments: call(method, bridge.view, bridge.module, *arguments)
+
+
+def _trimmed(method: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: call(method, *arguments)

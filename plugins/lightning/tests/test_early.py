@@ -1,0 +1,439 @@
+"""Programs for Lightning's first year run here: those of its document, with its loaders, outputs, hooks and state."""
+
+import signal
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+import hookline
+from hookline import CallbackInterface, ModuleInterface
+from hookline.records import read_run
+from hookline.testing import digest, hand_written_loop, run_ranks
+from hookline.testing.faults import PRELOADED, at_hook, kill, run
+from hookline_lightning import HyperOptArgumentParser, early
+
+PRELOADED += ["hookline_lightning"]
+pytestmark = pytest.mark.plugins
+
+
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+
+# Programs -----------------------------------------------------------------------------
+
+
+class Pictures(Dataset):
+    """Stands for MNIST: random pictures of its shape."""
+
+    def __init__(self, train):
+        generator = torch.Generator().manual_seed(int(train))
+        number = 48 if train else 20
+        self.x = torch.randn(number, 28 * 28, generator=generator)
+        self.y = (self.x[:, :4].sum(dim=1) > 0).long()
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index], index
+
+
+class Template(early.LightningModule):
+    """The examples of the document put together; `Adam` has parameters, and `loss_val` is the loss."""
+
+    def __init__(self, hparams):
+        super().__init__(hparams)
+        torch.manual_seed(3)
+        self.c_d1 = nn.Linear(hparams.in_features, hparams.hidden_dim)
+        self.c_d1_drop = nn.Dropout(hparams.drop_prob)
+        self.c_d2 = nn.Linear(hparams.hidden_dim, hparams.out_features)
+        self.seen, self.places, self.asked = [], [], 0
+
+    def forward(self, x):
+        return self.c_d2(self.c_d1_drop(torch.tanh(self.c_d1(x))))
+
+    def loss(self, out, y):
+        return functional.cross_entropy(out, y)
+
+    def training_step(self, data_batch, batch_nb):
+        x, y, _z = data_batch
+        self.places.append((self.current_epoch, batch_nb, self.global_step))
+        out = self.forward(x)
+        loss = self.loss(out, y)
+        output = {
+            'loss': loss,  # required
+            'prog': {'tng_loss': loss, 'batch_nb': batch_nb}  # optional
+        }  # fmt: skip
+        return output
+
+    def validation_step(self, data_batch, batch_nb):
+        x, y, z = data_batch
+        out = self.forward(x)
+        loss_val = self.loss(out, y)
+        labels_hat = torch.argmax(out, dim=1)
+        val_acc = torch.sum(y == labels_hat).item() / (len(y) * 1.0)
+        return OrderedDict({"val_loss": loss_val, "val_acc": torch.tensor(val_acc), "first": z[0]})
+
+    def validation_end(self, outputs):
+        self.seen.append([output["first"].item() for output in outputs])
+        val_loss_mean = 0
+        val_acc_mean = 0
+        for output in outputs:
+            val_loss_mean += output["val_loss"]
+            val_acc_mean += output["val_acc"]
+        val_loss_mean /= len(outputs)
+        val_acc_mean /= len(outputs)
+        return {"val_loss": val_loss_mean.item(), "val_acc": val_acc_mean.item()}
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.parameters(), lr=self.hparams.learning_rate)]
+
+    def get_save_dict(self):
+        return {"state_dict": self.state_dict(), "epoch": "mine", "places": len(self.places)}
+
+    def load_model_specific(self, checkpoint):
+        self.load_state_dict(checkpoint["state_dict"])
+        self.given = {name: checkpoint[name] for name in ("epoch", "global_step", "places")}
+        checkpoint.clear()
+
+    @property
+    def tng_dataloader(self):
+        if self._tng_dataloader is None:
+            try:
+                self.asked += 1
+                dataset = Pictures(train=True)
+                loader = torch.utils.data.DataLoader(dataset=dataset, batch_size=self.hparams.batch_size, shuffle=True)
+                self._tng_dataloader = loader
+            except Exception as e:
+                raise e
+        return self._tng_dataloader
+
+    @property
+    def val_dataloader(self):  # not kept: made anew each time that it is asked for
+        self.asked += 1
+        return DataLoader(dataset=Pictures(train=False), batch_size=self.hparams.batch_size)
+
+    @property
+    def test_dataloader(self):
+        return DataLoader(dataset=Pictures(train=False), batch_size=5)
+
+    def update_tng_log_metrics(self, logs):
+        logs["twice"] = 2 * logs.get("tng_loss", 0.0)
+        return logs
+
+    @staticmethod
+    def add_model_specific_args(parent_parser, root_dir):
+        parser = HyperOptArgumentParser(strategy=parent_parser.strategy, parents=[parent_parser])
+        parser.opt_list("--drop_prob", default=0.2, options=[0.2, 0.5], type=float, tunable=False)
+        parser.add_argument("--in_features", default=28 * 28)
+        parser.add_argument("--out_features", default=10)
+        parser.add_argument("--hidden_dim", default=16)
+        parser.opt_list(
+            "--learning_rate", default=0.01, type=float, options=[0.0001, 0.0005, 0.001, 0.005], tunable=False
+        )
+        parser.opt_list("--batch_size", default=256, type=int, options=[32, 64, 128, 256], tunable=False)
+        parser.opt_list("--optimizer_name", default="adam", type=str, options=["adam"], tunable=False)
+        return parser  # fmt: skip
+
+
+def hparams(*arguments):
+    parent = HyperOptArgumentParser(strategy="grid_search", description="a program")
+    parent.add_argument("--gpus", default=None)
+    return Template.add_model_specific_args(parent, "root").parse_args(["--batch_size", "8", *arguments])
+
+
+class Pair(early.LightningModule):
+    """Two optimizers, means of `validation_step` by sample, no hooks at all; it answers its loss alone."""
+
+    def __init__(self, hparams=None):
+        super().__init__(hparams)
+        torch.manual_seed(3)
+        self.generator, self.discriminator = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.data = points()
+
+    def training_step(self, data_batch, batch_nb):
+        inputs, labels = data_batch
+        return functional.cross_entropy(self.discriminator(torch.relu(self.generator(inputs))), labels)
+
+    def validation_step(self, data_batch, batch_nb):
+        if batch_nb == 1:
+            return None
+        loss = self.training_step(data_batch, batch_nb)
+        return {"val_loss": loss, "samples": float(len(data_batch[0]))}
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.SGD(self.generator.parameters(), lr=0.1),
+            torch.optim.SGD(self.discriminator.parameters(), lr=0.2),
+        ]
+
+    @property
+    def tng_dataloader(self):
+        return DataLoader(self.data, 8, shuffle=True)
+
+    @property
+    def val_dataloader(self):
+        return DataLoader(self.data, 14)
+
+
+def points(number=40):
+    inputs = torch.randn(number, 6, generator=torch.Generator().manual_seed(1))
+    return TensorDataset(inputs, (inputs.sum(dim=1) > 0).long())
+
+
+class Regression(Pair):
+    """One optimizer that is in no list; `tqdm_metrics`; metrics of `validation_end` may be none."""
+
+    def training_step(self, data_batch, batch_nb):
+        loss = super().training_step(data_batch, batch_nb)
+        return {"loss": loss, "tqdm_metrics": {"root": loss.detach().sqrt(), "train_loss": loss}}
+
+    def validation_step(self, data_batch, batch_nb):
+        return {"val_loss": super().training_step(data_batch, batch_nb)}
+
+    def validation_end(self, outputs):
+        self.ended = len(outputs)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(module, plugins=None, **options):
+    options = {"epochs": 2, "log_every": "1 steps"} | options
+    trainer = hookline.Trainer(module, {"lightning": {}, "jsonl": {}, **(plugins or {})}, **options)
+    trainer.train()
+    return trainer
+
+
+def test_the_examples_of_the_document_train():
+    module = Template(hparams())
+    trainer = hookline.Trainer(module, {"lightning": {}, "jsonl": {}}, epochs=2, log_every="1 steps")
+    assert module.asked == 0  # nothing is read of it before there is a run
+    trainer.train()
+    assert module.asked == 2
+    assert trainer.options.train_batch_size == 8
+    assert module.places == [(epoch, number, 6 * epoch + number + 1) for epoch in (0, 1) for number in range(6)]
+    assert module.seen == [[0, 8, 16]] * 2
+    rows = read_run("runs/run-1").rows
+    assert [row["batch_nb"] for row in rows] == [*range(6)] * 2
+    assert [row["twice"] == 2 * row["tng_loss"] for row in rows][:5] == [True] * 5
+    assert rows[0]["tng_loss"] == rows[0]["train_loss"]
+    assert set(trainer.metrics) == {"val_loss", "val_acc"}
+    assert set(trainer.test()) == {"val_loss", "val_acc"}
+    assert module.seen[-1] == [0, 5, 10, 15]
+
+
+def test_batches_are_counted_within_a_window_too():
+    module = Template(hparams())
+    trainer = train(module, {"accumulate": {"steps": 4}}, epochs=1)
+    assert trainer.global_step == 2
+    assert module.places == [(0, number, number + 1) for number in range(6)]
+
+
+def test_two_optimizers_step_after_one_backward_and_validation_is_a_mean_by_sample():
+    module = Pair()
+    before = digest(module.state_dict())
+    trainer = train(module)
+    assert digest(module.state_dict()) != before
+    assert trainer.metrics["samples"] == pytest.approx((14 * 14 + 12 * 12) / 26)  # 14, none, 12
+    with torch.no_grad():
+        of_batches = [module.training_step(batch, 0).item() for batch in DataLoader(points(), 14)]
+    assert trainer.metrics["val_loss"] == pytest.approx((14 * of_batches[0] + 12 * of_batches[2]) / 26)
+
+
+def test_older_words_and_no_metrics_are_taken():
+    module = Regression()
+    trainer = train(module)
+    assert module.ended == 3
+    assert trainer.metrics == {}
+    rows = read_run("runs/run-1").rows
+    assert rows[0]["root"] == pytest.approx(rows[0]["train_loss"] ** 0.5)
+
+
+# The same bits ------------------------------------------------------------------------
+
+
+class ByHand(ModuleInterface):
+    """The modules above, ported to the core's contract."""
+
+    def __init__(self, module, data):
+        super().__init__()
+        self.module, self.data = module, data
+
+    def train_step(self, global_step, batch, device):
+        if isinstance(self.module, Template):
+            return self.module.loss(self.module(batch[0]), batch[1])
+        return Pair.training_step(self.module, batch, 0)
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return DataLoader(self.data, batch_size, sampler=sampler(self.data))
+
+    def get_optimizers_schedulers(self, steps_per_epoch, epochs):
+        made = self.module.configure_optimizers()
+        return made if isinstance(made, list) else [made], []
+
+
+class Losses(CallbackInterface):
+    def __init__(self):
+        self.losses = []
+
+    def on_end_train_step(self, global_step, loss):
+        self.losses += loss.tolist()
+
+
+PROGRAMS = {
+    "template": (lambda: Template(hparams()), lambda: Pictures(train=True)),
+    "pair": (Pair, points),
+    "regression": (Regression, points),
+}
+
+
+@pytest.mark.parametrize("name", list(PROGRAMS))
+def test_the_losses_are_those_of_the_module_ported_by_hand(name):
+    make, data = PROGRAMS[name]
+    losses, ours, theirs = Losses(), make(), ByHand(make(), data())
+    train(ours, {"losses": losses})
+    assert losses.losses == hand_written_loop(theirs, epochs=2)
+    assert digest(ours.state_dict()) == digest(theirs.module.state_dict())
+
+
+def fit(name, run_name, *faults, resume=False, ranks=False):
+    module = PROGRAMS[name][0]()
+    plugins = {f"fault{number}": fault for number, fault in enumerate(faults)}
+    plugins |= {"checkpoint": {"every": "2 steps"}, **({"ddp": {}} if ranks else {})}
+    trainer = train(module, plugins, run_name=run_name, resume=resume)
+    return digest(module.state_dict()), trainer.metrics, getattr(module, "given", None)
+
+
+def cut_short(name):
+    fit(name, "cut", at_hook("on_end_backward", kill, nth=8))
+
+
+@pytest.mark.parametrize("name", list(PROGRAMS))
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(name):
+    assert run(cut_short, name).code == -signal.SIGKILL
+    whole, cut = fit(name, "whole"), fit(name, "cut", resume=True)
+    assert cut[:2] == whole[:2]
+    if name == "template":  # its own section came back, with the place in the run in the place of its own word
+        assert cut[2] == {"epoch": 1, "global_step": 6, "places": 6}
+
+
+def test_what_comes_back_is_a_copy():
+    module = Template(hparams())
+    trainer = hookline.Trainer(module, {"lightning": {}})
+    state = {"lightning": {"saved": {**module.get_save_dict(), "places": 1}, "place": {"epoch": 2, "global_step": 3}}}
+    before = digest(state)
+    module.load_model_specific = lambda checkpoint: checkpoint["state_dict"]["c_d1.weight"].zero_()
+    trainer.plugins.receive(state)
+    assert digest(state) == before
+
+
+def two_ranks(name, run_name, resume=False):
+    torch.set_num_threads(1)
+    module = PROGRAMS[name][0]()
+    trainer = train(module, {"checkpoint": {"every": "2 steps"}, "ddp": {}}, run_name=run_name, resume=resume)
+    return digest(module.state_dict()), trainer.metrics, getattr(module, "seen", None)
+
+
+def two_ranks_until_killed(name):
+    torch.set_num_threads(1)
+    fit(name, "cut", at_hook("on_end_backward", kill, nth=5), ranks=True)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(
+    "name", ["template", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pair", "regression"))]
+)
+def test_two_ranks_see_all_outputs_and_go_on_after_a_kill(name):
+    whole = run_ranks(two_ranks, 2, name, "whole")
+    assert [outcome.code for outcome in whole] == [0, 0], whole[0].output
+    assert whole[0].value == whole[1].value
+    if name == "template":  # two batches of 8 and 2 of each rank, of which the first have every other sample
+        assert whole[0].value[2][-1] == [0, 1, 16, 17]
+    assert all(outcome.code != 0 for outcome in run_ranks(two_ranks_until_killed, 2, name))
+    cut = run_ranks(two_ranks, 2, name, "cut", True)
+    assert [outcome.value[:2] for outcome in cut] == [outcome.value[:2] for outcome in whole], cut[0].output
+
+
+# Bad input ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "answer", "error", "words"),
+    [
+        (
+            "training_step",
+            {"los": 1},
+            ValueError,
+            "training_step must return a mapping with 'loss', .* mapping with los",
+        ),
+        ("training_step", 1.0, ValueError, "Template.training_step must return .*; it returned float"),
+        ("validation_step", 1.0, TypeError, "validation_step must return a mapping or None; it returned a float"),
+        ("validation_end", 1.0, TypeError, "validation_end must return a mapping or None; it returned a float"),
+        ("get_save_dict", None, TypeError, "get_save_dict must return a mapping; it returned a NoneType"),
+        (
+            "update_tng_log_metrics",
+            None,
+            TypeError,
+            "update_tng_log_metrics must return a dict; it returned a NoneType",
+        ),
+    ],
+)
+def test_answers_that_cannot_be(method, answer, error, words, monkeypatch):
+    monkeypatch.setattr(Template, method, lambda *_: answer)
+    with pytest.raises(error, match=words):
+        train(Template(hparams()), {"checkpoint": {}})
+
+
+def test_an_error_in_validation_is_raised_and_leaves_gradients_on(monkeypatch):
+    def fail(self, outputs):
+        raise RuntimeError("of the user's")
+
+    monkeypatch.setattr(Template, "validation_end", fail)
+    with pytest.raises(RuntimeError, match="of the user's"):
+        train(Template(hparams()))
+    assert torch.is_grad_enabled()
+
+
+def test_a_module_with_no_base_of_lightnings_is_known_by_its_loader():
+    class Free(nn.Module):
+        training_step, configure_optimizers = Pair.training_step, Regression.configure_optimizers
+        tng_dataloader = Pair.tng_dataloader
+
+        def __init__(self):
+            super().__init__()
+            self.generator, self.discriminator, self.data = nn.Linear(6, 6), nn.Linear(6, 2), points()
+
+    module = Free()
+    train(module, epochs=1)
+    assert (module.current_epoch, module.global_step) == (0, 5)
+
+
+def test_a_hook_that_nobody_calls_is_refused(monkeypatch):
+    monkeypatch.setattr(Pair, "on_batch_end", lambda self: None, raising=False)
+    with pytest.raises(ValueError, match=r"Pair.on_batch_end\(\) is not called here: hooks of the first year"):
+        train(Pair())
+
+
+def test_a_module_without_a_training_loader():
+    class Bare(early.LightningModule):
+        def training_step(self, data_batch, batch_nb):
+            return None
+
+    with pytest.raises(NotImplementedError, match="Bare has no property tng_dataloader"):
+        train(Bare(SimpleNamespace()))
+
+
+def test_freezing():
+    module = Pair()
+    module.freeze()
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    module.unfreeze()
+    assert all(parameter.requires_grad for parameter in module.parameters())
