@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
 import shlex
@@ -90,11 +91,15 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.syspath_prepend(str(tmp_path))
-    modules = set(sys.modules)
+    modules, loggers = set(sys.modules), [logging.getLogger(), logging.getLogger("hookline")]
+    kept = [(logger, logger.level, [*logger.handlers]) for logger in loggers]
     yield tmp_path
     for name in set(sys.modules) - modules:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
+    for logger, level, handlers in kept:
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 # Code ---------------------------------------------------------------------------------

@@ -102,6 +102,7 @@ VARIANTS = {  # options with which a plugin implements all of its hooks; one tha
 }
 DOORS = ("train", "validate", "test", "predict")
 BEFORE_A_RUN = ("get_ranks", "get_share", "get_device", "adapt_module", "on_setup")
+SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services; csv is a tracker, too
 ELSEWHERE = {  # methods that this run does not come to: they want other ranks, Ray, or a module of a certain kind
     "distributed": {"get_mesh"},
     "fsdp": {"adapt_module"},
@@ -186,7 +187,7 @@ def trainer_with(name, plugin, folder, *, error_for=None):
     return tiny_trainer(plugins, Module(), **options), ends
 
 
-@pytest.mark.parametrize("name", installed())
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in installed()])
 def test_f5_each_hook_of_each_plugin_raises(name, cut_run, tmp_path, monkeypatch, quiet, caplog):
     own = load(name)
     numbers, missed = itertools.count(), marked(own) - ELSEWHERE.get(name, set())

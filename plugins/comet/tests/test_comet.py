@@ -515,7 +515,8 @@ def test_without_a_key_it_says_what_to_do(tmp_path, caplog):
     assert re.search(r"it could not start: .* API key\..*COMET_API_KEY", said)
 
 
-@pytest.mark.parametrize("answers", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["closed", "silent"])
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [False, True], ids=["closed", "silent"])
 def test_a_server_that_is_gone_does_not_hold_training_up(tmp_path, caplog, monkeypatch, answers):
     with socket.create_server(("127.0.0.1", 0)) if answers else socket.socket() as server:
         if not answers:

@@ -285,6 +285,7 @@ class Stores(CallbackInterface):
         return True
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_without_a_point_lost_or_doubled(tmp_path):
     home = tmp_path / "home"
     home.mkdir()

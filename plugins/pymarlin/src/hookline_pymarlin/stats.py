@@ -58,9 +58,10 @@ class Stats:
 
     @property
     def _trainer(self) -> Core:
-        if not self._trainers:
+        under_way = [trainer for trainer in self._trainers if trainer.status == "running"]
+        if not under_way:
             raise RuntimeError("stats are logged in a run: there is none under way in this process")
-        return self._trainers[-1]
+        return under_way[-1]
 
 
 global_stats = Stats()
