@@ -153,20 +153,32 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits():
     assert fit("cut", resume=True) == fit("whole")
 
 
-def on_a_rank():
+def on_a_rank(name="ranks", *faults, **options):
     torch.set_num_threads(1)
     module = make()
-    trainer = train(module, {"ddp": {}, "hf": {}}, epochs=1)
+    given = {f"fault{number}": fault for number, fault in enumerate(faults)}
+    plugins = {"ddp": {}, "hf": {}, "checkpoint": {"every": "2 steps"}, **given}
+    trainer = train(module, plugins, epochs=1, run_name=name, **options)
     kept = make(model=str(trainer.run_dir / "pretrained")) if trainer.rank == 0 else module
     return digest(module.model.state_dict()), digest(kept.model.state_dict()), trainer.metrics
 
 
+def on_a_rank_until_killed():
+    on_a_rank("cut", at_hook("on_end_backward", kill, nth=4))
+
+
+def on_a_rank_again():
+    return on_a_rank("cut", resume=True)
+
+
 @pytest.mark.plugins
 @pytest.mark.xdist_group("ranks")
-def test_two_ranks_train_one_model():
+def test_two_ranks_train_one_model_and_go_on_after_a_kill():
     one, other = [outcome.value for outcome in run_ranks(on_a_rank, 2)]
     assert one == other
     assert one[0] == one[1]
+    assert all(outcome.code != 0 for outcome in run_ranks(on_a_rank_until_killed, 2))
+    assert [outcome.value for outcome in run_ranks(on_a_rank_again, 2)] == [one, one]
 
 
 def test_texts_of_several_lengths_are_padded_and_classified(tmp_path):
