@@ -1004,3 +1004,48 @@ def test_with_several_ranks_a_batch_counts_as_a_full_one():
     alone = tiny_trainer(epochs=1)
     alone.train()
     assert alone.counters.samples == 50
+
+
+# An epoch of the user's own ---------------------------------------------------------------
+
+
+class OwnEpoch(TinyModule):
+    """Takes its steps itself, and counts them."""
+
+    @hookimpl
+    def train_epoch(self, trainer, batches):
+        (optimizer,) = trainer.optimizers
+        for batch in batches:
+            optimizer.zero_grad()
+            self.train_step(trainer.global_step + 1, batch, trainer.device)[0].backward()
+            optimizer.step()
+            trainer.counters.global_step += 1
+            trainer.position += 1
+            if not trainer.settle(counted=True):
+                return False
+        return True
+
+
+def test_who_counts_steps_himself_settles_each():
+    class Stops(Diary):
+        @hookimpl
+        def on_boundary(self, trainer, global_step):
+            self.told.append(f"boundary {global_step}")
+            if global_step == 10:
+                trainer.stop("enough")
+
+    stops, memory = Stops(), Memory(every="4 steps")
+    trainer = tiny_trainer([stops, memory], OwnEpoch())
+    trainer.train()
+    first = [f"boundary {step}" for step in range(1, 8)]
+    assert stops.told == [
+        *first,
+        "validation 7",
+        "epoch 0",
+        "boundary 7",
+        *(f"boundary {n}" for n in (8, 9, 10)),
+        "end 10",
+    ]
+    assert (trainer.status, trainer.epoch, trainer.position) == ("stopped", 1, 3)
+    assert sorted(memory.states) == [4, 8, 10]
+    assert memory.states[10]["trainer"]["cursor"]["consumed"] == 24

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hookline.config import instantiate as instantiate
     from hookline.data import count_samples as count_samples
     from hookline.data import with_sampler as with_sampler
+    from hookline.installed import nearest as nearest
     from hookline.interfaces import CallbackInterface as CallbackInterface
     from hookline.interfaces import ModuleInterface as ModuleInterface
     from hookline.interfaces import Stage as Stage
@@ -40,6 +41,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "hookimpl": "marks",
     "hookspecs": "hookspecs",
     "instantiate": "config",
+    "nearest": "installed",
     "records": "records",
     "seconds": "schedule",
     "set_seed": "state",

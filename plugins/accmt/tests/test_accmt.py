@@ -871,11 +871,11 @@ def test_trackers_are_led_to_servers():
 
 
 def test_a_slip_in_an_argument_names_the_nearest():
-    with pytest.raises(TypeError, match=r"Trainer has no 'clip_grads' \(did you mean 'clip_grad'\?\)"):
+    with pytest.raises(TypeError, match=r"Trainer has no 'clip_grads', did you mean 'clip_grad'"):
         made(clip_grads=1)
-    with pytest.raises(TypeError, match=r"Trainer has no 'flush_sec' \(did you mean 'flush_secs'\?\)"):
+    with pytest.raises(TypeError, match=r"Trainer has no 'flush_sec', did you mean 'flush_secs'"):
         made(log_with=TensorBoard, flush_sec=1)
-    with pytest.raises(TypeError, match=r"Trainer has no 'tag' \(did you mean 'tags'\?\)"):
+    with pytest.raises(TypeError, match=r"Trainer has no 'tag', did you mean 'tags'"):
         made(log_with=[TensorBoard, MLFlow], tag={})
     with pytest.raises(TypeError, match="log_with='wandb' is no tracker; there are TensorBoard, WandB"):
         made(log_with="wandb")
@@ -987,19 +987,19 @@ def test_optimizers_by_name(name):
     [
         ("gone.yaml", ValueError, "hps_config='gone.yaml' cannot be read: No such file"),
         (3, TypeError, "hps_config is a int; give a path"),
-        ({"epoch": 3}, TypeError, r"hps_config has no 'epoch' \(did you mean 'epochs'\?\)"),
+        ({"epoch": 3}, TypeError, r"hps_config has no 'epoch', did you mean 'epochs'"),
         ({"epochs": 0}, ValueError, "epochs=0 must be a whole number, at least 1"),
         ({"epochs": "two"}, ValueError, "epochs='two' must be a whole number"),
         ({"batch_size": [1, 2, 3]}, ValueError, "must be one number, or two"),
         ({"optim": {"lr": 1}}, ValueError, "optim needs a type, as in"),
-        ({"optim": "Adamw"}, ValueError, r"optim has no 'Adamw' \(did you mean 'AdamW'\?\)"),
+        ({"optim": "Adamw"}, ValueError, r"optim has no 'Adamw', did you mean 'AdamW'"),
         ({"optim": "LBFGS"}, ValueError, "optim has no 'LBFGS'"),
         (
             {"optim": {"type": "SGD", "momentun": 1}},
             TypeError,
-            r"SGD has no 'momentun' \(did you mean 'momentum'",
+            r"SGD has no 'momentun', did you mean 'momentum'",
         ),
-        ({"scheduler": "Linear"}, ValueError, r"scheduler has no 'Linear' \(did you mean 'LinearLR'\?\)"),
+        ({"scheduler": "Linear"}, ValueError, r"scheduler has no 'Linear', did you mean 'LinearLR'"),
         ({"scheduler": {"type": "StepLR", "size": 1}}, TypeError, "scheduler StepLR has no 'size'"),
         (
             {"scheduler": {"type": "LinearWithWarmup", "warmup_ratio": 2}},
@@ -1121,7 +1121,7 @@ def test_calls_that_cannot_be():
         ({"handlers": "any"}, TypeError, "handlers: 'any' is none of Handler.KEYBOARD"),
         ({"handlers": Handler.ANY, "checkpoint_every": None}, ValueError, "handlers make a checkpoint, and"),
         ({"monitor": 1}, TypeError, "monitor=1 must be a Monitor or a mapping"),
-        ({"monitor": {"grad_nrom": True}}, TypeError, r"monitor has no 'grad_nrom' \(did you mean 'grad_norm'\?\)"),
+        ({"monitor": {"grad_nrom": True}}, TypeError, r"monitor has no 'grad_nrom', did you mean 'grad_norm'"),
         ({"monitor": {"grad_norm": 1}}, TypeError, "monitor: grad_norm=1 must be true or false"),
         ({"collate_fn": 3}, TypeError, "collate_fn: 3 is no function"),
         ({"model_saving": "best"}, ValueError, "'best' is no policy"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import difflib
 import importlib
 import inspect
 import json
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hookline import nearest
 from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
@@ -163,6 +163,6 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     names = sorted(set(known) - {*OWN, *GIVEN, "self"})
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"aim.init: aim.Run has no argument {name!r}{hint}; it has {', '.join(names)}")
+            raise ValueError(
+                f"aim.init: aim.Run has no argument {name!r}{nearest(name, names)}; it has {', '.join(names)}"
+            )

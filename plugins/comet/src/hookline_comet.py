@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import importlib
 import inspect
 import io
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hookline import Stage, seconds
+from hookline import Stage, nearest, seconds
 from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
@@ -367,6 +366,6 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     names = sorted(set(known) - {*OWN, *GIVEN, SECRET, "self", "kwargs"})
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"comet.init: an experiment has no argument {name!r}{hint}; it has {', '.join(names)}")
+            raise ValueError(
+                f"comet.init: an experiment has no argument {name!r}{nearest(name, names)}; it has {', '.join(names)}"
+            )

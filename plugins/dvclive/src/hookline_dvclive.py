@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import json
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookline import Stage
+from hookline import Stage, nearest
 from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
@@ -74,9 +73,9 @@ class Dvclive(Tracker):
         known = [name for name in inspect.signature(live).parameters if name not in (*OWN, *GIVEN)]
         for name in self.init:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"dvclive.init: Live has no argument {name!r}{hint}; it has {', '.join(known)}")
+                raise ValueError(
+                    f"dvclive.init: Live has no argument {name!r}{nearest(name, known)}; it has {', '.join(known)}"
+                )
         training = run.stage is Stage.TRAIN
         self._folder = run.folder / ("dvclive" if training else f"dvclive-{run.stage.value}")
         goes_on = training and run.id is not None

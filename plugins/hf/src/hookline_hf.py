@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import os
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from hookline import CallbackInterface, ModuleInterface, hookimpl
+from hookline import CallbackInterface, ModuleInterface, hookimpl, nearest
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -45,7 +44,7 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
     transformers = importlib.import_module("transformers")
     heads = sorted(name for name in dir(transformers) if name.startswith("AutoModel"))
     if auto not in heads:
-        raise ValueError(f"auto={auto!r} is no class of transformers{_nearest(auto, heads)}; it has {', '.join(heads)}")
+        raise ValueError(f"auto={auto!r} is no class of transformers{nearest(auto, heads)}; it has {', '.join(heads)}")
     head: Any = getattr(transformers, auto)
     if isinstance(model, Mapping):
         options = dict(model)
@@ -53,7 +52,7 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
         kinds = list(transformers.CONFIG_MAPPING)
         if kind not in kinds:
             raise ValueError(
-                f"model.model_type={kind!r} is no type of model of transformers{_nearest(str(kind), kinds)}; give one, "
+                f"model.model_type={kind!r} is no type of model of transformers{nearest(str(kind), kinds)}; give one, "
                 "such as gpt2 or bert, with the arguments of its configuration, or the folder of a model"
             )
         built: torch.nn.Module = head.from_config(transformers.AutoConfig.for_model(kind, **options))
@@ -63,11 +62,6 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
         raise ValueError(f"model={given!r} is no folder; `save_pretrained` writes one that can be loaded")
     loaded: torch.nn.Module = head.from_pretrained(Path(given).expanduser() if Path(given).exists() else given)
     return loaded
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -137,7 +131,7 @@ class HfModule(ModuleInterface):
         schedulers = [kind.value for kind in transformers.SchedulerType]
         if scheduler not in schedulers:
             raise ValueError(
-                f"scheduler={scheduler!r} is none of transformers{_nearest(scheduler, schedulers)}; "
+                f"scheduler={scheduler!r} is none of transformers{nearest(scheduler, schedulers)}; "
                 f"it has {', '.join(schedulers)}"
             )
         if isinstance(tokenizer, (str, os.PathLike)):

@@ -249,7 +249,7 @@ def test_blocks_are_those_that_transformers_names():
         ({"model": {"n_layer": 2}}, "model.model_type=None is no type of model.*; give one, such as gpt2"),
         ({"model": {"model_type": "gpt22"}}, r"model.model_type='gpt22' .*did you mean 'gpt2'"),
         ({"model": "./nowhere"}, "model='./nowhere' is no folder; `save_pretrained` writes one"),
-        ({"scheduler": "lineal"}, r"scheduler='lineal' is none of transformers \(did you mean 'linear'"),
+        ({"scheduler": "lineal"}, r"scheduler='lineal' is none of transformers, did you mean 'linear'"),
         ({"warmup_ratio": 1.5}, "warmup_ratio=1.5 is a part of all steps, from 0 to 1"),
     ],
 )  # fmt: skip

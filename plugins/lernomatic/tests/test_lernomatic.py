@@ -579,7 +579,7 @@ def trained():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"optim_function": "Adan"}, r"optim_function='Adan' is no class of torch.optim \(did you mean 'Adam'\?\)"),
+        ({"optim_function": "Adan"}, r"optim_function='Adan' is no class of torch.optim, did you mean 'Adam'"),
         (
             {"loss_function": "CrossEntropy"},
             "'CrossEntropy' is no class .*did you mean 'CrossEntropyLoss'",
@@ -593,7 +593,7 @@ def test_values_that_cannot_be(given, words):
 
 
 def test_arguments_models_and_schedules_that_cannot_be():
-    with pytest.raises(TypeError, match=r"Trainer has no argument 'num_epoch' \(did you mean 'num_epochs'\?\)"):
+    with pytest.raises(TypeError, match=r"Trainer has no argument 'num_epoch', did you mean 'num_epochs'"):
         make(num_epoch=3)
     with pytest.raises(ValueError, match="Trainer has no LernomaticModel: give it one, load_checkpoint"):
         trainer.Trainer(None, train_dataset=points()).train()

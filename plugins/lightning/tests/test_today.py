@@ -551,12 +551,12 @@ def test_a_scheduler_looks_at_a_value_of_before_the_run_was_cut():
             ValueError,
             "returned 2 optimizers, .*automatic_optimization = False",
         ),
-        (lambda optimizer: {"optimiser": optimizer}, ValueError, r"with 'optimiser' \(did you mean 'optimizer'\?\)"),
+        (lambda optimizer: {"optimiser": optimizer}, ValueError, r"with 'optimiser', did you mean 'optimizer'"),
         (lambda optimizer: {"lr_scheduler": None}, ValueError, "a mapping without optimizer; it has lr_scheduler"),
         (
             plateau(intervall="step", monitor="x"),
             ValueError,
-            r"lr_scheduler has 'intervall' \(did you mean 'interval'\?\)",
+            r"lr_scheduler has 'intervall', did you mean 'interval'",
         ),
         (plateau(interval="batch", monitor="x"), ValueError, "interval='batch' must be epoch or step"),
         (plateau(frequency=0, monitor="x"), ValueError, "frequency=0 must be at least 1"),
@@ -866,7 +866,7 @@ def test_the_view_of_the_trainer():
     }  # fmt: skip
     assert trainer.logged_metrics["by_logger"] == 2.0
     with pytest.raises(
-        AttributeError, match=r"hookline gives to .* has no 'current_epochs' \(did you mean 'current_epo"
+        AttributeError, match=r"hookline gives to .* has no 'current_epochs', did you mean 'current_epo"
     ):
         _ = module.trainer.current_epochs
     with pytest.raises(
@@ -959,7 +959,7 @@ def test_clipping_and_the_fraction_of_an_epoch():
         (
             {"max_epoch": 3},
             TypeError,
-            r"Trainer has no argument 'max_epoch' \(did you mean 'max_epochs'\?\); it has max_",
+            r"Trainer has no argument 'max_epoch', did you mean 'max_epochs'\?; it has max_",
         ),
         (
             {"sync_batchnorm": True},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import itertools
 import logging
@@ -15,7 +14,7 @@ import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryConfusionMatrix, MulticlassConfusionMatrix, MultilabelConfusionMatrix
 
-from hookline import CallbackInterface, Stage, hookimpl, instantiate
+from hookline import CallbackInterface, Stage, hookimpl, instantiate, nearest
 from hookline.tracking import Table
 
 if TYPE_CHECKING:
@@ -296,11 +295,9 @@ class EvaluationMetrics(StageMetrics):
         for name in self.metrics if stage is self.stage else ():
             _, _, loader = name.partition("/")
             if loader and loader not in totals:
-                near = difflib.get_close_matches(loader, totals, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"{self.key}.{name}: there is no {stage.value} loader {loader!r}{hint}; there are "
-                    f"{', '.join(totals)}"
+                    f"{self.key}.{name}: there is no {stage.value} loader {loader!r}"
+                    f"{nearest(loader, totals)}; there are {', '.join(totals)}"
                 )
 
     def begin(self, loader: str) -> None:

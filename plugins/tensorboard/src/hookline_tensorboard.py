@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import json
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookline import Stage
+from hookline import Stage, nearest
 from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
@@ -58,10 +57,9 @@ class Tensorboard(Tracker):
             if name in OWN:
                 raise ValueError(f"tensorboard.init: {name} is set by the plugin; the folder is tensorboard.folder")
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
                 raise ValueError(
-                    f"tensorboard.init: SummaryWriter has no argument {name!r}{hint}; it has {', '.join(known)}"
+                    f"tensorboard.init: SummaryWriter has no argument {name!r}{nearest(name, known)}; "
+                    f"it has {', '.join(known)}"
                 )
 
     def start(self, run: Run) -> None:

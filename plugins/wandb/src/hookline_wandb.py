@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import html
 import importlib
 import inspect
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookline import Stage, seconds
+from hookline import Stage, nearest, seconds
 from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
@@ -320,7 +319,5 @@ def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
     names = sorted(known)
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
             few = f"; it has {', '.join(names)}" if len(names) < 40 else ""
-            raise ValueError(f"{where}: wandb has no argument {name!r}{hint}{few}")
+            raise ValueError(f"{where}: wandb has no argument {name!r}{nearest(name, names)}{few}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -80,6 +79,6 @@ def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> No
     for name in given:
         if name not in names:
             same = [other for other in names if other.lower() == name.lower()]
-            near = same or difflib.get_close_matches(name, names, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise TypeError(f"{where} has no {name!r}{hint}; it has {', '.join(names) or 'none'}")
+            raise TypeError(
+                f"{where} has no {name!r}{hookline.nearest(name, same or names)}; it has {', '.join(names) or 'none'}"
+            )

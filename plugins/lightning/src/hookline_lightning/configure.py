@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from hookline import nearest
 
 
 @dataclass
@@ -100,9 +101,7 @@ def _scheduler(given: Any, monitor: str | None) -> SchedulerConfig:
 def _refuse_unknown(where: str, given: Mapping[str, Any], known: list[str]) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{where} {name!r}{hint}; it may have {', '.join(known)}")
+            raise ValueError(f"{where} {name!r}{nearest(name, known)}; it may have {', '.join(known)}")
 
 
 def _checked(optimizer: Any) -> torch.optim.Optimizer:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from hookline import nearest
 from hookline_lightning.bridge import Bridge, call, overridden
 
 STAGED = [
@@ -91,10 +91,9 @@ def refuse_unheard(bridge: Bridge, callbacks: Iterable[Any]) -> None:
     for thing, known in [(module, OF_MODULES), *((callback, OF_CALLBACKS) for callback in callbacks)]:
         for name in dir(type(thing)):
             if name.startswith("on_") and name not in known and callable(overridden(thing, name)):
-                near = difflib.get_close_matches(name, known, 1)
                 raise ValueError(
                     f"{type(thing).__name__}.{name}() is no event that is told here"
-                    f"{f' (did you mean {near[0]!r}?)' if near else ''}; name it otherwise if it is none"
+                    f"{nearest(name, known)}; name it otherwise if it is none"
                 )
 
 

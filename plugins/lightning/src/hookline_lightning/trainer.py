@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, hookimpl
+from hookline import CallbackInterface, hookimpl, nearest
 from hookline_lightning import early
 from hookline_lightning.bridge import overridden
 from hookline_lightning.module import LightningDataModule
@@ -180,8 +179,7 @@ class Trainer:
         for name in others:
             if name in NOT_HONOURED:
                 raise TypeError(f"Trainer({name}=…) is not honoured here: {NOT_HONOURED[name]}")
-            near = difflib.get_close_matches(name, [*known, *NOT_HONOURED], 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = nearest(name, [*known, *NOT_HONOURED])
             raise TypeError(f"Trainer has no argument {name!r}{hint}; it has {', '.join(known)}")
 
     # Doors ----------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 import hookline
-from hookline import Stage
+from hookline import Stage, nearest
 
 
 class View:
@@ -34,10 +33,9 @@ class View:
 
     def __getattr__(self, name: str) -> Any:
         known = [one for one in dir(type(self)) if not one.startswith("_")]
-        near = difflib.get_close_matches(name, known, 1)
         raise AttributeError(
             f"the trainer that hookline gives to Lightning's modules has no {name!r}"
-            f"{f' (did you mean {near[0]!r}?)' if near else ''}; hookline.Trainer itself is `trainer.core`"
+            f"{nearest(name, known)}; hookline.Trainer itself is `trainer.core`"
         )
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hookline import nearest
 from hookline_pymarlin.plugins import BatchSizeLimit, Written
 
 log = logging.getLogger("hookline.pymarlin")
@@ -228,7 +228,5 @@ def made(kind: Any, given: dict[str, Any], where: str) -> Any:
     known = [one.name for one in fields(kind)]
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{where} has no {name!r}{hint}; it has {', '.join(known)}")
+            raise ValueError(f"{where} has no {name!r}{nearest(name, known)}; it has {', '.join(known)}")
     return kind(**given)

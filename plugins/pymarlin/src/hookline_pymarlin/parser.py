@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hookline import nearest
 
 
 class CustomArgParser:
@@ -86,9 +87,7 @@ def override(config: dict[str, Any], name: str, value: Any) -> None:
     for section in sections:
         node = node.get(section) if isinstance(node, dict) else None
     if not isinstance(node, dict) or last not in node:
-        near = difflib.get_close_matches(name, list(keys(config)), 1)
-        hint = f" (did you mean --{near[0]}?)" if near else ""
-        raise ValueError(f"--{name} is in no part of the YAML{hint}")
+        raise ValueError(f"--{name} is in no part of the YAML{nearest(name, keys(config))}")
     if isinstance(node[last], dict):
         raise ValueError(f"--{name} is a section; name one of its keys: {', '.join(keys(node[last], f'{name}.'))}")
     node[last] = like(node[last], value, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,9 +101,9 @@ class Trainer:
     ) -> None:
         known = [name for name in inspect.signature(Trainer.__init__).parameters if name not in ("self", "unknown")]
         for name in unknown:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise TypeError(f"Trainer has no argument {name!r}{hint}; it has {', '.join(known)}")
+            raise TypeError(
+                f"Trainer has no argument {name!r}{hookline.nearest(name, known)}; it has {', '.join(known)}"
+            )
         if early_stop is not None and set(early_stop) != {"num_epochs", "improv"}:
             raise ValueError(f"early_stop={dict(early_stop)} must have num_epochs and improv")
         self.model = model
@@ -370,7 +369,5 @@ def _named(module: Any, name: str, argument: str) -> Any:
     found = getattr(module, name, None)
     if not isinstance(found, type):
         names = [one for one in dir(module) if isinstance(getattr(module, one), type)]
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ValueError(f"{argument}={name!r} is no class of {module.__name__}{hint}")
+        raise ValueError(f"{argument}={name!r} is no class of {module.__name__}{hookline.nearest(name, names)}")
     return found
