@@ -386,7 +386,8 @@ class Checkpoints(CallbackInterface):
 def until_killed(folder, resume=None):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    train(folder, Checkpoints(6, 2 if resume else 1), Comet(), resume=resume, evaluate_every="2 steps")
+    kill = Checkpoints(7, 2) if resume else Checkpoints(6, 1)  # the second has something on disk that the first has not
+    train(folder, kill, Comet(), resume=resume, evaluate_every="2 steps")
 
 
 def killed_run(folder, resume=None):
