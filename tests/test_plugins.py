@@ -9,7 +9,7 @@ import pytest
 
 from hookline import CallbackInterface, Trainer, event, hookimpl, verb
 from hookline.plugins import PluginManager, build
-from hookline.testing import TinyModule, tiny_trainer
+from hookline.testing import Memory, TinyModule, tiny_trainer
 
 
 def register(plugin, name="mine"):
@@ -630,3 +630,27 @@ def test_a_manager_and_its_plugins_can_be_collected():
     del trainer
     gc.collect()
     assert gone() is None
+
+
+# States ---------------------------------------------------------------------------------
+
+
+def test_an_observer_that_cannot_tell_its_state_costs_no_run(caplog):
+    class Forgets(CallbackInterface):
+        observer = True
+        asked = 0
+
+        def get_state(self):
+            self.asked += 1
+            raise OSError("the file is not there yet")
+
+    class Matters(Forgets):
+        observer = False
+
+    memory, forgets = Memory(every="1 steps"), Forgets()
+    tiny_trainer([memory, forgets], epochs=1).train()
+    assert forgets.asked == 3
+    assert memory.state["plugins"] == {}
+    assert "plugin 'forgets' is switched off after 3 failures; the last, in get_state: OSError" in caplog.text
+    with pytest.raises(OSError, match="the file is not there yet"):
+        tiny_trainer([Memory(), Matters()], epochs=1).train()

@@ -200,9 +200,8 @@ def get_run_state(trainer: Trainer) -> dict[str, Any]:
     """
     names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
     plugins: dict[bool, dict[str, Any]] = {False: {}, True: {}}  # by whether their state is of this rank
-    for name, plugin in trainer.plugins.stateful():
-        if kept := plugin.get_state():
-            plugins[getattr(plugin, "state_of_rank", False)][name] = kept
+    for name, plugin, kept in trainer.plugins.states():
+        plugins[getattr(plugin, "state_of_rank", False)][name] = kept
     state = {
         "trainer": trainer.get_state(),
         "module": trainer.module.get_state(),

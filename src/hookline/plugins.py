@@ -203,6 +203,19 @@ class PluginManager(pluggy.PluginManager):
             if hasattr(plugin, "get_state"):
                 yield name, plugin
 
+    def states(self) -> Iterator[tuple[str, Any, Any]]:
+        """Give name, object and state of the plugins that have one now; an observer that fails to tell has none."""
+        for name, plugin in self.stateful():
+            try:
+                state = None if name in self._switched_off else plugin.get_state()
+            except Exception as error:
+                if not is_observer(plugin):
+                    raise
+                self._failed("get_state", name, error)
+            else:
+                if state:
+                    yield name, plugin, state
+
     def receive(self, states: Mapping[str, Any]) -> None:
         """Hand states to the plugins of these names; one that is not there yet gets its own when it comes."""
         plugins = dict(self.listed())

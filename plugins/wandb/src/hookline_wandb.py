@@ -282,6 +282,8 @@ class RunLog:
                 yield items
 
     def _records(self) -> Iterator[bytes]:
+        if not self.path.exists():  # the process of the SDK has not begun to write it
+            return
         begin = self._at // BLOCK * BLOCK
         with self.path.open("rb") as file:
             if file.read(len(MAGIC)) not in (MAGIC, b""):
