@@ -1104,7 +1104,7 @@ def test_weights_of_a_checkpoint_of_lightnings_are_read_without_running_code():
 def test_a_configuration_names_the_module(tmp_path, monkeypatch):
     from hookline.config import build_trainer, load_config
 
-    (tmp_path / "lines.py").write_text(
+    (tmp_path / "todays.py").write_text(
         "import torch\nfrom hookline_lightning import LightningModule\n\n\n"
         "class Small(LightningModule):\n"
         "    def __init__(self, lr):\n        super().__init__()\n        self.save_hyperparameters()\n"
@@ -1118,15 +1118,15 @@ def test_a_configuration_names_the_module(tmp_path, monkeypatch):
         "class Counts:\n    epochs = 0\n    def on_train_epoch_end(self, trainer, module):\n        self.epochs += 1\n"
     )
     (tmp_path / "run.yaml").write_text(
-        "module: {_target_: lines.Small, lr: 0.1}\ntrainer: {epochs: 2}\nplugins: {lightning: {}}\n"
+        "module: {_target_: todays.Small, lr: 0.1}\ntrainer: {epochs: 2}\nplugins: {lightning: {}}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     trainer = build_trainer(load_config(tmp_path / "run.yaml"))
     trainer.train()
     assert (trainer.global_step, trainer.options.train_batch_size) == (4, 4)
     (tmp_path / "more.yaml").write_text(
-        "module: {_target_: lines.Small, lr: 0.1}\ntrainer: {epochs: 2}\n"
-        "plugins: {lightning: {datamodule: {_target_: lines.Data, size: 2}, callbacks: [{_target_: lines.Counts}]}}\n"
+        "module: {_target_: todays.Small, lr: 0.1}\ntrainer: {epochs: 2}\n"
+        "plugins: {lightning: {datamodule: {_target_: todays.Data, size: 2}, callbacks: [{_target_: todays.Counts}]}}\n"
     )
     trainer = build_trainer(load_config(tmp_path / "more.yaml"))
     trainer.train()
