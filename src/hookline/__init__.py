@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hookline.schedule import every as every
     from hookline.schedule import seconds as seconds
     from hookline.state import copy_state as copy_state
+    from hookline.state import kept_rng as kept_rng
     from hookline.state import set_seed as set_seed
     from hookline.trainer import Trainer as Trainer
 
@@ -41,6 +42,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "hookimpl": "marks",
     "hookspecs": "hookspecs",
     "instantiate": "config",
+    "kept_rng": "state",
     "nearest": "installed",
     "records": "records",
     "seconds": "schedule",

@@ -18,15 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    get_worker_info,
-)
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, get_worker_info
 
 from hookline.schedule import seconds
 
@@ -115,7 +107,9 @@ def with_sampler(loader: Any, sampler: type[Sampler[Any]]) -> Any:
     if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         return loader
     own, batches = loader.sampler, loader.batch_sampler
-    shuffles = type(own) is RandomSampler and not own.replacement and own.num_samples == len(own.data_source)
+    shuffles = (
+        type(own) is torch.utils.data.RandomSampler and not own.replacement and own.num_samples == len(own.data_source)
+    )
     if not (shuffles or type(own) is SequentialSampler) or type(batches) not in (BatchSampler, type(None)):
         return loader
     drawn = sampler if shuffles else type(sampler.__name__, (sampler,), {"shuffle": False})

@@ -9,7 +9,7 @@ import math
 import operator
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,6 +143,16 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
                 state["numpy"]["cached"],
             )
         )
+
+
+@contextlib.contextmanager
+def kept_rng() -> Iterator[None]:
+    """Have this process's random states afterwards what they were, whatever is drawn within."""
+    state = get_rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
 
 
 # The host ----------------------------------------------------------------------------

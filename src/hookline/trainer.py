@@ -37,7 +37,7 @@ from hookline.state import (
     Counters,
     Scheduled,
     Totals,
-    get_rng_state,
+    kept_rng,
     schedule_all,
     set_rng_state,
     set_seed,
@@ -705,14 +705,13 @@ class Trainer:
 
     def _check_sanity(self) -> None:
         """Try the validation on a few batches and leave no trace: metrics are dropped, randomness is put back."""
-        rng, metrics = get_rng_state(), self.metrics
-        self.sanity_checking = True
+        metrics, self.sanity_checking = self.metrics, True
         try:
-            self._measure(Stage.VAL, self.options.sanity_val_steps)
+            with kept_rng():
+                self._measure(Stage.VAL, self.options.sanity_val_steps)
         finally:
             self.sanity_checking = False
         self.metrics = metrics
-        set_rng_state(rng)
 
     @contextlib.contextmanager
     def evaluating(self, stage: Stage) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
@@ -25,3 +27,12 @@ def shorten(text: str, width: int) -> str:
 def number(value: float) -> str:
     """Return a number as people read it: five digits, integers whole."""
     return str(value) if isinstance(value, int) else format(value, ".5g")
+
+
+def strict(value: Any) -> Any:
+    """Return a value as strict JSON can hold it: the record's words for NaN and infinity, names that are text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(name): strict(inner) for name, inner in value.items()}
+    return [strict(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import shutil
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hookline.cli import compare, curves
-from hookline.cli.layout import number, shorten, table
+from hookline.cli.layout import number, shorten, strict, table
 from hookline.installed import nearest
 from hookline.records import COUNTERS, FILE, Run, list_runs, read_run
 
@@ -136,16 +135,7 @@ def _width() -> int:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(_strict(value), indent=2, allow_nan=False))
-
-
-def _strict(value: Any) -> Any:
-    """Return a value with the words of the record for numbers that JSON lacks: NaN, Infinity, -Infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {name: _strict(inner) for name, inner in value.items()}
-    return [_strict(inner) for inner in value] if isinstance(value, list) else value
+    print(json.dumps(strict(value), indent=2, allow_nan=False))
 
 
 def facts(run: Run) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+
+from hookline import kept_rng, set_seed
 
 
 class Chain:
@@ -80,7 +81,8 @@ def drawn_by(sampler: Any, given: Sequence[Any]) -> Any:
 
         def __iter__(self) -> Iterator[int]:
             order: list[int] = []
-            with _seeded(self.cursor.seed, self.cursor.epoch):
+            with kept_rng():
+                set_seed(hash((self.cursor.seed, self.cursor.epoch)) % 2**63)
                 for one in self.samplers:
                     if hasattr(one, "set_epoch"):
                         one.set_epoch(self.cursor.epoch)
@@ -96,25 +98,3 @@ def drawn_by(sampler: Any, given: Sequence[Any]) -> Any:
                 yield int(order[place])
 
     return Drawn
-
-
-class _seeded:
-    """Seeds what draws at random on the CPU, and puts it back."""
-
-    def __init__(self, seed: int, epoch: int) -> None:
-        self.seed = hash((seed, epoch)) % 2**63
-
-    def __enter__(self) -> None:
-        numpy = sys.modules.get("numpy")
-        self.kept = torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-        torch.default_generator.manual_seed(self.seed)
-        random.seed(self.seed)
-        if numpy:
-            numpy.random.seed(self.seed % 2**32)
-
-    def __exit__(self, *_: Any) -> None:
-        state, python, numpy = self.kept
-        torch.set_rng_state(state)
-        random.setstate(python)
-        if numpy:
-            sys.modules["numpy"].random.set_state(numpy)

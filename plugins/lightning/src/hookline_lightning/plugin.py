@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, Stage, hookimpl, hookspecs, instantiate, set_seed
+from hookline import CallbackInterface, Stage, hookimpl, hookspecs, instantiate, kept_rng, set_seed
 from hookline_lightning import early
 from hookline_lightning.bridge import LONG, WORDS, Bridge, call, is_metric, overridden
 from hookline_lightning.configure import SchedulerConfig
@@ -151,21 +148,6 @@ class Lightning(CallbackInterface):
             yield f"callback {key}" if seen[key] == 1 else f"callback {key} {seen[key]}", callback
 
 
-@contextlib.contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Make what happens within a function of a seed; random states are afterwards what they were."""
-    numpy = sys.modules.get("numpy")
-    kept = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        set_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(kept[0])
-            if numpy:
-                numpy.random.set_state(kept[1])
-
-
 class Life(CallbackInterface):
     """Prepares data, sets up and tears down around a run."""
 
@@ -178,9 +160,8 @@ class Life(CallbackInterface):
         today = isinstance(bridge, Bridge)
         if today:
             bridge.word = WORDS[stage]
-        with seeded(
-            trainer.options.seed, trainer.device
-        ):  # data that is made at random are the same in each process and session
+        with kept_rng():
+            set_seed(trainer.options.seed)  # data that are made at random are the same in each process and session
             if today:
                 self._prepare(trainer, bridge)
                 self._each(bridge, "setup", bridge.word)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.resources
 import ipaddress
 import json
-import math
 import os
 import socket
 import socketserver
@@ -28,12 +27,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from hookline.cli.curves import is_validated, panel_of
+from hookline.cli.compare import flatten
+from hookline.cli.curves import AXES, is_validated, panel_of
+from hookline.cli.layout import strict
 from hookline.cli.runs import typed
 from hookline.records import FILE, last_training
 from hookline.records.follow import Curves, Follower, Glance, thinned
 
-AXES = ("step", "samples", "epoch", "seconds")
 PATIENCE = 0.3  # seconds that one look at the list may read records for
 OPEN = 24  # runs whose curves are kept in memory
 SHARES, LATELY = "time/", 100  # metrics of how time goes to plugins, and over how many of them the page takes the mean
@@ -190,17 +190,9 @@ def _facts(follower: Follower) -> dict[str, Any]:
         "folder": str(run.folder),
         "versions": run.versions,
         "sessions": len(run.sessions),
-        "config": list(_flat(run.config)),
+        "config": list(flatten(run.config)),
         "plan": run.plan,
     }
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value if isinstance(value, str) else json.dumps(value)
 
 
 def _live(follower: Follower) -> dict[str, Any]:
@@ -252,15 +244,6 @@ def _places(curves: Curves, batches: Any, axis: str, steps: Sequence[int]) -> Se
 
 def _short(value: float) -> float:
     return float(f"{value:.7g}")
-
-
-def _strict(value: Any) -> Any:
-    """Return what JSON can hold: numbers that it lacks as words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(key): _strict(inner) for key, inner in value.items()}
-    return [_strict(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 # How it is told -----------------------------------------------------------------------
@@ -343,7 +326,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             body = json.dumps(answer, allow_nan=False, separators=(",", ":"))
         except ValueError:
-            body = json.dumps(_strict(answer), separators=(",", ":"))
+            body = json.dumps(strict(answer), separators=(",", ":"))
         self._answer(status, "application/json", body.encode())
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes, more: Mapping[str, str] | None = None) -> None:

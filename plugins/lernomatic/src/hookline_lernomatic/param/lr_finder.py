@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline import copy_state
+from hookline import copy_state, kept_rng
 
 if TYPE_CHECKING:
     from hookline_lernomatic.train.trainer import Trainer
@@ -68,12 +67,10 @@ class LogFinder:
         parts: list[Any] = [*nets, *trainer.optimizers().values()]
         kept = copy_state([part.state_dict() for part in parts])
         modes = [net.training for net in nets]
-        python = random.getstate()
         try:
-            with torch.random.fork_rng():
+            with kept_rng():
                 self._try_rates()
         finally:
-            random.setstate(python)
             for part, state in zip(parts, kept, strict=True):
                 part.load_state_dict(state)
             for net, mode in zip(nets, modes, strict=True):

@@ -178,27 +178,7 @@ class Trainer:
 
         A method of a subclass goes through `self.train_loader` itself, and steps `self.optimizer`.
         """
-        self._one_epoch(train=True)
-
-    def val_epoch(self) -> None:
-        """Validate: by the core's loop, over every sample once.
-
-        A method of a subclass goes through `self.val_loader` itself, and writes `val_loss_history` and `acc_history`.
-        """
-        self._one_epoch(train=False)
-
-    def test(self) -> dict[str, float]:
-        """Evaluate the test data; return loss and accuracy."""
-        return self._core().test()
-
-    def _one_epoch(self, train: bool) -> None:
-        """Train or validate once, for a `train` of a subclass's own."""
         core = self._core()
-        if not train:
-            metrics = core.validate()
-            following: Any = core.plugins.get_plugin("lernomatic.following")
-            following.judge(core, metrics)
-            return
         once = {"epochs": self.cur_epoch + 1, "evaluate_every": None, "eval_when_finish": False}
         kept = {name: getattr(core.options, name) for name in once}
         try:
@@ -206,6 +186,20 @@ class Trainer:
             core.train()
         finally:
             vars(core.options).update(kept)
+
+    def val_epoch(self) -> None:
+        """Validate: by the core's loop, over every sample once.
+
+        A method of a subclass goes through `self.val_loader` itself, and writes `val_loss_history` and `acc_history`.
+        """
+        core = self._core()
+        metrics = core.validate()
+        following: Any = core.plugins.get_plugin("lernomatic.following")
+        following.judge(core, metrics)
+
+    def test(self) -> dict[str, float]:
+        """Evaluate the test data; return loss and accuracy."""
+        return self._core().test()
 
     def batch_loss(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return loss, outputs and targets of a batch: what the core's loop does with one."""
