@@ -16,10 +16,10 @@ from hookline import data, every, with_sampler
 from hookline.logs import FOLD_AT, LogBuffer, Reduction, as_number, to_floats
 from hookline.outputs import Collector, as_outputs, collate, with_loss
 from hookline.schedule import seconds
+from hookline.schedules import schedule_all
 from hookline.state import (
     get_optimizer_state,
     get_rng_state,
-    schedule_all,
     set_optimizer_state,
     set_rng_state,
     set_seed,
@@ -242,7 +242,7 @@ def noisy_batches(workers, cursor, persistent=False, epochs=1):
     batches = []
     for epoch in range(epochs):
         cursor.epoch = epoch
-        batches.append(torch.cat(list(data.make_resumable(loader, cursor, 1))))
+        batches.append(torch.cat(list(data.RunLoader(loader, cursor))))
     return torch.stack(batches)
 
 
@@ -260,16 +260,6 @@ def test_randomness_of_loading_depends_on_seed_epoch_and_index_alone():
     assert rest.position == 2
 
 
-def test_a_loader_that_shuffles_itself_is_warned_of_once():
-    cursor = data.Cursor()
-    dataset = TensorDataset(torch.arange(6))
-    with pytest.warns(
-        UserWarning, match="draws its order from a sampler of its own \\(RandomSampler\\).*Pass `sampler=sampler"
-    ):
-        data.make_resumable(DataLoader(dataset, 2, shuffle=True), cursor, 1)
-    data.make_resumable(DataLoader(dataset, 2, shuffle=True), cursor, 1)
-
-
 def test_a_loader_in_order_skips_without_loading():
     loaded = []
 
@@ -281,7 +271,7 @@ def test_a_loader_in_order_skips_without_loading():
             loaded.append(index)
             return index
 
-    loader = data.make_resumable(DataLoader(Counting(), 2), data.Cursor(position=4), 1)
+    loader = data.RunLoader(DataLoader(Counting(), 2), data.Cursor(position=4))
     assert [batch.tolist() for batch in loader] == [[8, 9]]
     assert loaded == [8, 9]
     assert len(loader) == 5
@@ -317,7 +307,7 @@ def test_a_loader_that_draws_in_a_way_of_its_own_stays_as_it_is(make):
 
 @pytest.mark.parametrize("make", [lambda: [1, 2, 3], lambda: iter([1, 2, 3]), lambda: DataLoader(Stream(), None)])
 def test_other_iterables_are_begun_at_the_cursor_by_dropping(make):
-    assert [int(batch) for batch in data.make_resumable(make(), data.Cursor(position=1), 1)] == [2, 3]
+    assert [int(batch) for batch in data.RunLoader(make(), data.Cursor(position=1))] == [2, 3]
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -418,6 +408,6 @@ def test_when_schedulers_move():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
     step = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
-    assert [when for _, when in schedule_all([step, plateau, (step, "epoch")])] == ["step", "validation", "epoch"]
+    assert [entry.when for entry in schedule_all([step, plateau, (step, "epoch")])] == ["step", "validation", "epoch"]
     with pytest.raises(ValueError, match="pairs StepLR with 'batch'; a scheduler moves after each \"step\""):
         schedule_all([(step, "batch")])

@@ -3,6 +3,8 @@
 `Memory` keeps the states in this process, as a performer of `save` and `restore` does on disk.
 """
 
+import itertools
+
 import numpy
 import pytest
 import torch
@@ -260,21 +262,65 @@ def test_validation_alone_restores_the_weights():
     assert alone.global_step == 0
 
 
-def test_a_loader_that_shuffles_itself_trains_and_resumes_without_repeating_the_count():
+@pytest.mark.parametrize("shuffled", ["shuffle", "weighted", "batches", "drawn while it goes"])
+def test_a_loader_that_shuffles_itself_resumes_exactly(shuffled):
     class Module(TinyModule):
         def get_train_dataloader(self, sampler, batch_size):
             dataset = Augmented(self)
-            return DataLoader(dataset, batch_size=batch_size, shuffle=True)
+            if shuffled == "shuffle":
+                return DataLoader(dataset, batch_size=batch_size, shuffle=True)
+            if shuffled == "weighted":
+                sampler = torch.utils.data.WeightedRandomSampler(torch.arange(1.0, 51.0), 50)
+                return DataLoader(dataset, batch_size=batch_size, sampler=sampler)
+            drawn = Drawing(50) if shuffled == "drawn while it goes" else torch.randperm(50).tolist()
+            batches = torch.utils.data.BatchSampler(drawn, batch_size, drop_last=False)
+            return DataLoader(dataset, batch_sampler=batches)
 
         def get_val_dataloaders(self, sampler, batch_size):
             return TinyModule.get_train_dataloader(self, sampler, batch_size)
 
-    with pytest.warns(UserWarning, match="the training loader draws its order from a sampler of its own"):
-        whole, kept, _ = run(Module())
-    with pytest.warns(UserWarning, match="sampler of its own"):
-        resumed, _, _ = run(Module(), kept.states[10])
-    assert resumed.global_step == whole.global_step == 21
-    assert len(resumed.module.seen) == 11
+    whole, kept, _ = run(Module())
+    for step in (10, 14):
+        resumed, memory, _ = run(Module(), kept.states[step])
+        assert resumed.module.seen == whole.module.seen[step:]
+        assert without_clock(memory.states[21]) == without_clock(kept.states[21])
+    orders = [[*itertools.chain(*whole.module.seen[7 * epoch : 7 * epoch + 7])] for epoch in range(3)]
+    assert (orders[0] == orders[1]) == (shuffled == "batches")  # drawn where loaders are made, it is one draw
+    assert all(len(order) == 50 for order in orders)
+    if shuffled in ("shuffle", "batches"):
+        assert [sorted(order) for order in orders] == [[*range(50)]] * 3
+
+
+class Drawing(torch.utils.data.Sampler):
+    """Draws each sample when it is asked for, and has a set_epoch, by which it says that it draws the same again."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def set_epoch(self, epoch): ...
+
+    def __iter__(self):
+        for _ in range(self.length):
+            yield int(torch.randint(self.length, ()))
+
+    def __len__(self):
+        return self.length
+
+
+def test_a_sampler_of_which_nobody_knows_whether_it_repeats_itself_is_warned_of():
+    class Own(torch.utils.data.SequentialSampler): ...
+
+    class Module(TinyModule):
+        def get_train_dataloader(self, sampler, batch_size):
+            dataset = Augmented(self)
+            return DataLoader(dataset, batch_size=batch_size, sampler=Own(dataset))
+
+        get_val_dataloaders = TinyModule.get_train_dataloader
+
+    said = "the training loader draws its order from a sampler of its own \\(Own\\): .*Pass `sampler=sampler"
+    with pytest.warns(UserWarning, match=said) as warned:
+        run(Module())
+    assert len(warned) == 1
 
 
 def test_a_stream_that_repeats_itself_resumes_exactly():

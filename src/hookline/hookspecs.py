@@ -27,12 +27,14 @@ import torch
 from hookline import data
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
-from hookline.outputs import Outputs, WindowCut, with_loss
+from hookline.outputs import Outputs, WindowCut, detached, with_loss
+from hookline.schedules import go_on
 from hookline.state import (
     get_gradients,
     get_named,
     get_optimizer_state,
     get_rng_state,
+    join_late_groups,
     set_gradients,
     set_optimizer_state,
     take_shares,
@@ -157,12 +159,39 @@ def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler
 
 @verb
 def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Loader:
-    """Answer the loader to iterate; a training loader then begins at `trainer.position`."""
-    if stage is Stage.TRAIN:
-        loader = data.make_resumable(loader, trainer.cursor, trainer.shares, trainer.options.loader_timeout)
-    elif isinstance(loader, torch.utils.data.DataLoader):
-        data.seed_loading(loader, data.Cursor(seed=trainer.options.seed), trainer.options.loader_timeout)
-    return loader
+    """Answer the loader to iterate, a private one: the user's own object stays as it was.
+
+    A training loader begins at `trainer.position`.
+    """
+    return trainer.run_loader(loader, stage, key)
+
+
+@verb
+def count_samples(trainer: Trainer, batch: Any, stage: Stage) -> int:
+    """Answer how many samples a batch holds, as the loader gave it.
+
+    A loader of torch's knows; of a batch from elsewhere it is guessed, and one warning says where that is
+    doubtful. `counters.samples` counts it, and means over batches are weighted by it.
+    """
+    samples, doubt = data.counted(batch, trainer.given)
+    if doubt:
+        trainer.say_once(
+            f"it is not plain how many samples a batch ({type(batch).__name__}) holds: {doubt}. {samples} is taken, "
+            "and means are weighted by it. Say it by a method count_samples(self, batch) of the module, marked "
+            "@hookimpl, or let a DataLoader of torch make the batches"
+        )
+    return samples
+
+
+@verb
+def get_weight(trainer: Trainer, batch: Any, stage: Stage) -> float:
+    """Answer how much the mean weighs that a step returns for a batch, as the loader gave it: its samples.
+
+    Performed where a loss is a mean over something else, such as tokens or valid pixels. A window of several
+    micro-batches, and all ranks, are then weighted by it in training too: the gradient is that of the mean over
+    all of them. Without a performer each micro-batch of a window weighs the same.
+    """
+    return trainer.hook.count_samples(trainer=trainer, batch=batch, stage=stage)  # type: ignore[no-any-return]
 
 
 @verb
@@ -230,11 +259,14 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
         return True
     trainer.update_state(state["trainer"])
     if not trainer.options.reset_optimizers_schedulers:
-        names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
+        as_built = trainer.options.schedulers == "as_built"
+        moved = list(go_on(trainer.schedulers, state["schedulers"], as_built))
         for optimizer, kept in zip(trainer.optimizers, state["optimizers"], strict=True):
+            join_late_groups(optimizer, trainer.module, kept)
+            names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
             set_optimizer_state(optimizer, names, kept)
-        for scheduled, kept in zip(trainer.schedulers, state["schedulers"], strict=True):
-            scheduled.scheduler.load_state_dict(kept)
+        for replayed in moved:
+            replayed.tell()
     window = state.get("window", {"outputs": [], "gradients": {}})
     trainer.begun = data.to_device(window["outputs"], trainer.device)
     set_gradients(trainer.module, window["gradients"])
@@ -321,6 +353,7 @@ def run_window(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
     hook, size = trainer.hook, len(window)
     outputs, trainer.begun = trainer.begun, []  # what a run has of its window that was cut within it
     for index in range(len(outputs), size):
+        trainer.weight = trainer.weights[index] if index < len(trainer.weights) else 1.0
         outputs.append(hook.forward_backward(trainer=trainer, batch=window[index], index=index, size=size))
         if index + 1 < size and trainer.cutting:
             raise WindowCut(outputs)
@@ -333,7 +366,9 @@ def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Out
     hook = trainer.hook
     batch = hook.prepare_batch(trainer=trainer, batch=batch, stage=TRAIN)
     outputs = with_loss(hook.call_model(trainer=trainer, batch=batch, stage=TRAIN))
-    loss = hook.scale_loss(trainer=trainer, loss=outputs[0], batch=batch, size=size)
+    if trainer.plugins.asking:
+        outputs = (outputs[0], *detached(outputs[1:]))  # before the step writes into what they are parts of
+    loss = hook.scale_loss(trainer=trainer, loss=outputs[0], batch=batch, size=size, index=index)
     hook.run_backward(trainer=trainer, loss=loss)
     hook.on_end_backward(trainer=trainer, global_step=trainer.counters.global_step, loss_tensor=loss)
     return outputs
@@ -353,9 +388,15 @@ def call_model(trainer: Trainer, batch: Any, stage: Stage) -> Any:
 
 
 @verb
-def scale_loss(trainer: Trainer, loss: torch.Tensor, batch: Any, size: int) -> torch.Tensor:
-    """Answer the loss that goes backward: a window's mean, hence divided by the window's own size."""
-    return loss if size == 1 else loss / size
+def scale_loss(trainer: Trainer, loss: torch.Tensor, batch: Any, size: int, index: int) -> torch.Tensor:
+    """Answer the loss that goes backward: a window's mean, hence divided by the window's own size.
+
+    Where somebody performs `get_weight` it is the mean by these weights, over the window and over all ranks.
+    """
+    if trainer.parts is None:
+        return loss if size == 1 else loss / size
+    part = trainer.parts[index]
+    return loss * part if part else loss.nan_to_num() * 0  # the mean of nothing is no number
 
 
 @verb
@@ -404,12 +445,12 @@ def step_schedulers(
     metrics: Mapping[str, float],
 ) -> bool:
     """Move the schedulers of these optimizers that move after a "step", "epoch" or "validation"; answer True."""
-    for scheduler, moves in trainer.schedulers:
+    for scheduler, moves, metric in trainer.schedulers:
         if moves == when and getattr(scheduler, "optimizer", trainer.optimizers[0]) in optimizers:
-            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                scheduler.step(metrics[trainer.options.val_loss_metric_name])
-            else:
+            if metric is None:
                 scheduler.step()
+            elif metric in metrics:  # that it is not has been said, and ends the run at the boundary
+                scheduler.step(metrics[metric])
     return True
 
 
@@ -436,7 +477,8 @@ def evaluate(trainer: Trainer, stage: Stage, loaders: Mapping[str, Loader], limi
         for key, loader in loaders.items():
             trainer.log_suffix = f"/{key}" if len(loaders) > 1 else ""
             getattr(hook, f"on_begin_{word}_epoch")(trainer=trainer, key=key)
-            trainer.evaluate_batches(stage, key, itertools.islice(loader, limit))
+            taken = trainer.evaluate_batches(stage, key, itertools.islice(loader, limit))
+            trainer.compare_length(f"{word} loader {key!r}", totals[key], taken)
         return trainer.collect_metrics()
 
 
@@ -498,7 +540,10 @@ def on_end_predict_epoch(trainer: Trainer, key: str) -> None:
 
 @event
 def on_end_validation(trainer: Trainer, global_step: int, metrics: Mapping[str, float]) -> None:
-    """Hear the metrics of all validation loaders, of all ranks. Not sent after a sanity check."""
+    """Hear the metrics of all validation loaders, of all ranks. Not sent after a sanity check.
+
+    What is logged in it becomes part of them: who decides by a metric does so in `on_boundary`, by `trainer.metrics`.
+    """
 
 
 # The end of things --------------------------------------------------------------------

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hookline.outputs import kept
+
 REDUCTIONS = ("mean", "sum", "min", "max", "last")
 FOLD_AT = 256  # values kept before they are folded into one: an interval of any length is flat in memory
 
@@ -48,11 +50,11 @@ class Reduction:
         if len(self._pending) >= FOLD_AT:
             self._fold()
 
-    def add_sum(self, total: torch.Tensor, count: int) -> None:
-        """Take the sum of `count` numbers, of shape () and `wide`, into a mean."""
+    def add_sum(self, total: torch.Tensor, weight: float) -> None:
+        """Take a weighted sum of numbers, of shape () and `wide`, with the sum of its weights into a mean."""
         self._fold()
         self._value = total if self._value is None else self._value + total
-        self._weight += count
+        self._weight += weight
 
     def _fold(self) -> None:
         if not self._pending:
@@ -160,16 +162,21 @@ class LogBuffer:
         self.reductions = {name: Reduction.from_state(kept) for name, kept in state.items()}
 
 
+def is_number(value: Any) -> bool:
+    """Tell whether a value can be logged: a number, or a tensor or an array of one element."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "size", 0) == 1)
+
+
 def as_number(name: str, value: Any) -> Number:
-    """Return a value that can be logged, without its graph.
+    """Return a value that can be logged, without its graph, as it is now.
 
     Raises:
         TypeError: it is not one number.
     """
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.detach().reshape(())
-    if isinstance(value, (int, float)) or (hasattr(value, "item") and getattr(value, "size", 0) == 1):
-        return float(value)
+    if is_number(value):
+        return kept(value).reshape(()) if isinstance(value, torch.Tensor) else float(value)
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     raise TypeError(
         f"log({name}=…) takes one number, not a {type(value).__name__}{shape}; reduce it first, or "

@@ -60,6 +60,9 @@ class Options:
     """How long a batch of loading workers may take; null to wait for ever."""
     reset_optimizers_schedulers: bool = False
     """Resume with fresh optimizers and schedulers."""
+    schedulers: str = "as_built"
+    """Of a schedule that a resumed run builds otherwise, for more epochs say: go on with it "as_built" now, from the
+    place that was come to, or "as_saved", as it was."""
     resume: str | bool = False
     """Go on with the newest run of this name (true), or with the run or checkpoint at a path."""
     run_name: str = "run"
@@ -90,6 +93,8 @@ def make_options(given: Mapping[str, Any]) -> Options:
         )
     if not options.report_loss_after_eval and every(options.log_every).unit != "steps":
         raise ValueError(f"report_loss_after_eval=False: log_every={options.log_every!r} must then count steps")
+    if options.schedulers not in ("as_built", "as_saved"):
+        raise ValueError(f"schedulers={options.schedulers!r} must be as_built or as_saved")
     for duration in (options.max_time, options.loader_timeout):
         if duration is not None:
             seconds(duration)

@@ -44,6 +44,16 @@ def with_loss(returned: Any) -> Outputs:
     return outputs
 
 
+def kept(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without its graph, as it is now, whatever is written into it later.
+
+    Copied, on its device, where that can happen: a parameter, a buffer, a batch, a part of one. What was just computed
+    with a graph is nobody else's.
+    """
+    fresh = value.grad_fn is not None and not value._is_view()
+    return value.detach() if fresh else value.detach().clone()
+
+
 class WindowCut(BaseException):
     """Leaves a window half done, for a run that is to be gone on with; no error, so nobody may handle it as one."""
 
@@ -87,8 +97,8 @@ def collate(rows: Sequence[Outputs]) -> list[Any]:
 
 
 def detached(outputs: Outputs) -> Outputs:
-    """Return outputs with the tensors among them without their graphs."""
-    return tuple([value.detach() if isinstance(value, torch.Tensor) else value for value in outputs])
+    """Return outputs with the tensors among them without their graphs, each as it is now; see `kept`."""
+    return tuple([kept(value) if isinstance(value, torch.Tensor) else value for value in outputs])
 
 
 def _column(values: Sequence[Any]) -> Any:

@@ -9,7 +9,7 @@ import math
 import operator
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -64,32 +64,6 @@ class Totals(NamedTuple):
     steps_per_epoch: int | None
     steps: int | None
     epochs: int | None
-
-
-class Scheduled(NamedTuple):
-    """A learning-rate scheduler and when it moves: after a "step", an "epoch" or a "validation"."""
-
-    scheduler: Any
-    when: str
-
-
-def schedule_all(schedulers: Sequence[Any]) -> list[Scheduled]:
-    """Tell when each scheduler moves.
-
-    Raises:
-        ValueError: a pair that says something else than step, epoch or validation.
-    """
-    scheduled = []
-    for entry in schedulers:
-        plateau = isinstance(entry, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        scheduler, when = entry if isinstance(entry, tuple) else (entry, "validation" if plateau else "step")
-        if when not in ("step", "epoch", "validation"):
-            raise ValueError(
-                f"get_optimizers_schedulers pairs {type(scheduler).__name__} with {when!r}; a scheduler "
-                'moves after each "step", "epoch" or "validation"'
-            )
-        scheduled.append(Scheduled(scheduler, when))
-    return scheduled
 
 
 # Randomness ---------------------------------------------------------------------------
@@ -257,6 +231,16 @@ def get_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, st
             {**group, "params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]
         ],
     }
+
+
+def join_late_groups(optimizer: torch.optim.Optimizer, module: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    """Have parameters join an optimizer in the groups in which they joined it while it trained, by a saved state."""
+    parameters = dict(module.named_parameters())
+    here = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for group in state["param_groups"][len(optimizer.param_groups) :]:
+        late = [parameters.get(name) for name in group["params"]]
+        if not any(parameter is None or id(parameter) in here for parameter in late):
+            optimizer.add_param_group({**group, "params": late})
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str], state: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ logging, stopping, and the end whatever happens.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -25,20 +26,20 @@ import torch
 
 from hookline import data
 from hookline.interfaces import Loader, ModuleInterface, Stage
-from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, to_floats, wide
+from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, is_number, to_floats, wide
 from hookline.masking import mask
 from hookline.options import make_options, run_folder
-from hookline.outputs import Collector, Outputs, WindowCut, as_outputs, collate, detached
+from hookline.outputs import Collector, Outputs, WindowCut, as_outputs, collate, detached, kept
 from hookline.plugins import MODULE, PluginManager, build, options_of
 from hookline.schedule import Every, every, seconds
+from hookline.schedules import Scheduled, is_plateau, missing_metric, schedule_all, wrong_length
 from hookline.state import (
     UNITS,
     Best,
     Counters,
-    Scheduled,
     Totals,
+    get_rng_state,
     kept_rng,
-    schedule_all,
     set_rng_state,
     set_seed,
     snapshot,
@@ -104,6 +105,14 @@ class Trainer:
         """Whether training stops behind the micro-batch under way instead of the step."""
         self.padding = 0
         """How many micro-batches at the end of this window only keep ranks in step: their outputs are dropped."""
+        self.given: collections.deque[Any] = collections.deque(maxlen=1)
+        """The last batches that loaders have given, each with its number of samples, where the loader knows it."""
+        self.weight = 1.0
+        """How much a value weighs that is logged now: the samples of the batch under way, or what `get_weight` says."""
+        self.weights: list[float] = []
+        """The same, of each micro-batch of the window under way."""
+        self.parts: list[float] | None = None
+        """How much each micro-batch of the window under way weighs in it, where somebody performs `get_weight`."""
         self.idle = False
         """Whether the micro-batch under way is one of these: what is logged in it is dropped."""
         self._stop_status = "stopped"
@@ -119,10 +128,16 @@ class Trainer:
         self._evaluation: LogBuffer | None = None
         self.log_suffix = ""
         """What an evaluation of several loaders appends to the names of logged values."""
-        self._samples = 1
+        self._told_at_once: LogBuffer | None = None  # of what is logged where something ends
         self._train_loss = self.options.train_loss_metric_name
-        self._losses: list[torch.Tensor] = []  # of the last steps, summed up when there are FOLD_AT of them
+        self._losses: list[tuple[torch.Tensor, float]] = []  # and weights of the last steps, summed up at FOLD_AT
         self._loaders: dict[Stage, Any] = {}
+        self._run_loaders: dict[tuple[Stage, str], data.RunLoader] = {}
+        self._samplers: dict[Stage, type] = {}
+        self._epochs = data.Epochs()
+        self._rng: Any = None  # the random states of this run, while it is not under way
+        self._said: set[str] = set()  # what is said once
+        self._unmonitored = ""
         self._first_loader: Loader | None = None
         self._evaluation_cadence: Every | None = None
         self._evaluates_by_counter = False
@@ -278,6 +293,9 @@ class Trainer:
         for row in self.plugins.plan() if log.isEnabledFor(logging.DEBUG) else ():
             if self.plugins.heard[row["hook"]]:
                 log.debug("%(kind)s %(hook)s: wrapped by %(wrapped_by)s, done or heard by %(done_by)s", row)
+        outside = get_rng_state()  # what a run draws does not leak out of it
+        if self._rng is not None:
+            set_rng_state(self._rng)
         try:
             self._raise(self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config))
             self.hook.run(trainer=self, stage=stage)
@@ -292,6 +310,10 @@ class Trainer:
             ended = {"trainer": self, "stage": stage, "status": self.status, "reason": reason}
             errors = self.plugins.tell_each("on_end_run", **ended)
             self.plugins.report_failures()
+            self._rng = get_rng_state()
+            set_rng_state(outside)
+            self._run_loaders.clear()  # with loading workers that live on
+            self.given.clear()
             status, took = "failed" if errors else self.status, time.monotonic() - began
             why = f": {reason.splitlines()[0]}" if reason else ""
             log.info("%s %s at step %d after %.1f s%s", stage.value, status, self.global_step, took, why)
@@ -324,7 +346,7 @@ class Trainer:
             log.warning("nothing is left to train: the run is at step %d, epoch %d", self.global_step, self.epoch)
             self._flush(self._interval)  # it may have been killed between its last save and this
             return
-        self.model.train()
+        self._warn_of_modes()
         self._session_began = time.monotonic() - self.counters.seconds
         self.hook.on_begin_train(trainer=self, global_step=self.global_step)
         if self.options.sanity_val_steps:
@@ -335,17 +357,35 @@ class Trainer:
             self._evaluate()
         while not self._finished():
             self._train_one_epoch()
+        self._compare_schedules(ended=self._is_over())
         if not self._preempted():  # else what was logged so far is in the state, and told when it is due
             self._flush(self._interval)
-            self.hook.on_end_train(trainer=self, global_step=self.global_step)
+            with self._logged_at_once():
+                self.hook.on_end_train(trainer=self, global_step=self.global_step)
+
+    def _warn_of_modes(self) -> None:
+        """Say that modules are trained in eval mode: modes are the user's, and this one may have been forgotten."""
+        idle = [
+            name or "the module itself"
+            for name, module in self.module.named_modules()
+            if not module.training and any(weight.requires_grad for weight in module.parameters())
+        ]
+        if idle and self.rank == 0:
+            log.warning(
+                "%d module(s) with weights to train are in eval mode, and stay in it in training (no dropout, batch "
+                "norm as it is): %s. Where that is not meant, call .train() on them before training",
+                len(idle), ", ".join(idle[:3]) + (" …" if len(idle) > 3 else ""),
+            )  # fmt: skip
 
     def run_evaluation(self, stage: Stage) -> None:
         """Evaluate on its own: what the verb `run` does for the other stages."""
         if not self.optimizers:  # else this trainer has trained, and what it trained is evaluated
-            set_seed(data.mix(self.options.seed, self.share))
+            set_seed(data.mix(self.options.seed, 0))
             self._set_up_model()
             self.hook.restore(trainer=self, stage=stage)
-        metrics = self._measure(stage, self.options.max_val_steps_per_epoch if stage is Stage.VAL else None)
+        with kept_rng():  # the same whether it comes behind a training or not
+            set_seed(data.mix(self.options.seed, self.share))
+            metrics = self._measure(stage, self.options.max_val_steps_per_epoch if stage is Stage.VAL else None)
         if metrics is None:
             raise ValueError(
                 f"{type(self.module).__name__} has no data for this: get_{stage.value}_dataloaders() returned None"
@@ -360,13 +400,15 @@ class Trainer:
         if self.optimizers:
             self.totals = self._count_totals()
             return
-        set_seed(data.mix(self.options.seed, self.share))
+        set_seed(data.mix(self.options.seed, 0))  # what is built is the same on all ranks
         self._set_up_model()
         self.totals = self._count_totals()
         self.optimizers, schedulers = hook.setup_optimizers(trainer=self)
         if not self.optimizers:
             raise ValueError(f"{type(self.module).__name__}.get_optimizers_schedulers returned no optimizer")
-        self.schedulers = schedule_all(schedulers)
+        self.schedulers = schedule_all(schedulers, self.options.val_loss_metric_name)
+        if self.share:  # what is drawn while training is each rank's own
+            set_seed(data.mix(self.options.seed, self.share))
         hook.restore(trainer=self, stage=Stage.TRAIN)
 
     def _set_up_model(self) -> None:
@@ -374,6 +416,7 @@ class Trainer:
             return
         hook, model = self.hook, self.module
         self.window_size = hook.get_window_size(trainer=self)
+        self.given = collections.deque(maxlen=self.window_size)
         for change in (hook.convert_model, hook.split_model, hook.compile_model, hook.shard_model):
             model = change(trainer=self, model=model)
         self.model, self._model_stands = model, True
@@ -395,15 +438,16 @@ class Trainer:
         self._first_loader = loader = self._train_loader()
         batches = self.limited(data.length(loader), self._max_batches_per_epoch)
         steps_per_epoch = None if batches is None else math.ceil(batches / self.window_size)
-        epochs = options.epochs
-        if epochs is None and options.max_steps is None and options.max_time is None:
-            epochs = 1
+        asked = options.epochs
+        if asked is None and options.max_steps is None and options.max_time is None:
+            asked = 1
+        epochs = asked
         if epochs is None and options.max_steps is not None and steps_per_epoch:
-            epochs = math.ceil(options.max_steps / steps_per_epoch)
+            epochs = math.ceil(options.max_steps / steps_per_epoch)  # no end: later epochs may have another length
         steps = None if steps_per_epoch is None or epochs is None else steps_per_epoch * epochs
         self._evaluation_cadence = None if options.evaluate_every is None else every(options.evaluate_every)
         self._evaluates_by_counter = self._evaluation_cadence is not None and self._evaluation_cadence.unit != "epochs"
-        limits = options.max_steps, epochs, None if options.max_time is None else seconds(options.max_time)
+        limits = options.max_steps, asked, None if options.max_time is None else seconds(options.max_time)
         self._ends = [math.inf if limit is None else limit for limit in limits]
         return Totals(batches, steps_per_epoch, self.limited(steps, options.max_steps), epochs)
 
@@ -424,19 +468,80 @@ class Trainer:
         """
         given = self._loaders.get(stage)
         if given is None:
-            sampler = self.hook.get_sampler(trainer=self, stage=stage)
-            if stage is Stage.TRAIN:
-                given = self.module.get_train_dataloader(sampler=sampler, batch_size=self.micro_batch_size)
-            else:
-                ask = getattr(self.module, f"get_{stage.value}_dataloaders")
-                given = ask(sampler=sampler, batch_size=self.options.val_batch_size)
+            given = self._ask_for_loaders(stage)
             if given is None:
                 return {}
             if self.options.keep_loaders:
                 self._loaders[stage] = given
         named = given if isinstance(given, Mapping) else {"default": given}
+        if stage is Stage.TRAIN:
+            for loader in named.values():
+                self._epochs.tell(loader, self.epoch)
         setup_loader = self.hook.setup_loader
         return {key: setup_loader(trainer=self, loader=loader, stage=stage, key=key) for key, loader in named.items()}
+
+    def _ask_for_loaders(self, stage: Stage) -> Any:
+        """Return what the module gives, made under the same random states each time and on every rank.
+
+        So a split that is drawn where loaders are made is one split: on all ranks, in training and in validation.
+        """
+        sampler = self._samplers[stage] = self.hook.get_sampler(trainer=self, stage=stage)
+        training = stage is Stage.TRAIN
+        ask = getattr(self.module, "get_train_dataloader" if training else f"get_{stage.value}_dataloaders")
+        with kept_rng():
+            set_seed(data.mix(self.options.seed, "loaders"))
+            before = torch.get_rng_state()
+            given = ask(sampler=sampler, batch_size=self.micro_batch_size if training else self.options.val_batch_size)
+            drew = not torch.equal(before, torch.get_rng_state())
+        if drew and training and self.epoch:
+            self.say_once(
+                f"{type(self.module).__name__}.get_train_dataloader() draws at random, and is asked under the same "
+                "random state in every epoch, on every rank, as get_val_dataloaders is: a split stays one split. For "
+                "another draw each epoch use a generator that is seeded by self.trainer.epoch"
+            )
+        return given
+
+    def run_loader(self, loader: Any, stage: Stage, key: str) -> Loader:
+        """Return a loader of the user's as a stage of this run iterates it: what the verb `setup_loader` does."""
+        mine = self._run_loaders.get((stage, key))
+        if mine is None or mine.loader is not loader:
+            training, patience = stage is Stage.TRAIN, self.options.loader_timeout
+            cursor = self.cursor if training else data.Cursor(seed=self.options.seed)
+            wait = 0 if patience is None else seconds(patience)
+            sampler = self._samplers.get(stage)
+            mine = data.RunLoader(
+                loader, cursor, self.share, self.shares, sampler, wait, self._agree_on_order, self.given
+            )
+            if training and data.is_stateful(loader) and self.plugins.performers("save"):
+                mine.states = collections.deque(maxlen=self.window_size + 1)
+            if training and mine.own_order and mine.own_order not in self._said:
+                self._said.add(mine.own_order)
+                data.warn_of_order(mine.own_order)
+            self._run_loaders[stage, key] = mine
+        mine.place()
+        return mine
+
+    def _agree_on_order(self, drawn: Sequence[Any]) -> None:
+        """Refuse ranks that take shares of different orders."""
+        ranks = self.hook.all_gather(trainer=self, value=repr(drawn)[:10_000])
+        for rank, other in enumerate(ranks):
+            if other != ranks[0]:
+                raise ValueError(
+                    f"a loader's sampler draws another order on rank {rank} ({other[:60]} …) than on rank 0 "
+                    f"({ranks[0][:60]} …), so their shares would overlap: pass `sampler=sampler(dataset)`, or seed the "
+                    "sampler alike on all ranks"
+                )
+
+    def say_once(self, text: str) -> None:
+        """Warn in the log, once in the life of this trainer; "" says nothing."""
+        if text and text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
+
+    def compare_length(self, what: str, said: int | None, given: int) -> None:
+        """Say once that a loader has given more or fewer batches than it said."""
+        if said is not None and said != given:
+            self.say_once(f"the {what} says that it has {said} batches, and gave {given}; what was given counts")
 
     def _train_loader(self) -> Loader:
         loaders = self.get_loaders(Stage.TRAIN)
@@ -466,6 +571,7 @@ class Trainer:
         self._epoch_outputs = Collector(self.plugins.rooms["on_end_train_epoch"])
         complete = hook.train_epoch(trainer=self, batches=batches)
         if complete:
+            self.compare_length("training loader", self.limited(data.length(loader), limit), self.position)
             self._end_epoch()
         self.settle()
 
@@ -483,7 +589,9 @@ class Trainer:
         hook.step_schedulers(trainer=self, when="epoch", optimizers=self.optimizers, metrics=self.metrics)
         self._flush(self._epoch)
         outputs = self._epoch_outputs.collate()
-        hook.on_end_train_epoch(trainer=self, global_step=self.global_step, train_step_collated_outputs=outputs)
+        with self._logged_at_once():
+            hook.on_end_train_epoch(trainer=self, global_step=self.global_step, train_step_collated_outputs=outputs)
+        self._compare_schedules(ended=False)
         counters.epochs += 1
         self.cursor.begin_epoch(counters.epochs)
         self._settling_due = True  # also where nothing was trained of what was left of the epoch
@@ -497,6 +605,13 @@ class Trainer:
             return False
         hook, counters, cursor, size = self.hook, self.counters, self.cursor, len(window)
         self._stepped = True
+        samples, self.weights, self.parts = 0, [], None
+        for batch in window:
+            count = hook.count_samples(trainer=self, batch=batch, stage=Stage.TRAIN)
+            samples += count
+            self.weights.append(float(count))
+        if self.plugins.heard["get_weight"]:
+            self._weigh(window)
         try:
             outputs = hook.update(trainer=self, window=window)
         except WindowCut as cut:
@@ -510,8 +625,7 @@ class Trainer:
         cursor.position += size
         cursor.consumed += size * cursor.draw
         if self.shares == 1:
-            for batch in window:
-                counters.samples += data.count_samples(batch)
+            counters.samples += samples
         else:  # as if all were full: batches of ranks may differ in size, and what is due must not
             counters.samples += size * self.micro_batch_size * self.shares
         if not self._stepped:
@@ -531,6 +645,16 @@ class Trainer:
             self._flush(self._interval)
         return True
 
+    def _weigh(self, window: Sequence[Any]) -> None:
+        """Find out how much each micro-batch weighs in a window, of all ranks, where somebody says it."""
+        weigh = functools.partial(self.hook.get_weight, trainer=self, stage=Stage.TRAIN)
+        real = len(window) - self.padding
+        self.weights = [float(weigh(batch=batch)) if i < real else 0.0 for i, batch in enumerate(window)]
+        total = sum(self.weights)
+        if self.world_size > 1:
+            total = self._all_reduce(torch.tensor(total, dtype=torch.float64), "sum").item()
+        self.parts = [weight * self.shares / total if total else 0.0 for weight in self.weights]
+
     def _collect(self, outputs: Sequence[Outputs]) -> list[Any]:
         """Keep of a step's outputs what somebody will ask for; return what its end is asked for, collated."""
         for row in outputs:
@@ -540,9 +664,11 @@ class Trainer:
                     f"a {type(outputs).__name__} of {type(row).__name__}"
                 )
         real = outputs[: len(outputs) - self.padding] if self.padding else outputs
-        for row in real:
+        weights = self.weights if len(self.weights) == len(outputs) else itertools.repeat(1.0)
+        for row, weight in zip(real, weights, strict=False):
             if row:
-                self._losses.append(row[0].detach())
+                self._losses.append((kept(row[0]), weight))
+        self.weight = 1.0
         if len(self._losses) >= FOLD_AT:
             self._fold_losses()
         if self._epoch_outputs.room:
@@ -556,11 +682,24 @@ class Trainer:
 
     def _fold_losses(self) -> None:
         """Hand the losses of the last steps to the log buffers."""
-        if self._losses:
-            count, total = len(self._losses), wide(torch.stack(self._losses)).sum()
-            self._interval.reduction(self._train_loss).add_sum(total, count)
-            self._epoch.reduction(f"{self._train_loss}_epoch").add_sum(total, count)
-            self._losses = []
+        if not self._losses:
+            return
+        losses, weights = zip(*self._losses, strict=True)
+        values = wide(torch.stack([loss.reshape(()) for loss in losses]))
+        total, weight = (values * torch.tensor(weights, dtype=values.dtype, device=values.device)).sum(), sum(weights)
+        interval = self._interval.reduction(self._train_loss)
+        interval.sync = True
+        interval.add_sum(total, weight)
+        self._epoch.reduction(f"{self._train_loss}_epoch").add_sum(total, weight)
+        self._losses = []
+
+    def _compare_schedules(self, ended: bool) -> None:
+        """Say of schedules that they are as long as training is not."""
+        for scheduler, when, _ in self.schedulers:
+            self.say_once(wrong_length(scheduler, ended, self.counters.skipped_steps))
+            if ended and when == "validation" and not self.counters.evaluations and is_plateau(scheduler):
+                name = type(scheduler).__name__
+                self.say_once(f"{name} has never moved: it follows an evaluation, and there was none")
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
         """Step optimizers, all by default, through every gate; return whether all of them stepped.
@@ -625,6 +764,9 @@ class Trainer:
             if self._finished() and self.options.eval_when_finish and not self._preempted():
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
+            if self._unmonitored:
+                self.hook.save(trainer=self, reason="before an error", state=None)
+                raise ValueError(self._unmonitored)
             back = self.restored_rng  # another state was put back, so the data go on where that one stood
             if back is not None:
                 set_rng_state(back)
@@ -658,7 +800,10 @@ class Trainer:
 
     def _finished(self) -> bool:
         """Tell whether training ends here, by itself or because someone asked for it."""
-        return (self.stop_reason is not None and self._agreed) or self._is_over()  # a call less in each step
+        if self.stop_reason is not None and self._agreed:
+            return True
+        counters, (steps, epochs, limit) = self.counters, self._ends  # `_is_over`, without two calls in each step
+        return counters.global_step >= steps or counters.epochs >= epochs or counters.seconds >= limit
 
     def _is_over(self) -> bool:
         """Tell whether all that was to be trained has been trained."""
@@ -684,14 +829,17 @@ class Trainer:
         if self._evaluated_at == self.global_step:
             return
         self._evaluated_at = self.global_step
-        metrics = self._measure(Stage.VAL, self.options.max_val_steps_per_epoch)
-        if metrics is None:
-            return
-        self.counters.evaluations += 1
-        self.best.take("valid_loss", metrics.get(self.options.val_loss_metric_name, math.nan))
-        self._tell_log(metrics)
-        self.hook.step_schedulers(trainer=self, when="validation", optimizers=self.optimizers, metrics=metrics)
-        self.hook.on_end_validation(trainer=self, global_step=self.global_step, metrics=metrics)
+        with kept_rng():  # training is the same, whatever is evaluated and how often
+            metrics = self._measure(Stage.VAL, self.options.max_val_steps_per_epoch)
+            if metrics is None:
+                return
+            self.counters.evaluations += 1
+            self.best.take("valid_loss", metrics.get(self.options.val_loss_metric_name, math.nan))
+            self._tell_log(metrics)
+            with self._logged_at_once(metrics):
+                self.hook.on_end_validation(trainer=self, global_step=self.global_step, metrics=metrics)
+            self._unmonitored = missing_metric(self.schedulers, metrics)
+            self.hook.step_schedulers(trainer=self, when="validation", optimizers=self.optimizers, metrics=metrics)
 
     def _measure(self, stage: Stage, limit: int | None) -> dict[str, float] | None:
         """Evaluate a stage; None where the module has no loader for it."""
@@ -708,7 +856,10 @@ class Trainer:
         metrics, self.sanity_checking = self.metrics, True
         try:
             with kept_rng():
-                self._measure(Stage.VAL, self.options.sanity_val_steps)
+                tried = self._measure(Stage.VAL, self.options.sanity_val_steps)
+            if tried is not None and not self.plugins.heard["on_end_validation"]:  # where more may be logged
+                if missing := missing_metric(self.schedulers, tried):
+                    raise ValueError(missing)
         finally:
             self.sanity_checking = False
         self.metrics = metrics
@@ -728,22 +879,25 @@ class Trainer:
                 module.training = training
             self.stage, self._evaluation, self.log_suffix = outer, None, ""
 
-    def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
-        """Take one loader's batches through the model and tell of each: the inner loop of `evaluate`."""
+    def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> int:
+        """Take one loader's batches through the model and tell of each; return how many there were.
+
+        The inner loop of `evaluate`.
+        """
         hook, index = self.hook, -1
         tell = getattr(hook, f"on_end_{stage.value}_step")
         collector = Collector(self.plugins.rooms.get(f"on_end_{stage.value}_epoch", 0))
         for index, batch in enumerate(batches):
-            self._samples = data.count_samples(batch)
+            weight = self.weight = float(hook.get_weight(trainer=self, batch=batch, stage=stage))
             batch = hook.prepare_batch(trainer=self, batch=batch, stage=stage)
             outputs = hook.call_model(trainer=self, batch=batch, stage=stage)
             if stage is not Stage.PREDICT:
                 outputs = as_outputs(outputs, f"{stage.value}_step")
-                self._take_loss(stage, outputs)
+                self._take_loss(stage, outputs, weight)
                 if collector.room:
                     collector.add(outputs)
             tell(trainer=self, outputs=outputs, batch=batch, key=key, index=index)
-        self._samples = 1
+        self.weight = 1.0
         if index < 0:
             warnings.warn(f"the {stage.value} loader {key!r} gave no batch, so nothing is known of it", stacklevel=2)
         if stage is Stage.PREDICT:
@@ -753,20 +907,27 @@ class Trainer:
             collated = {f"{stage.value}_step_collated_outputs": outputs}
             ended = getattr(hook, f"on_end_{stage.value}_epoch")
             ended(trainer=self, global_step=self.global_step, key=key, **collated)
+        return index + 1
 
-    def _take_loss(self, stage: Stage, outputs: Outputs) -> None:
-        """Log the loss of an evaluation batch: its first output, where that is a scalar.
+    def _take_loss(self, stage: Stage, outputs: Outputs, weight: float) -> None:
+        """Log the loss of an evaluation batch: its first output, where that is one number.
 
         Where the mean so far is told, it is of this rank alone, as others may have fewer batches, and of a copy, as to
         fold the values here would round them otherwise.
         """
-        if outputs and isinstance(outputs[0], torch.Tensor) and outputs[0].ndim == 0:
+        if outputs and is_number(outputs[0]):
             assert self._evaluation is not None
             name = self.options.val_loss_metric_name if stage is Stage.VAL else f"{stage.value}_loss"
+            loss = as_number(name, outputs[0])
+            if getattr(outputs[0], "ndim", 0) and weight == 1:
+                self.say_once(
+                    f"{stage.value}_step returns a first output of one element for a batch of one sample: it is taken "
+                    f"for the loss ({name}). Return the loss as a tensor of shape (), and what is no loss behind it"
+                )
             for full_name in dict.fromkeys((name, name + self.log_suffix)):  # of all loaders together, and of each
                 reduction = self._evaluation.reduction(full_name)
                 reduction.sync = True
-                reduction.add(outputs[0].detach(), self._samples)
+                reduction.add(loss, weight)
             if self._in_training and not self.options.report_loss_after_eval:
                 batch = self.counters.evaluation_batches = self.counters.evaluation_batches + 1
                 if batch % every(self.options.log_every).number == 0 and self.plugins.heard["on_log"]:
@@ -787,19 +948,21 @@ class Trainer:
         reduce: str = "mean",
         sync: bool = False,
         prog: bool = False,
+        weighted_by: float | torch.Tensor | None = None,
         **values: Any,
     ) -> None:
         """Log values by name, from anywhere; tensors stay on their device until the flush.
 
-        In an evaluation the values belong to it: means are weighted by the samples of each
-        batch, and of several loaders each value gets the loader's key into its name. Dropped
-        while `idle`.
+        In an evaluation the values belong to it, and of several loaders each gets the loader's key into its
+        name. What is logged where an epoch, a validation or training ends is told right after it. Means are
+        weighted by the samples of the batch under way. Dropped while `idle`.
 
         Args:
             over: "interval", until `log_every` is due, or "epoch", until the epoch's end.
             reduce: "mean", "sum", "min", "max" or "last" of what is logged under one name.
             sync: reduce over all ranks too (an evaluation always does).
             prog: have progress displays show it.
+            weighted_by: how much these values weigh in a mean, where that is not the samples of the batch.
             values: numbers, or tensors of one element.
 
         Raises:
@@ -812,9 +975,12 @@ class Trainer:
             )
         if self.idle:
             return
-        buffer, suffix, weight = self._evaluation, self.log_suffix, float(self._samples)
+        buffer, suffix = self._evaluation, self.log_suffix
         if buffer is None:
-            buffer, suffix, weight = self._epoch if over == "epoch" else self._interval, "", 1.0
+            buffer, suffix = self._told_at_once, ""
+        if buffer is None:
+            buffer = self._epoch if over == "epoch" else self._interval
+        weight = self.weight if weighted_by is None else float(weighted_by)
         for name, value in values.items():
             reduction = buffer.reduction(name + suffix, reduce)
             reduction.sync = reduction.sync or sync or self._evaluation is not None
@@ -825,6 +991,23 @@ class Trainer:
     def log_object(self, name: str, value: Any) -> None:
         """Hand something that is no number (a text, a figure, an image, a table) to who keeps records."""
         self.hook.on_log_object(trainer=self, name=name, value=value, global_step=self.global_step)
+
+    @contextlib.contextmanager
+    def _logged_at_once(self, metrics: dict[str, float] | None = None) -> Iterator[None]:
+        """Have what is logged within belong to where that is: tell it right afterwards, and add it to `metrics`."""
+        self._told_at_once = buffer = LogBuffer()
+        try:
+            yield
+        finally:
+            self._told_at_once = None
+        if metrics is not None:
+            for reduction in buffer.reductions.values():
+                reduction.sync = True  # as in the evaluation
+        if self.world_size > 1 or buffer:
+            values = self._floats(buffer)
+            if metrics is not None:
+                metrics.update(values)
+            self._tell_log(values)
 
     def _flush(self, buffer: LogBuffer) -> None:
         """Copy the values of a buffer off the device, once for all, if anybody wants to see them."""
@@ -887,14 +1070,16 @@ class Trainer:
     def get_logs(self) -> dict[str, Any]:
         """Return what has been logged and not told yet, by this rank."""
         return {
-            "losses": torch.stack(self._losses) if self._losses else None,
+            "losses": torch.stack([loss.reshape(()) for loss, _ in self._losses]) if self._losses else None,
+            "weights": [weight for _, weight in self._losses],
             "interval": self._interval.get_state(),
             "epoch": self._epoch.get_state(),
         }
 
     def update_logs(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
-        self._losses = [] if state.get("losses") is None else list(state["losses"].unbind())
+        losses = [] if state.get("losses") is None else list(state["losses"].unbind())
+        self._losses = list(zip(losses, state.get("weights") or [1.0] * len(losses), strict=True))
         self._interval.update_state(state.get("interval", {}))
         self._epoch.update_state(state.get("epoch", {}))
 

@@ -1,0 +1,145 @@
+"""Batches: to the device, and how many samples there are in one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return the batch with every tensor in it on a device.
+
+    Goes through dictionaries, lists, tuples, named tuples and dataclasses, and calls the
+    `.to` of whatever has one; leaves the rest alone.
+    """
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to") and callable(batch.to):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(value, device) for value in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        fields = {f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
+        return dataclasses.replace(batch, **fields)
+    return batch
+
+
+# Samples ------------------------------------------------------------------------------
+
+
+def count_samples(batch: Any) -> int:
+    """Return how many samples a batch seems to hold, where no loader is there to say it; see `counted`."""
+    return counted(batch)[0]
+
+
+def counted(batch: Any, given: Iterable[tuple[Any, int | None]] = ()) -> tuple[int, str]:
+    """Return how many samples a batch holds, and why that may be wrong, "" where it is certain.
+
+    A loader knows of how many samples it has made a batch. That counts, unless the tensors of the batch agree
+    on fewer: then its collation has left some out. Of a batch from elsewhere it is guessed: the first dimension of the
+    tensors in it, or the number of its items.
+
+    Args:
+        batch: what a loader gave.
+        given: the batches that loaders have given last, with their numbers of samples.
+    """
+    for other, samples in given:
+        if other is batch and samples is not None:
+            return left_of(batch, samples), ""
+    if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], torch.Tensor) and batch[0].ndim:
+        for other in batch[1:]:
+            if not isinstance(other, torch.Tensor) or other.shape[:1] != batch[0].shape[:1]:
+                return guess(batch)
+        return batch[0].shape[0], ""  # the commonest, without many calls
+    return guess(batch)
+
+
+def left_of(batch: Any, samples: int) -> int:
+    """Return how many of the samples that a batch was made of are still in it."""
+    if batch is None:
+        return 0
+    tensors = list(tensors_in(batch))
+    firsts = {first_of(tensor) for tensor in tensors}
+    fewer = len(firsts) == 1 and min(firsts) < samples
+    if not fewer or any(len(items) == samples for items in lists_in(batch)):
+        return samples
+    if any(tensor.ndim > 1 and samples in tensor.shape[1:2] for tensor in tensors if not nested(tensor)):
+        return samples  # another dimension is that of the samples, time is the first
+    return firsts.pop()
+
+
+def guess(batch: Any) -> tuple[int, str]:
+    """Return how many samples a batch seems to hold, and why that may be wrong."""
+    if batch is None:
+        return 0, ""
+    columns = isinstance(batch, (list, tuple))  # else of fields, which may be nested
+    tensors = list(tensors_in(batch, depth=1)) or ([] if columns else list(tensors_in(batch)))
+    if tensors:
+        firsts = list(dict.fromkeys(map(first_of, tensors)))
+        return firsts[0], f"tensors in it begin with dimensions {firsts}" if len(firsts) > 1 else ""
+    values = inner_of(batch)
+    if not values:
+        is_one = not hasattr(batch, "__len__") or isinstance(batch, (str, Mapping)) or getattr(batch, "ndim", 1) == 0
+        return (1 if is_one else len(batch)), ""
+    lists = [value for value in values if isinstance(value, (list, tuple))]
+    if not columns:
+        inner, doubt = guess(lists[0]) if lists else guess(values[0])
+        return (len(lists[0]) if lists else inner), doubt or (f"a {type(batch).__name__} without a tensor in it")
+    if len(values) == 1:
+        return guess(values[0])
+    lengths = {len(value) for value in lists}
+    if len(lists) < len(values) or len(lengths) > 1:
+        return len(values), ""  # of samples, or of numbers
+    alike = all(len({type(item) for item in value}) == 1 for value in lists)
+    rows, width = len(values), lengths.pop()
+    doubt = f"it has {rows} lists of {width} items, each of one kind" if alike and rows != width else ""
+    return (width if alike and isinstance(batch, tuple) else rows), doubt  # zip(*samples) makes tuples
+
+
+def tensors_in(value: Any, depth: int = 9) -> Iterator[Any]:
+    """Give the tensors and arrays in a batch that have a first dimension."""
+    if isinstance(value, torch.nn.utils.rnn.PackedSequence):
+        yield value.data[: int(value.batch_sizes[0])]
+    elif isinstance(value, torch.Tensor) or (hasattr(value, "shape") and hasattr(value, "dtype")):
+        if value.ndim:
+            yield value
+    elif depth:
+        for inner in inner_of(value):
+            yield from tensors_in(inner, depth - 1)
+
+
+def lists_in(value: Any) -> Iterator[Any]:
+    """Give a batch and what lies in it, where these are lists."""
+    if isinstance(value, (list, tuple)):
+        yield value
+    for inner in inner_of(value):
+        yield from lists_in(inner)
+
+
+def inner_of(value: Any) -> list[Any]:
+    """Return what a batch or a part of it consists of."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return list(vars(value).values())
+    return []
+
+
+def first_of(tensor: Any) -> int:
+    """Return the first dimension of a tensor or an array, also of one that is nested."""
+    return tensor.size(0) if isinstance(tensor, torch.Tensor) else tensor.shape[0]
+
+
+def nested(tensor: Any) -> bool:
+    """Tell whether a tensor is one of tensors that have several lengths."""
+    return isinstance(tensor, torch.Tensor) and tensor.is_nested

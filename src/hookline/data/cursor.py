@@ -1,0 +1,79 @@
+"""The place in the data, and the sampler that draws from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+CHUNK = 4096  # indices turned into Python integers at a time
+
+
+def mix(*parts: object) -> int:
+    """Return one seed that depends on all parts, the same on every machine; 63 bits."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclasses.dataclass
+class Cursor:
+    """The place in the data: which epoch, and how much of it has been trained on."""
+
+    seed: int = 0
+    epoch: int = 0
+    position: int = 0
+    """Batches of this epoch trained on, by each rank (not batches fetched)."""
+    consumed: int = 0
+    """Samples of this epoch drawn for them, over all ranks; batches where a batch sampler of the user's makes them."""
+    draw: int = 0
+    """How many of these one batch draws over all ranks; 0 where the loader does not say."""
+    samples: int | None = None
+    """Samples of the data set; None where nobody can know."""
+    loader_state: Any = None
+    """What a stateful loader said where the run was cut, until it is given back to it."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch."""
+        self.epoch, self.position, self.consumed, self.loader_state = epoch, 0, 0, None
+
+
+class ResumableSampler(Sampler[int]):
+    """Samples a data set in an order that depends on nothing but (seed, epoch).
+
+    The order is one stateless permutation; ranks take strided shares of what lies behind
+    the cursor, so a resumed epoch skips by index, loads nothing, and may run on another
+    number of ranks. A subclass bound to a run (`sampler_class`) is handed to the module's
+    `get_*_dataloader`, where `sampler(dataset)` is all that is needed.
+    """
+
+    cursor: Cursor
+    shuffle: bool
+    share: int
+    shares: int
+
+    def __init__(self, data_source: Any) -> None:
+        self.length = len(data_source)
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(mix(self.cursor.seed, self.cursor.epoch))
+            order = torch.randperm(self.length, generator=generator)
+        else:
+            order = torch.arange(self.length)
+        share = order[self.cursor.consumed + self.share :: self.shares]
+        for chunk in torch.split(share, CHUNK):
+            yield from chunk.tolist()
+
+    def __len__(self) -> int:
+        """Return the samples of a whole epoch on this rank, wherever the cursor stands."""
+        return len(range(self.share, self.length, self.shares))
+
+
+def sampler_class(cursor: Cursor, shuffle: bool, share: int, shares: int) -> type[ResumableSampler]:
+    """Return a sampler class that is bound to the cursor of a run and to this rank's share of the data."""
+    bound = {"cursor": cursor, "shuffle": shuffle, "share": share, "shares": shares}
+    return type("RunSampler", (ResumableSampler,), bound)

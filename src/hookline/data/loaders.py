@@ -1,0 +1,213 @@
+"""The user's loaders as a run iterates them: privately, from its place in the epoch, under seeds of their own."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import itertools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from hookline.data.cursor import Cursor, mix
+from hookline.data.sampling import Agree, Batches, arguments_of, is_shared, length
+from hookline.data.seeding import InitWorker, SeededDataset, seeded
+
+log = logging.getLogger("hookline.data")
+
+
+class RunLoader:
+    """A loader of the user's as one stage of one run iterates it; the user's object stays as it was.
+
+    Answers for the rest to all that the user's loader does. Batches come with their number of samples, where the
+    loader knows it: the last ones stand in `given`, as pairs.
+
+    Args:
+        loader: the user's.
+        cursor: where to begin, and which epoch it is.
+        share: this rank's share of the data.
+        shares: of how many.
+        sampler: the class that the module was handed for this loader.
+        patience: seconds that a batch of loading workers may take, 0 for ever, unless the loader says itself.
+        agree: see `Batches`.
+        given: is filled with batches and their numbers of samples.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        cursor: Cursor,
+        share: int = 0,
+        shares: int = 1,
+        sampler: type | None = None,
+        patience: float = 0,
+        agree: Agree = list,  # type: ignore[assignment]
+        given: collections.deque[Any] | None = None,
+    ) -> None:
+        self.loader, self.cursor, self.share = loader, cursor, share
+        self.given = collections.deque(maxlen=1) if given is None else given
+        self.states: collections.deque[tuple[int, Any]] | None = None
+        """What a stateful loader said behind each of the last batches; kept where somebody saves."""
+        self._private: DataLoader[Any] | None = None
+        self._generator = torch.Generator() if getattr(loader, "generator", None) is None else None
+        self._view: SeededDataset | None = None
+        self._batches: Batches | None = None
+        cursor.draw, cursor.samples = 0, length(getattr(loader, "dataset", None))
+        if is_indexed(loader):
+            self._batches = Batches(loader, cursor, share, shares, agree, sampler)
+            self._index(loader, self._batches, patience)
+            return
+        if shares > 1 and not is_shared(loader, share, shares):
+            raise ValueError(refusal(loader))
+        if type(loader) is DataLoader:
+            self._stream(loader, patience)
+
+    def _index(self, loader: DataLoader[Any], batches: Batches, patience: float) -> None:
+        arguments = self._arguments(loader, patience)
+        view = self._view = SeededDataset(loader.dataset, loader.collate_fn, self.cursor.seed, arguments["timeout"])
+        if loader.num_workers:
+            view.epoch.share_memory_()  # type: ignore[no-untyped-call]
+        arguments |= {"collate_fn": as_it_is, "worker_init_fn": InitWorker(loader.worker_init_fn)}
+        if loader.batch_sampler is None:
+            arguments |= {"batch_size": None, "sampler": batches}
+        else:
+            arguments["batch_sampler"] = batches
+        self._private = DataLoader(view, **arguments)  # type: ignore[arg-type]
+
+    def _stream(self, loader: DataLoader[Any], patience: float) -> None:
+        arguments = self._arguments(loader, patience)
+        arguments |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        arguments["collate_fn"] = Counted(loader.collate_fn, loader.batch_size is not None)
+        self._private = DataLoader(loader.dataset, **arguments)
+
+    def _arguments(self, loader: DataLoader[Any], patience: float) -> dict[str, Any]:
+        arguments = arguments_of(loader, "batch_size", "drop_last")
+        if loader.num_workers and not loader.timeout:
+            arguments["timeout"] = patience
+        if self._generator is not None:  # else `iter(loader)` would draw from the global random state
+            arguments["generator"] = self._generator
+        return arguments
+
+    def place(self) -> None:
+        """Begin at the cursor, which may have been moved."""
+        if self._batches is not None:
+            self._batches.place()
+
+    @property
+    def own_order(self) -> str:
+        """The name of a sampler of the user's of which nobody knows whether it draws the same again; else ""."""
+        return "" if self._batches is None or self._batches.repeatable else self._batches.name
+
+    def __len__(self) -> int:
+        # of streams torch would remember that it was asked, and warn in its own words
+        known: Any = self._private if self._view is not None else copy.copy(self.loader)
+        return len(known)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        cursor = self.cursor
+        if isinstance(self.loader, (list, tuple)):
+            return itertools.islice(self.loader, cursor.position, None)
+        if self._generator is not None:
+            self._generator.manual_seed(mix(cursor.seed, cursor.epoch, self.share))
+        if self._view is None:
+            return self._streamed()
+        self._view.epoch.fill_(cursor.epoch)
+        return self._counted(self._private)
+
+    def _counted(self, pairs: Any) -> Iterator[Any]:
+        for samples, batch in pairs:
+            self.given.append((batch, samples))
+            yield batch
+
+    def _streamed(self) -> Iterator[Any]:
+        """Give the batches of a stream from the cursor on; what it draws in this process is seeded for each batch."""
+        cursor = self.cursor
+        skipped, place = cursor.position, 0
+        load_state = getattr(self.loader, "load_state_dict", None)
+        if cursor.loader_state is not None and load_state is not None:
+            load_state(cursor.loader_state)
+            place, cursor.loader_state = skipped, None
+        elif skipped:
+            log.warning(
+                "the training loader is a stream: its first %d batches are loaded and dropped to come to where the run "
+                "was cut. This is exact if the stream gives the same each time",
+                skipped,
+            )
+        source: Any = self.loader if self._private is None else self._private
+        iterator = None
+        while True:
+            with seeded(mix(cursor.seed, cursor.epoch, self.share, place)):
+                try:
+                    if iterator is None:
+                        iterator = iter(source)
+                    batch = next(iterator)
+                except StopIteration:
+                    return
+            place += 1
+            if self.states is not None:
+                self.states.append((place, self.loader.state_dict()))
+            if place <= skipped:
+                continue
+            if self._private is not None:
+                samples, batch = batch
+                self.given.append((batch, samples))
+            yield batch
+
+
+class Counted:
+    """Collates a batch, and says of how many samples it is made."""
+
+    def __init__(self, collate: Callable[[Any], Any], batched: bool) -> None:
+        self.collate, self.batched = collate, batched
+
+    def __call__(self, samples: Any) -> tuple[int | None, Any]:
+        return len(samples) if self.batched else None, self.collate(samples)
+
+
+def as_it_is(batch: Any) -> Any:
+    """Return a batch that is collated already."""
+    return batch
+
+
+def is_indexed(loader: Any) -> bool:
+    """Tell whether a loader reads a data set by indices, in torch's way, so that it can be begun anywhere."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    own = type(loader).__iter__ is DataLoader.__iter__ and type(loader)._get_iterator is DataLoader._get_iterator
+    return own or is_stateful(loader)  # of torchdata, which iterates the same and can say where it is
+
+
+def is_stateful(loader: Any) -> bool:
+    """Tell whether a loader says where it is, and takes that back."""
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def refusal(loader: Any) -> str:
+    """Say why a loader cannot be used on several ranks."""
+    return (
+        f"ranks would all be given the same batches: this loader ({type(loader).__name__}) is a stream, of which "
+        "nobody says which part is whose. Where each rank's gives its own part, say so by hookline.sharded(loader); "
+        "hookline.shard(items, trainer.share, trainer.shares) takes one rank's part where a data set iterates. Or "
+        "give a DataLoader of a map-style data set, which is shared as it is"
+    )
+
+
+def warn_of_order(name: str) -> None:
+    """Say that a resume in mid-epoch is not exact."""
+    warnings.warn(
+        f"the training loader draws its order from a sampler of its own ({name}): training works, but the "
+        "order may not be a function of (seed, epoch), so after a resume in mid-epoch the rest of that "
+        "epoch may come in another order, and some samples twice or not at all. Pass "
+        "`sampler=sampler(dataset)` in get_train_dataloader for an exact resume, or give the sampler a "
+        "set_epoch(epoch) on which alone its order depends.",
+        stacklevel=2,
+    )

@@ -1,0 +1,324 @@
+"""Which samples make which batch: what the user's samplers draw, begun at the cursor and dealt to ranks."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from hookline.data.cursor import Cursor, ResumableSampler, mix, sampler_class
+from hookline.data.seeding import seeded
+
+Agree = Callable[[list[Any]], None]
+
+INNER = (  # under which names loaders, samplers and data sets hold what they draw from
+    "loader", "dataloader", "base_dataloader", "sampler", "batch_sampler", "base_sampler", "dataset", "datasets",
+    "iterable",
+)  # fmt: skip
+PLAIN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)  # draw from torch alone
+ARGUMENTS = (
+    "batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn",
+    "multiprocessing_context", "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
+)  # fmt: skip
+
+
+def length(loader: Any) -> int | None:
+    """Return how many batches a loader gives, or None where it does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def arguments_of(loader: DataLoader[Any], *but: str) -> dict[str, Any]:
+    """Return the arguments that a loader was made with, without data set and samplers."""
+    return {name: getattr(loader, name) for name in ARGUMENTS if name not in but}
+
+
+def parts(loader: Any) -> list[Any]:
+    """Return a loader and what it draws from, as far as that lies under the usual names."""
+    found: list[Any] = []
+    waiting = [loader]
+    while waiting and len(found) < 100:
+        part = waiting.pop(0)
+        if part is None or isinstance(part, (str, int, torch.Tensor)) or any(part is other for other in found):
+            continue
+        found.append(part)
+        for name in INNER:
+            inner = getattr(part, name, None)
+            waiting += inner if isinstance(inner, (list, tuple)) and name == "datasets" else [inner]
+    return found
+
+
+class Epochs:
+    """Tells samplers, batch samplers and streams of the user's which epoch it is, by their `set_epoch`.
+
+    Whoever was given another epoch by hand is left alone.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[int, tuple[Any, int]] = {}
+
+    def tell(self, loader: Any, epoch: int) -> None:
+        """Tell a loader and what it draws from."""
+        for part in parts(loader):
+            if not callable(getattr(part, "set_epoch", None)):
+                continue
+            _, last = self._told.get(id(part), (part, 0))
+            if getattr(part, "epoch", None) in (None, last, epoch):
+                self._told[id(part)] = part, epoch
+                part.set_epoch(epoch)
+
+
+# Ranks --------------------------------------------------------------------------------
+
+
+class Sharded:
+    """A loader of which each rank has its own share already; see `sharded`."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def sharded(loader: Any) -> Any:
+    """Say that each rank's loader gives that rank's own share of the data, and no other rank's.
+
+    For streams and other iterables that hookline cannot share between ranks itself.
+    """
+    return Sharded(loader)
+
+
+def shard(items: Any, share: int, shares: int) -> Iterator[Any]:
+    """Give one rank's share of items that come in the same order on all: every `shares`-th of them.
+
+    Within a loading worker it is that worker's part of the share: call it where an `IterableDataset` iterates.
+
+    Args:
+        items: any iterable, the same on all ranks.
+        share: which share: `trainer.share`.
+        shares: of how many: `trainer.shares`.
+    """
+    worker = torch.utils.data.get_worker_info()
+    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+    return itertools.islice(items, share + number * shares, None, shares * workers)
+
+
+def is_shared(loader: Any, share: int, shares: int) -> bool:
+    """Tell whether a loader gives this rank's share alone, as a sampler in it says.
+
+    Raises:
+        ValueError: the sampler is of another share.
+    """
+    for part in parts(loader):
+        if isinstance(part, (Sharded, ResumableSampler)):
+            return True
+        replicas, rank = getattr(part, "num_replicas", None), getattr(part, "rank", None)
+        if isinstance(replicas, int) and isinstance(rank, int) and (replicas, rank) != (1, 0):
+            if (replicas, rank) != (shares, share):
+                raise ValueError(
+                    f"the {type(part).__name__} of a loader is for share {rank} of {replicas}, and this rank takes "
+                    f"share {share} of {shares}: make it with num_replicas=trainer.shares and rank=trainer.share, or "
+                    "pass `sampler=sampler(dataset)`"
+                )
+            return True
+    return False
+
+
+# Batches ------------------------------------------------------------------------------
+
+
+class Batches:
+    """The batches of a map-style loader: their places in the epoch, with the indices that its samplers draw.
+
+    Begins at the cursor. What the user's sampler draws at random is a function of (seed, epoch), and each rank takes
+    its share of it, unless the sampler has shared already. `__len__` is that of a whole epoch on this rank.
+
+    Args:
+        loader: the user's.
+        cursor: where to begin, and which epoch it is.
+        share: this rank's share of the data.
+        shares: of how many.
+        sampler: the class that was handed out for this loader; of the run's samplers another may stand in the loader.
+        agree: is told the first draws of an epoch where ranks take shares of them, and refuses others than theirs.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        cursor: Cursor,
+        share: int,
+        shares: int,
+        agree: Agree,
+        sampler: type | None = None,
+    ) -> None:
+        self.cursor, self.share, self.shares, self.agree = cursor, share, shares, agree
+        batches: Any = loader.batch_sampler
+        self.batched = type(batches) is BatchSampler  # torch's own, which does nothing but cut
+        self.size = (batches.batch_size or 1) if self.batched else 1
+        self.drop_last = self.batched and batches.drop_last
+        source: Any = batches.sampler if self.batched else loader.sampler if batches is None else batches
+        self.repeatable = is_repeatable(source)
+        self.name = type(source).__name__
+        ours = sampler is not None and issubclass(sampler, ResumableSampler)
+        like: Any = sampler if ours else sampler_class(cursor, True, share, shares)
+        if is_exact(source):
+            made = like(source.data_source)
+            made.shuffle = like.shuffle and type(source) is RandomSampler
+            source = made
+        elif isinstance(source, ResumableSampler):
+            source = bound(source, like, like.cursor)
+        self.runs = isinstance(source, ResumableSampler)  # begins at the cursor and shares by itself
+        self.dealt = not self.runs and not is_shared(source, share, shares)
+        self.source = source if self.runs else rebound(source, like)
+        cursor.draw = self.size * (shares if self.runs or self.dealt else 1)
+        self.place()
+
+    def place(self) -> None:
+        """Have the cursor's two measures agree: the batches of before may have been of another size."""
+        cursor = self.cursor
+        if cursor.consumed:
+            cursor.position = cursor.consumed // cursor.draw
+        else:
+            cursor.consumed = cursor.position * cursor.draw
+
+    def __len__(self) -> int:
+        items = len(self.source)
+        if self.dealt:
+            items = len(range(self.share, items, self.shares))
+        return items // self.size if self.drop_last else -(-items // self.size)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        place = self.cursor.position * self.shares + self.share
+        for drawn in self._of_the_run() if self.runs else self._of_the_user():
+            if not drawn or (self.drop_last and len(drawn) < self.size):
+                return
+            yield place, drawn if self.batched else drawn[0]
+            place += self.shares
+
+    def _of_the_run(self) -> Iterator[list[Any]]:
+        source = iter(self.source)
+        while drawn := list(itertools.islice(source, self.size)):
+            yield drawn
+
+    def _of_the_user(self) -> Iterator[list[Any]]:
+        """Give what is drawn for one batch of this rank, from the cursor on; what lies before it is drawn as ever."""
+        shares = self.shares if self.dealt else 1
+        number = self.size * shares
+        draws = Draws(self.source, mix(self.cursor.seed, self.cursor.epoch))
+        for _ in range(self.cursor.consumed // number):
+            draws.take(number)
+        draws.take(self.cursor.consumed % number)
+        drawn = draws.take(number)
+        if self.dealt and shares > 1:
+            self.agree(drawn)
+        while drawn:
+            yield drawn[self.share :: shares] if self.dealt else drawn
+            drawn = draws.take(number)
+
+
+class Draws:
+    """What a sampler draws, under random states of its own, whatever else is drawn between two batches."""
+
+    def __init__(self, source: Any, seed: int) -> None:
+        self.source, self.seed, self.number = source, seed, 0
+        self.items: Iterator[Any] | None = None
+
+    def take(self, number: int) -> list[Any]:
+        """Draw some more."""
+        if not number:
+            return []
+        self.number += 1
+        with seeded(mix(self.seed, "sampler", self.number)):
+            if self.items is None:
+                self.items = iter(self.source)
+            return list(itertools.islice(self.items, number))
+
+
+def is_exact(sampler: Any) -> bool:
+    """Tell whether a sampler goes through the whole data set once, in order or shuffled by the global random state."""
+    if type(sampler) is SequentialSampler:
+        return True
+    return (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.generator is None
+        and sampler.num_samples == len(sampler.data_source)
+    )
+
+
+def is_repeatable(sampler: Any) -> bool:
+    """Tell whether a sampler is known to draw the same again, given the epoch and the global random state."""
+    if isinstance(sampler, (ResumableSampler, range, list, tuple)) or callable(getattr(sampler, "set_epoch", None)):
+        return True
+    if type(sampler) is BatchSampler:
+        return is_repeatable(sampler.sampler)
+    return type(sampler) in PLAIN and getattr(sampler, "generator", None) is None
+
+
+def bound(sampler: ResumableSampler, like: type[ResumableSampler], cursor: Any) -> ResumableSampler:
+    """Return a sampler of the run's that draws by this cursor: a copy, where another run or stage has handed it out."""
+    if type(sampler) is like and sampler.cursor is cursor:
+        return sampler
+    mine = copy.copy(sampler)
+    mine.cursor, mine.share, mine.shares = cursor, like.share, like.shares
+    return mine
+
+
+def rebound(source: Any, like: type[ResumableSampler]) -> Any:
+    """Return a copy of a sampler of the user's in which a sampler of the run draws from the epoch, whole.
+
+    What is skipped is skipped of what the user's sampler makes of it.
+    """
+    for name, inner in vars(source).items() if hasattr(source, "__dict__") else ():
+        if isinstance(inner, ResumableSampler):
+            mine = copy.copy(source)
+            setattr(mine, name, bound(inner, like, Whole(like.cursor)))
+            return mine
+    return source
+
+
+class Whole:
+    """A cursor that stands at the beginning of whichever epoch another is in."""
+
+    consumed = 0
+
+    def __init__(self, cursor: Cursor) -> None:
+        self._cursor = cursor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cursor, name)
+
+
+def with_sampler(loader: Any, sampler: type[Sampler[Any]]) -> Any:
+    """Return a loader that was made without knowing of the run, drawing by the sampler class that the run hands out.
+
+    For adapters of interfaces that are not handed a sampler. A `DataLoader` that goes through its data in their order
+    does so here too, one that shuffles does as the run does; each rank then takes its share. What draws in another
+    way (a sampler, a generator or a loader of the user's own, an iterable) is returned as it is.
+    """
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
+        return loader
+    own, batches = loader.sampler, loader.batch_sampler
+    if not is_exact(own) or type(batches) not in (BatchSampler, type(None)):
+        return loader
+    drawn = sampler if type(own) is RandomSampler else type(sampler.__name__, (sampler,), {"shuffle": False})
+    return DataLoader(loader.dataset, sampler=drawn(loader.dataset), **arguments_of(loader))

@@ -1,0 +1,202 @@
+"""Learning-rate schedulers in a run: when they move, what they follow, how long they are, how they are gone on with."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch.optim import lr_scheduler
+
+log = logging.getLogger("hookline.schedules")
+
+PROGRESS = {  # what of a scheduler's state says how far it is, not what it was built as
+    "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "best", "num_bad_epochs",
+    "cooldown_counter", "_schedulers", "T_cur", "T_i",
+}  # fmt: skip
+
+
+class Scheduled(NamedTuple):
+    """A learning-rate scheduler, when it moves (after a "step", an "epoch" or a "validation"), and what it follows."""
+
+    scheduler: Any
+    when: str
+    metric: str | None = None
+    """Which metric it is given; None for no one."""
+
+
+def is_plateau(scheduler: Any) -> bool:
+    """Tell whether a scheduler follows a metric."""
+    return isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+
+
+def schedule_all(schedulers: Sequence[Any], val_loss: str = "val_loss") -> list[Scheduled]:
+    """Tell when each scheduler moves, and which metric it follows.
+
+    Args:
+        schedulers: schedulers, or tuples (scheduler, when) or (scheduler, when, metric).
+        val_loss: what a `ReduceLROnPlateau` follows where no metric is named.
+
+    Raises:
+        ValueError: an entry that says something else than step, epoch or validation, or whose metric cannot be meant.
+    """
+    scheduled = []
+    for entry in schedulers:
+        given = entry if isinstance(entry, tuple) else (entry,)
+        scheduler = given[0]
+        plateau, name = is_plateau(scheduler), type(scheduler).__name__
+        when = given[1] if len(given) > 1 else "validation" if plateau else "step"
+        metric = given[2] if len(given) > 2 else val_loss if plateau else None
+        if when not in ("step", "epoch", "validation"):
+            raise ValueError(
+                f"get_optimizers_schedulers pairs {name} with {when!r}; a scheduler "
+                'moves after each "step", "epoch" or "validation"'
+            )
+        if plateau and when == "step":
+            raise ValueError(
+                f'get_optimizers_schedulers pairs {name} with "step"; it follows a metric of an evaluation, so it '
+                'moves after each "validation" or "epoch"'
+            )
+        if plateau and len(given) < 3 and scheduler.mode == "max":
+            raise ValueError(
+                f'get_optimizers_schedulers: {name}(mode="max") would follow {val_loss!r}, which is best where it is '
+                f'least; name what it follows: (scheduler, "validation", "val_accuracy")'
+            )
+        scheduled.append(Scheduled(scheduler, when, metric))
+    return scheduled
+
+
+def missing_metric(scheduled: Sequence[Scheduled], metrics: Mapping[str, float]) -> str:
+    """Say which metric a scheduler follows that an evaluation does not have; "" where it has all of them."""
+    for scheduler, _, metric in scheduled:
+        if metric is not None and metric not in metrics:
+            return (
+                f"{type(scheduler).__name__} follows {metric!r}, and the evaluation has no such metric; it has "
+                f"{', '.join(metrics) or 'none'}: return the loss first from val_step, log it there, or name another "
+                'in get_optimizers_schedulers: (scheduler, "validation", "val_accuracy")'
+            )
+    return ""
+
+
+# Lengths ------------------------------------------------------------------------------
+
+
+def length_of(scheduler: Any) -> int | None:
+    """Return behind how many moves a schedule is at its end, None where it has none or nobody knows."""
+    if isinstance(scheduler, lr_scheduler.CosineAnnealingLR):
+        return scheduler.T_max
+    if isinstance(scheduler, lr_scheduler.OneCycleLR):
+        return scheduler.total_steps
+    if isinstance(scheduler, lr_scheduler.PolynomialLR):
+        return scheduler.total_iters
+    if isinstance(scheduler, lr_scheduler.LinearLR):
+        return scheduler.total_iters if scheduler.end_factor < scheduler.start_factor else None
+    if isinstance(scheduler, lr_scheduler.SequentialLR):
+        last = length_of(scheduler._schedulers[-1])
+        return None if last is None else scheduler._milestones[-1] + last
+    return None
+
+
+def wrong_length(scheduler: Any, ended: bool, refused: int = 0) -> str:
+    """Say that a schedule has been moved past its end, or not to it when training `ended`; "" where all is well.
+
+    Args:
+        scheduler: any.
+        ended: whether training is over by itself.
+        refused: how many updates were refused, and have moved nothing.
+    """
+    length, moves = length_of(scheduler), getattr(scheduler, "last_epoch", 0)
+    if length is None or not (moves > length or (ended and moves + refused < length - 1)):
+        return ""
+    what = "has been moved past its end" if moves > length else f"is at move {moves} where training ends"
+    return (
+        f"{type(scheduler).__name__} {what}: it was made for {length} moves. "
+        "`self.trainer.totals.steps` says in get_optimizers_schedulers how many optimizer steps the run will have, "
+        "with max_steps too; steps per epoch times epochs does not"
+    )
+
+
+# Resuming -----------------------------------------------------------------------------
+
+
+class Moved(NamedTuple):
+    """A schedule that is gone on with otherwise than it was saved."""
+
+    said: str
+    optimizer: Any
+    settings: list[dict[str, Any]]
+    """What it sets in each of the optimizer's groups, where it was moved anew."""
+
+    def tell(self) -> None:
+        """Say it, and put it into the optimizer, whose own state is there by now."""
+        for group, values in zip(self.optimizer.param_groups, self.settings, strict=False):
+            group.update(values)
+        log.warning("%s", self.said)
+
+
+def go_on(schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], as_built: bool) -> Iterator[Moved]:
+    """Bring schedulers to where saved ones were; give those that go on otherwise.
+
+    A schedule that is built as it was takes its state back. One that is built otherwise, for a longer run say, is moved
+    to where the saved one stood, if `as_built`; else it becomes the saved one. To be done before the
+    optimizer's own state is put back, and `tell` afterwards.
+    """
+    for (scheduler, *_), kept in zip(schedulers, saved, strict=True):
+        settings: list[dict[str, Any]] = []
+        built = scheduler.state_dict()
+        different = built_otherwise(built, kept) if isinstance(scheduler, lr_scheduler.LRScheduler) else []
+        if not different or not as_built:
+            scheduler.load_state_dict(kept)
+            how = "as it was saved, since trainer.schedulers=as_saved"
+        elif is_plateau(scheduler) or scheduler.last_epoch > 0:  # where it stands depends on what it has met
+            scheduler.load_state_dict({name: (kept if name in PROGRESS else built)[name] for name in built})
+            how = "as it is built now, from where it was"
+        else:
+            settings = replay(scheduler, kept["last_epoch"])
+            how = f"as it is built now, at its move {kept['last_epoch']}; trainer.schedulers=as_saved for the other"
+        if different:
+            said = f"{type(scheduler).__name__} was another one when it was saved ({'; '.join(different)}): it goes on "
+            yield Moved(said + how, scheduler.optimizer, settings)
+
+
+def built_otherwise(built: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Return what two states of schedulers say differently besides how far they are: `name was → is`."""
+    different = []
+    for name, mine in built.items():
+        if name in PROGRESS or name not in saved:
+            continue
+        by_group = name in ("base_lrs", "min_lrs", "lr_lambdas")  # groups may have joined since it was built
+        if not (by_group and len(mine) != len(saved[name])) and not same(mine, saved[name]):
+            different.append(f"{name} {saved[name]!r} → {mine!r}")
+    for one, other in zip(built.get("_schedulers") or (), saved.get("_schedulers") or (), strict=False):
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            different += built_otherwise(one, other)
+    return different
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two values of a state are the same; of what is no plain data the kind counts."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    plain = (int, float, str, type(None))
+    return bool(one == other) if isinstance(one, plain) and isinstance(other, plain) else type(one) is type(other)
+
+
+def replay(scheduler: Any, moves: int) -> list[dict[str, Any]]:
+    """Move a schedule that was just built to where it is after `moves`; return what that sets in each group."""
+    groups = scheduler.optimizer.param_groups
+    before = [{name: copy.copy(value) for name, value in group.items() if name != "params"} for group in groups]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a step that the optimizer has not taken
+        while scheduler.last_epoch < moves:
+            scheduler.step()
+    return [
+        {name: value for name, value in group.items() if name in ("lr", "initial_lr") or value != was.get(name)}
+        for group, was in zip(
+            [{n: v for n, v in group.items() if n != "params"} for group in groups], before, strict=True
+        )
+    ]
