@@ -204,6 +204,15 @@ def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], lis
 
 
 @verb
+def find_state(trainer: Trainer, stage: Stage) -> Mapping[str, Any]:
+    """Answer the section `trainer` of the state that `restore` will bring back; empty where there is none.
+
+    Asked by `trainer.resuming`, on all ranks: a module can so know before it is built what it will be.
+    """
+    return {}
+
+
+@verb
 def restore(trainer: Trainer, stage: Stage) -> bool:
     """Bring back the state that `trainer.options.resume` asks for; answer whether there was one.
 
@@ -220,7 +229,7 @@ def restore(trainer: Trainer, stage: Stage) -> bool:
 
 @verb
 def get_run_state(trainer: Trainer) -> dict[str, Any]:
-    """Answer the state of the run in named sections; `own_plugins`, `logs`, `rng` and `window` are of this rank.
+    """Answer the state of the run in named sections; `own_plugins`, `logs`, `rng`, `loader`, `window` are of this rank.
 
     The others are of all ranks. `own_plugins` has the plugins that say `state_of_rank`, `plugins` the rest.
     Whole only in `on_begin_train`, `on_begin_train_epoch`, `on_boundary` and `save`. The section
@@ -243,6 +252,8 @@ def get_run_state(trainer: Trainer) -> dict[str, Any]:
     }
     if trainer.begun:
         state["window"] = {"outputs": trainer.begun, "gradients": get_gradients(trainer.module)}
+    if (said := trainer.loader_state()) is not None:
+        state["loader"] = said
     return state
 
 
@@ -270,6 +281,7 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
     window = state.get("window", {"outputs": [], "gradients": {}})
     trainer.begun = data.to_device(window["outputs"], trainer.device)
     set_gradients(trainer.module, window["gradients"])
+    trainer.cursor.loader_state = state.get("loader")
     trainer.warn_of_lost(state)
     trainer.update_logs(state.get("logs", {}))  # a rank that was not there before has neither these
     trainer.restored_rng = state.get("rng") or get_rng_state()  # nor this

@@ -147,6 +147,10 @@ def go_on(schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], a
         settings: list[dict[str, Any]] = []
         built = scheduler.state_dict()
         different = built_otherwise(built, kept) if isinstance(scheduler, lr_scheduler.LRScheduler) else []
+        if type(scheduler) is lr_scheduler.LambdaLR:  # its functions are no part of its state
+            rates = [rate(kept["last_epoch"]) * base for rate, base in by_group(scheduler)]
+            if not same(rates, kept["_last_lr"][: len(rates)]):
+                different.append(f"rates {kept['_last_lr']} → {rates}")
         if not different or not as_built:
             scheduler.load_state_dict(kept)
             how = "as it was saved, since trainer.schedulers=as_saved"
@@ -161,15 +165,20 @@ def go_on(schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], a
             yield Moved(said + how, scheduler.optimizer, settings)
 
 
+def by_group(scheduler: Any) -> Iterator[tuple[Any, float]]:
+    """Give the function and the first rate of each group of a `LambdaLR`."""
+    return zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=False)
+
+
 def built_otherwise(built: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
     """Return what two states of schedulers say differently besides how far they are: `name was → is`."""
     different = []
     for name, mine in built.items():
         if name in PROGRESS or name not in saved:
             continue
-        by_group = name in ("base_lrs", "min_lrs", "lr_lambdas")  # groups may have joined since it was built
-        if not (by_group and len(mine) != len(saved[name])) and not same(mine, saved[name]):
-            different.append(f"{name} {saved[name]!r} → {mine!r}")
+        grows = name in ("base_lrs", "min_lrs", "lr_lambdas")  # groups may have joined since it was built
+        if not (grows and len(mine) != len(saved[name])) and not same(mine, saved[name]):
+            different.append(f"{name} {saved[name]!r} → {mine!r}" if isinstance(mine, (int, float, str)) else name)
     for one, other in zip(built.get("_schedulers") or (), saved.get("_schedulers") or (), strict=False):
         if isinstance(one, Mapping) and isinstance(other, Mapping):
             different += built_otherwise(one, other)

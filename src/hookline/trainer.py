@@ -130,6 +130,8 @@ class Trainer:
         """What an evaluation of several loaders appends to the names of logged values."""
         self._told_at_once: LogBuffer | None = None  # of what is logged where something ends
         self._train_loss = self.options.train_loss_metric_name
+        self._own_names = {self._train_loss, self.options.val_loss_metric_name, "test_loss"}
+        self._logged_by_user: set[str] = set()  # of these names: then it is the user's value that counts
         self._losses: list[tuple[torch.Tensor, float]] = []  # and weights of the last steps, summed up at FOLD_AT
         self._loaders: dict[Stage, Any] = {}
         self._run_loaders: dict[tuple[Stage, str], data.RunLoader] = {}
@@ -474,6 +476,12 @@ class Trainer:
             if self.options.keep_loaders:
                 self._loaders[stage] = given
         named = given if isinstance(given, Mapping) else {"default": given}
+        if isinstance(given, (list, tuple)) and any(isinstance(one, torch.utils.data.DataLoader) for one in given):
+            cure = "return one" if stage is Stage.TRAIN else 'return them by key, {"first": …, "second": …}'
+            raise ValueError(
+                f"{type(self.module).__name__} gave a {type(given).__name__} of loaders for {stage.value}, which would "
+                f"be taken for a list of batches: {cure}"
+            )
         if stage is Stage.TRAIN:
             for loader in named.values():
                 self._epochs.tell(loader, self.epoch)
@@ -493,7 +501,7 @@ class Trainer:
             before = torch.get_rng_state()
             given = ask(sampler=sampler, batch_size=self.micro_batch_size if training else self.options.val_batch_size)
             drew = not torch.equal(before, torch.get_rng_state())
-        if drew and training and self.epoch:
+        if drew and training and self.epoch and not data.is_stateful(given):  # which draws where it is made
             self.say_once(
                 f"{type(self.module).__name__}.get_train_dataloader() draws at random, and is asked under the same "
                 "random state in every epoch, on every rank, as get_val_dataloaders is: a split stays one split. For "
@@ -571,7 +579,8 @@ class Trainer:
         self._epoch_outputs = Collector(self.plugins.rooms["on_end_train_epoch"])
         complete = hook.train_epoch(trainer=self, batches=batches)
         if complete:
-            self.compare_length("training loader", self.limited(data.length(loader), limit), self.position)
+            if not resumed:
+                self.compare_length("training loader", self.limited(data.length(loader), limit), self.position)
             self._end_epoch()
         self.settle()
 
@@ -687,9 +696,10 @@ class Trainer:
         losses, weights = zip(*self._losses, strict=True)
         values = wide(torch.stack([loss.reshape(()) for loss in losses]))
         total, weight = (values * torch.tensor(weights, dtype=values.dtype, device=values.device)).sum(), sum(weights)
-        interval = self._interval.reduction(self._train_loss)
-        interval.sync = True
-        interval.add_sum(total, weight)
+        if self._train_loss not in self._logged_by_user:
+            interval = self._interval.reduction(self._train_loss)
+            interval.sync = True
+            interval.add_sum(total, weight)
         self._epoch.reduction(f"{self._train_loss}_epoch").add_sum(total, weight)
         self._losses = []
 
@@ -924,11 +934,12 @@ class Trainer:
                     f"{stage.value}_step returns a first output of one element for a batch of one sample: it is taken "
                     f"for the loss ({name}). Return the loss as a tensor of shape (), and what is no loss behind it"
                 )
-            for full_name in dict.fromkeys((name, name + self.log_suffix)):  # of all loaders together, and of each
+            names = dict.fromkeys((name, name + self.log_suffix))  # of all loaders together, and of each
+            for full_name in names if name not in self._logged_by_user else ():
                 reduction = self._evaluation.reduction(full_name)
                 reduction.sync = True
                 reduction.add(loss, weight)
-            if self._in_training and not self.options.report_loss_after_eval:
+            if self._in_training and not self.options.report_loss_after_eval and name not in self._logged_by_user:
                 batch = self.counters.evaluation_batches = self.counters.evaluation_batches + 1
                 if batch % every(self.options.log_every).number == 0 and self.plugins.heard["on_log"]:
                     mean = Reduction.from_state(reduction.get_state()).value().item()
@@ -981,10 +992,13 @@ class Trainer:
         if buffer is None:
             buffer = self._epoch if over == "epoch" else self._interval
         weight = self.weight if weighted_by is None else float(weighted_by)
+        self._logged_by_user |= values.keys() & self._own_names
         for name, value in values.items():
-            reduction = buffer.reduction(name + suffix, reduce)
-            reduction.sync = reduction.sync or sync or self._evaluation is not None
-            reduction.add(as_number(name, value), weight)
+            both = (name, name + suffix) if suffix and name in self._own_names else (name + suffix,)
+            for full_name in both:  # the loss counts over all loaders, too
+                reduction = buffer.reduction(full_name, reduce)
+                reduction.sync = reduction.sync or sync or self._evaluation is not None
+                reduction.add(as_number(name, value), weight)
             if prog:
                 self.shown.add(name + suffix)
 
@@ -1101,6 +1115,22 @@ class Trainer:
     @position.setter
     def position(self, batches: int) -> None:
         self.cursor.position, self.cursor.consumed = batches, batches * self.cursor.draw
+
+    @functools.cached_property
+    def resuming(self) -> Counters | None:
+        """The counters of the state that this run goes on from, before it is there; None for a run that begins.
+
+        For modules that become others while they train (layers that join, or are unfrozen): ask it, on all ranks, where
+        the model and its optimizers are made.
+        """
+        found = self.hook.find_state(trainer=self, stage=self.stage)
+        return Counters(**found["counters"]) if found else None
+
+    def loader_state(self) -> Any:
+        """Return what a stateful training loader said behind the batches that were trained on; None for others."""
+        loader = self._run_loaders.get((Stage.TRAIN, "default"))
+        states = [] if loader is None or loader.states is None else loader.states
+        return next((state for place, state in states if place == self.position), self.cursor.loader_state)
 
     @functools.cached_property
     def run_dir(self) -> Path:

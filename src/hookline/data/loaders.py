@@ -143,12 +143,12 @@ class RunLoader:
                 skipped,
             )
         source: Any = self.loader if self._private is None else self._private
-        iterator = None
+        seed = mix(cursor.seed, cursor.epoch, self.share)
+        with seeded(seed):
+            iterator = iter(source)
         while True:
-            with seeded(mix(cursor.seed, cursor.epoch, self.share, place)):
+            with seeded(mix(seed, place)):
                 try:
-                    if iterator is None:
-                        iterator = iter(source)
                     batch = next(iterator)
                 except StopIteration:
                     return

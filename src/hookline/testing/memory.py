@@ -39,6 +39,10 @@ class Memory(CallbackInterface):
         return True
 
     @hookimpl
+    def find_state(self) -> Any:
+        return {} if self.state is None else self.state["trainer"]
+
+    @hookimpl
     def restore(self, trainer: Trainer, stage: Stage) -> bool:
         if self.state is None:
             return False

@@ -12,7 +12,7 @@ from hookline_checkpoint.codec import Tensors, is_shared, join, read_tensors, sp
 from hookline_checkpoint.headers import SHARED, SHARES, TREES, own_files, ranks_of
 from hookline_checkpoint.storage import Buffer, read, read_manifest, read_tree, understanding
 
-OWN = ("own_plugins", "logs", "rng", "window")  # the sections that each rank has for itself
+OWN = ("own_plugins", "logs", "rng", "loader", "window")  # the sections that each rank has for itself
 
 Allocate = Callable[..., torch.Tensor]
 """What a tensor that was stored in shares is read into: by its `path` in the state, `shape` and `dtype`."""

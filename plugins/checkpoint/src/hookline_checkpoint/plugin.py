@@ -22,7 +22,7 @@ from hookline import every as cadence
 from hookline_checkpoint import __version__, fingerprint, storage
 from hookline_checkpoint.background import Background
 from hookline_checkpoint.codec import join, split, tree_to_bytes
-from hookline_checkpoint.layout import contents, own, pack, shares, unpack
+from hookline_checkpoint.layout import contents, own, pack, shares, unpack, unpack_shared
 from hookline_checkpoint.lock import Lock, refuse_locked
 from hookline_checkpoint.retention import Retention, retain
 from hookline_checkpoint.storage import FOLDER, CheckpointError
@@ -124,6 +124,16 @@ class Checkpoint(CallbackInterface):
                 "leave them away, or give keep_last a number"
             )
         return None
+
+    @hookimpl
+    def find_state(self, trainer: Trainer, stage: Stage) -> Mapping[str, Any]:
+        found: list[Mapping[str, Any]] = []
+        if trainer.rank == 0 and trainer.options.resume:
+            named = Path(str(trainer.options.resume))
+            there = [named] if storage.NAME.fullmatch(named.name) else storage.listed(trainer.run_dir / FOLDER)
+            good = next((path for path in there if storage.is_good(path)), None)  # as `restore` will choose
+            found = [] if good is None else [unpack_shared(good, ["others"])["others"]["trainer"]]
+        return next(iter(trainer.hook.all_gather(trainer=trainer, value=found)[0]), {})
 
     @hookimpl
     def restore(self, trainer: Trainer, stage: Stage) -> bool:
