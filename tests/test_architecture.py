@@ -23,7 +23,7 @@ CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
     {"marks", "installed", "masking", "records"},
     {"interfaces"},
-    {"outputs", "logs", "data", "schedule", "state", "options"},
+    {"outputs", "logs", "data", "schedule", "schedules", "state", "options"},
     {"hookspecs"},
     {"plugins"},
     {"trainer"},
@@ -173,6 +173,7 @@ def test_every_hook_is_reached_and_every_verb_answers():
     trainer.validate()
     trainer.test()
     trainer.predict()
+    assert trainer.resuming is None
     trainer.log_object("text", "x")
     trainer.export_model()
     trainer.hook.all_gather(trainer=trainer, value=1)

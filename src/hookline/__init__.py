@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from hookline.blocks import find_blocks as find_blocks
     from hookline.config import instantiate as instantiate
     from hookline.data import count_samples as count_samples
+    from hookline.data import shard as shard
+    from hookline.data import sharded as sharded
     from hookline.data import with_sampler as with_sampler
     from hookline.installed import nearest as nearest
     from hookline.interfaces import CallbackInterface as CallbackInterface
@@ -47,6 +49,8 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "records": "records",
     "seconds": "schedule",
     "set_seed": "state",
+    "shard": "data",
+    "sharded": "data",
     "tracking": "tracking",
     "verb": "marks",
     "with_sampler": "data",

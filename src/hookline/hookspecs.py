@@ -163,7 +163,7 @@ def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Lo
 
     A training loader begins at `trainer.position`.
     """
-    return trainer.run_loader(loader, stage, key)
+    return trainer.loaders.prepare(loader, stage, key)
 
 
 @verb
@@ -173,7 +173,7 @@ def count_samples(trainer: Trainer, batch: Any, stage: Stage) -> int:
     A loader of torch's knows; of a batch from elsewhere it is guessed, and one warning says where that is
     doubtful. `counters.samples` counts it, and means over batches are weighted by it.
     """
-    samples, doubt = data.counted(batch, trainer.given)
+    samples, doubt = data.counted(batch, trainer.loaders.given)
     if doubt:
         trainer.say_once(
             f"it is not plain how many samples a batch ({type(batch).__name__}) holds: {doubt}. {samples} is taken, "
@@ -252,7 +252,7 @@ def get_run_state(trainer: Trainer) -> dict[str, Any]:
     }
     if trainer.begun:
         state["window"] = {"outputs": trainer.begun, "gradients": get_gradients(trainer.module)}
-    if (said := trainer.loader_state()) is not None:
+    if (said := trainer.loaders.state()) is not None:
         state["loader"] = said
     return state
 

@@ -7,7 +7,6 @@ logging, stopping, and the end whatever happens.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -84,6 +83,7 @@ class Trainer:
         self.settled = snapshot(self.counters)
         """The counters at the last boundary; a cadence is due when a multiple lies between the two."""
         self.cursor = data.Cursor(seed=self.options.seed)
+        self.loaders = data.Loaders(self)
         self.best = Best()
         self.metrics: dict[str, float] = {}
         """The metrics of the last evaluation."""
@@ -105,8 +105,6 @@ class Trainer:
         """Whether training stops behind the micro-batch under way instead of the step."""
         self.padding = 0
         """How many micro-batches at the end of this window only keep ranks in step: their outputs are dropped."""
-        self.given: collections.deque[Any] = collections.deque(maxlen=1)
-        """The last batches that loaders have given, each with its number of samples, where the loader knows it."""
         self.weight = 1.0
         """How much a value weighs that is logged now: the samples of the batch under way, or what `get_weight` says."""
         self.weights: list[float] = []
@@ -133,10 +131,6 @@ class Trainer:
         self._own_names = {self._train_loss, self.options.val_loss_metric_name, "test_loss"}
         self._logged_by_user: set[str] = set()  # of these names: then it is the user's value that counts
         self._losses: list[tuple[torch.Tensor, float]] = []  # and weights of the last steps, summed up at FOLD_AT
-        self._loaders: dict[Stage, Any] = {}
-        self._run_loaders: dict[tuple[Stage, str], data.RunLoader] = {}
-        self._samplers: dict[Stage, type] = {}
-        self._epochs = data.Epochs()
         self._rng: Any = None  # the random states of this run, while it is not under way
         self._said: set[str] = set()  # what is said once
         self._unmonitored = ""
@@ -314,8 +308,7 @@ class Trainer:
             self.plugins.report_failures()
             self._rng = get_rng_state()
             set_rng_state(outside)
-            self._run_loaders.clear()  # with loading workers that live on
-            self.given.clear()
+            self.loaders.forget()
             status, took = "failed" if errors else self.status, time.monotonic() - began
             why = f": {reason.splitlines()[0]}" if reason else ""
             log.info("%s %s at step %d after %.1f s%s", stage.value, status, self.global_step, took, why)
@@ -418,7 +411,7 @@ class Trainer:
             return
         hook, model = self.hook, self.module
         self.window_size = hook.get_window_size(trainer=self)
-        self.given = collections.deque(maxlen=self.window_size)
+        self.loaders.begin_windows(self.window_size)
         for change in (hook.convert_model, hook.split_model, hook.compile_model, hook.shard_model):
             model = change(trainer=self, model=model)
         self.model, self._model_stands = model, True
@@ -468,77 +461,7 @@ class Trainer:
 
         The module is asked anew each time, unless `keep_loaders` says otherwise.
         """
-        given = self._loaders.get(stage)
-        if given is None:
-            given = self._ask_for_loaders(stage)
-            if given is None:
-                return {}
-            if self.options.keep_loaders:
-                self._loaders[stage] = given
-        named = given if isinstance(given, Mapping) else {"default": given}
-        if isinstance(given, (list, tuple)) and any(isinstance(one, torch.utils.data.DataLoader) for one in given):
-            cure = "return one" if stage is Stage.TRAIN else 'return them by key, {"first": …, "second": …}'
-            raise ValueError(
-                f"{type(self.module).__name__} gave a {type(given).__name__} of loaders for {stage.value}, which would "
-                f"be taken for a list of batches: {cure}"
-            )
-        if stage is Stage.TRAIN:
-            for loader in named.values():
-                self._epochs.tell(loader, self.epoch)
-        setup_loader = self.hook.setup_loader
-        return {key: setup_loader(trainer=self, loader=loader, stage=stage, key=key) for key, loader in named.items()}
-
-    def _ask_for_loaders(self, stage: Stage) -> Any:
-        """Return what the module gives, made under the same random states each time and on every rank.
-
-        So a split that is drawn where loaders are made is one split: on all ranks, in training and in validation.
-        """
-        sampler = self._samplers[stage] = self.hook.get_sampler(trainer=self, stage=stage)
-        training = stage is Stage.TRAIN
-        ask = getattr(self.module, "get_train_dataloader" if training else f"get_{stage.value}_dataloaders")
-        with kept_rng():
-            set_seed(data.mix(self.options.seed, "loaders"))
-            before = torch.get_rng_state()
-            given = ask(sampler=sampler, batch_size=self.micro_batch_size if training else self.options.val_batch_size)
-            drew = not torch.equal(before, torch.get_rng_state())
-        if drew and training and self.epoch and not data.is_stateful(given):  # which draws where it is made
-            self.say_once(
-                f"{type(self.module).__name__}.get_train_dataloader() draws at random, and is asked under the same "
-                "random state in every epoch, on every rank, as get_val_dataloaders is: a split stays one split. For "
-                "another draw each epoch use a generator that is seeded by self.trainer.epoch"
-            )
-        return given
-
-    def run_loader(self, loader: Any, stage: Stage, key: str) -> Loader:
-        """Return a loader of the user's as a stage of this run iterates it: what the verb `setup_loader` does."""
-        mine = self._run_loaders.get((stage, key))
-        if mine is None or mine.loader is not loader:
-            training, patience = stage is Stage.TRAIN, self.options.loader_timeout
-            cursor = self.cursor if training else data.Cursor(seed=self.options.seed)
-            wait = 0 if patience is None else seconds(patience)
-            sampler = self._samplers.get(stage)
-            mine = data.RunLoader(
-                loader, cursor, self.share, self.shares, sampler, wait, self._agree_on_order, self.given
-            )
-            if training and data.is_stateful(loader) and self.plugins.performers("save"):
-                mine.states = collections.deque(maxlen=self.window_size + 1)
-            if training and mine.own_order and mine.own_order not in self._said:
-                self._said.add(mine.own_order)
-                data.warn_of_order(mine.own_order)
-            self._run_loaders[stage, key] = mine
-        mine.place()
-        return mine
-
-    def _agree_on_order(self, drawn: Sequence[Any]) -> None:
-        """Refuse ranks that take shares of different orders."""
-        ranks = self.hook.all_gather(trainer=self, value=repr(drawn)[:10_000])
-        for rank, other in enumerate(ranks):
-            if other != ranks[0]:
-                raise ValueError(
-                    f"a loader's sampler draws another order on rank {rank} ({other[:60]} …) than on rank 0 "
-                    f"({ranks[0][:60]} …), so their shares would overlap: pass `sampler=sampler(dataset)`, or seed the "
-                    "sampler alike on all ranks"
-                )
+        return self.loaders.get(stage)
 
     def say_once(self, text: str) -> None:
         """Warn in the log, once in the life of this trainer; "" says nothing."""
@@ -1125,12 +1048,6 @@ class Trainer:
         """
         found = self.hook.find_state(trainer=self, stage=self.stage)
         return Counters(**found["counters"]) if found else None
-
-    def loader_state(self) -> Any:
-        """Return what a stateful training loader said behind the batches that were trained on; None for others."""
-        loader = self._run_loaders.get((Stage.TRAIN, "default"))
-        states = [] if loader is None or loader.states is None else loader.states
-        return next((state for place, state in states if place == self.position), self.cursor.loader_state)
 
     @functools.cached_property
     def run_dir(self) -> Path:

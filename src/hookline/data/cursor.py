@@ -35,6 +35,7 @@ class Cursor:
     """Samples of the data set; None where nobody can know."""
     loader_state: Any = None
     """What a stateful loader said where the run was cut, until it is given back to it."""
+    warned: bool = False
 
     def begin_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""

@@ -1,0 +1,150 @@
+"""The loaders of a run: how the module is asked for them, and what becomes of them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline.data.cursor import Cursor, mix
+from hookline.data.loaders import RunLoader, is_stateful, warn_of_order
+from hookline.data.sampling import Epochs
+from hookline.data.seeding import mark_of
+from hookline.interfaces import Loader, Stage
+from hookline.schedule import seconds
+from hookline.state import kept_rng, set_seed
+
+if TYPE_CHECKING:
+    from hookline.trainer import Trainer
+
+
+class Loaders:
+    """Asks the module for the loaders of a stage, and keeps the private ones that a run makes of them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.given: collections.deque[Any] = collections.deque(maxlen=1)
+        """The last batches, a window of them, each with its number of samples where its loader knows it."""
+        self._asked: dict[Stage, Any] = {}  # with `keep_loaders`
+        self._samplers: dict[Stage, type] = {}
+        self._private: dict[tuple[Stage, str], RunLoader] = {}
+        self._epochs = Epochs()
+
+    def get(self, stage: Stage) -> dict[str, Loader]:
+        """Return the loaders of a stage by key, ready to iterate; none where the module has none.
+
+        Raises:
+            ValueError: a list of them, which would be taken for a list of batches.
+        """
+        trainer = self.trainer
+        given = self._asked.get(stage)
+        if given is None:
+            given = self._ask(stage)
+            if given is None:
+                return {}
+            if trainer.options.keep_loaders:
+                self._asked[stage] = given
+        if isinstance(given, (list, tuple)) and any(isinstance(one, torch.utils.data.DataLoader) for one in given):
+            cure = "return one" if stage is Stage.TRAIN else 'return them by key, {"first": …, "second": …}'
+            raise ValueError(
+                f"{type(trainer.module).__name__} gave a {type(given).__name__} of loaders for {stage.value}, which "
+                f"would be taken for a list of batches: {cure}"
+            )
+        named = given if isinstance(given, Mapping) else {"default": given}
+        if stage is Stage.TRAIN:
+            for loader in named.values():
+                self._epochs.tell(loader, trainer.epoch)
+        setup = trainer.hook.setup_loader
+        return {key: setup(trainer=trainer, loader=loader, stage=stage, key=key) for key, loader in named.items()}
+
+    def _ask(self, stage: Stage) -> Any:
+        """Return what the module gives, made under the same random states each time and on every rank.
+
+        So a split that is drawn where loaders are made is one split: on all ranks, in training and in validation.
+        """
+        trainer, training = self.trainer, stage is Stage.TRAIN
+        sampler = self._samplers[stage] = trainer.hook.get_sampler(trainer=trainer, stage=stage)
+        ask = getattr(trainer.module, "get_train_dataloader" if training else f"get_{stage.value}_dataloaders")
+        with kept_rng():
+            set_seed(mix(trainer.options.seed, "loaders"))
+            before = torch.get_rng_state()
+            given = ask(
+                sampler=sampler, batch_size=trainer.micro_batch_size if training else trainer.options.val_batch_size
+            )
+            drew = not torch.equal(before, torch.get_rng_state())
+        if drew and training and trainer.epoch and not is_stateful(given):  # which draws where it is made
+            trainer.say_once(
+                f"{type(trainer.module).__name__}.get_train_dataloader() draws at random, and is asked under the same "
+                "random state in every epoch, on every rank, as get_val_dataloaders is: a split stays one split. For "
+                "another draw each epoch use a generator that is seeded by self.trainer.epoch"
+            )
+        return given
+
+    def prepare(self, loader: Any, stage: Stage, key: str) -> RunLoader:
+        """Return a loader of the user's as a stage of this run iterates it; the same for the same object."""
+        mine = self._private.get((stage, key))
+        if mine is None or mine.loader is not loader:
+            mine = self._private[stage, key] = self._make(loader, stage)
+        mine.place()
+        return mine
+
+    def _make(self, loader: Any, stage: Stage) -> RunLoader:
+        trainer, training = self.trainer, stage is Stage.TRAIN
+        timeout = trainer.options.loader_timeout
+        mine = RunLoader(
+            loader,
+            trainer.cursor if training else Cursor(seed=trainer.options.seed),
+            trainer.share,
+            trainer.shares,
+            self._samplers.get(stage),
+            0 if timeout is None else seconds(timeout),
+            self._agree_on_order,
+            self.given,
+        )
+        if training and is_stateful(loader) and trainer.plugins.performers("save"):
+            mine.states = collections.deque(maxlen=trainer.window_size + 1)
+        if training and mine.own_order and not trainer.cursor.warned:
+            trainer.cursor.warned = True
+            warn_of_order(mine.own_order)
+        if training and trainer.shares > 1:
+            self._compare_samples(getattr(loader, "dataset", None))
+        return mine
+
+    def _agree_on_order(self, drawn: Sequence[Any]) -> None:
+        """Refuse ranks that take shares of different orders."""
+        ranks = self.trainer.hook.all_gather(trainer=self.trainer, value=repr(drawn)[:10_000])
+        for rank, other in enumerate(ranks):
+            if other != ranks[0]:
+                raise ValueError(
+                    f"a loader's sampler draws another order on rank {rank} ({other[:60]} …) than on rank 0 "
+                    f"({ranks[0][:60]} …), so their shares would overlap: pass `sampler=sampler(dataset)`, or seed the "
+                    "sampler alike on all ranks"
+                )
+
+    def _compare_samples(self, dataset: Any) -> None:
+        """Say once where ranks do not have the same sample in the same place of their data sets."""
+        trainer = self.trainer
+        marks = trainer.hook.all_gather(trainer=trainer, value=mark_of(dataset, trainer.options.seed))
+        if len({*marks} - {None}) > 1 and trainer.rank == 0:
+            trainer.say_once(
+                "the first or the last sample of the training data set is another one on other ranks. If their data "
+                "sets are in another order, some samples are trained on twice and others never: seed alike on all "
+                "ranks what orders or splits them, or do it in get_train_dataloader, asked under one random state"
+            )
+
+    def state(self) -> Any:
+        """Return what a stateful training loader said behind the batches that were trained on; None for others."""
+        loader, cursor = self._private.get((Stage.TRAIN, "default")), self.trainer.cursor
+        states = [] if loader is None or loader.states is None else loader.states
+        return next((state for place, state in states if place == cursor.position), cursor.loader_state)
+
+    def begin_windows(self, size: int) -> None:
+        """Remember as many batches as a window has."""
+        self.given = collections.deque(maxlen=size)
+
+    def forget(self) -> None:
+        """Let the private loaders of a run go, with workers that live on."""
+        self._private.clear()
+        self.given.clear()
