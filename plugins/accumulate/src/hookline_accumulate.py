@@ -23,7 +23,7 @@ def nearest_divisors(number: int, wanted: int) -> list[int]:
 
 @dataclass(eq=False)
 class Accumulate(CallbackInterface):
-    """Split the batch of each optimizer step into micro-batches; what a step computes stays the same.
+    """Split the batch of each optimizer step into micro-batches; the gradient is the mean of theirs.
 
     `trainer.train_batch_size` remains the samples of one step over all ranks. Give either field.
     """
