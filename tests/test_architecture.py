@@ -90,7 +90,7 @@ def test_the_core_names_no_feature():
 
 def test_the_core_can_be_read_in_one_sitting():
     lines = 0
-    for path in CORE.glob("*.py"):
+    for path in (*CORE.glob("*.py"), *CORE.glob("data/*.py")):
         tree = ast.parse(path.read_text())
         documented = set()
         for node in ast.walk(tree):
@@ -102,7 +102,7 @@ def test_the_core_can_be_read_in_one_sitting():
                 documented |= set(range(node.lineno, node.end_lineno + 1))
         text = path.read_text().splitlines()
         lines += sum(bool(line.strip()) and number not in documented for number, line in enumerate(text, 1))
-    assert lines <= 2730
+    assert lines <= 3530
 
 
 # The hook API -------------------------------------------------------------------------

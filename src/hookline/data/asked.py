@@ -127,7 +127,8 @@ class Loaders:
         """Say once where ranks do not have the same sample in the same place of their data sets."""
         trainer = self.trainer
         marks = trainer.hook.all_gather(trainer=trainer, value=mark_of(dataset, trainer.options.seed))
-        if len({*marks} - {None}) > 1 and trainer.rank == 0:
+        known = [mark for mark in marks if mark is not None]
+        if any(mark != known[0] for mark in known) and trainer.rank == 0:
             trainer.say_once(
                 "the first or the last sample of the training data set is another one on other ranks. If their data "
                 "sets are in another order, some samples are trained on twice and others never: seed alike on all "
