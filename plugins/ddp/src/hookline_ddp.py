@@ -195,6 +195,13 @@ class Ddp(CallbackInterface):
 
     # Evaluation -----------------------------------------------------------------------
 
+    @hookimpl(wrapper=True, optionalhook=True)  # of distributed
+    def get_replicated(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        tensors = yield
+        if self.broadcast_buffers:
+            return tensors
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+
     @hookimpl(wrapper=True, trylast=True)  # innermost: who swaps other weights or buffers in has done it
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
         if self._model is None:

@@ -391,6 +391,50 @@ def test_batch_norm_over_ranks_is_refused_on_cpus():
     assert two(synchronized) == [True, True]
 
 
+class Searched(Plain):
+    """Steps by a line search, which looks at the loss: each rank's own would lead it another way."""
+
+    def __init__(self):
+        super().__init__(samples=16)
+        self.double()
+        self.inputs, self.targets = self.inputs.double(), self.targets.double()
+        self.calls = 0
+
+    @hookimpl
+    def update(self, trainer, window):
+        first = []
+
+        def closure():
+            self.calls += 1
+            trainer.zero_grad()
+            outputs = trainer.hook.run_window(trainer=trainer, window=window)
+            first.extend(() if first else outputs)
+            return sum(loss for loss, *_ in outputs) / len(outputs)
+
+        trainer.step(closure=closure)
+        return first
+
+    def get_optimizers_schedulers(self, steps_per_epoch, epochs):
+        return [torch.optim.LBFGS(self.parameters(), max_iter=8, line_search_fn="strong_wolfe")], []
+
+
+def searched(plugins):
+    torch.set_num_threads(1)
+    module = Searched()
+    tiny_trainer(plugins, module, train_batch_size=16, evaluate_every=None).train()
+    return dict(module.state_dict()), module.calls
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_a_line_search_goes_one_way_on_all_ranks():
+    alone, calls = searched({})
+    for weights, calls_of_rank in two(searched, {"ddp": {}}):
+        assert calls_of_rank == calls
+        torch.testing.assert_close(weights, alone)
+    assert calls > 16  # it did search
+
+
 # Several runs of one process ----------------------------------------------------------
 
 
