@@ -33,6 +33,7 @@ def distributed(session: nox.Session) -> None:
     names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "progress", "tp", "watchdog")
     rows = [f"tests/faults/test_{name}.py" for name in ("elastic", "g_ranks", "launch", "ranks", "two_machines")]
     tests = [*(f"plugins/{name}/tests" for name in names), *rows, "tests/test_launch.py", "tests/test_simulate.py"]
+    tests.append("tests/test_pairs.py")
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
 

@@ -102,7 +102,7 @@ def test_the_core_can_be_read_in_one_sitting():
                 documented |= set(range(node.lineno, node.end_lineno + 1))
         text = path.read_text().splitlines()
         lines += sum(bool(line.strip()) and number not in documented for number, line in enumerate(text, 1))
-    assert lines <= 3530
+    assert lines <= 3800
 
 
 # The hook API -------------------------------------------------------------------------
@@ -176,6 +176,8 @@ def test_every_hook_is_reached_and_every_verb_answers():
     assert trainer.resuming is None
     trainer.log_object("text", "x")
     trainer.export_model()
+    with trainer.rank_zero_first():
+        pass
     trainer.hook.all_gather(trainer=trainer, value=1)
     trainer.hook.vote(trainer=trainer, asked=False, seconds=0.0)
     trainer.hook.allocate(trainer=trainer, path=("module", "net.0.weight"), shape=(16, 8), dtype=torch.float32)

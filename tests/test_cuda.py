@@ -79,3 +79,19 @@ def test_two_devices_train_one_model_over_nccl(plugins, tmp_path):
     outcomes = run_ranks(train_on_two, 2, tmp_path, plugins)
     assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
     assert outcomes[0].value == outcomes[1].value
+
+
+def train_with_batch_norm(plugins):
+    module = TinyModule(samples=48, dropout=0.0)
+    tiny_trainer(plugins, module, device="cuda", evaluate_every=None).train()
+    return {name: value.cpu() for name, value in module.state_dict().items()}
+
+
+@two_devices
+def test_batch_norm_over_two_devices_is_that_of_one():
+    alone = train_with_batch_norm({})
+    outcomes = run_ranks(train_with_batch_norm, 2, {"ddp": {"sync_batchnorm": True}})
+    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
+    for outcome in outcomes:
+        assert list(outcome.value) == list(alone)
+        torch.testing.assert_close(outcome.value, alone)

@@ -19,6 +19,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -651,6 +652,12 @@ def vote(trainer: Trainer, asked: bool, seconds: float) -> tuple[bool, float]:
     until the answer is yes, so it may come some steps later, and steps need not wait for it.
     """
     return asked, seconds
+
+
+@verb
+def rank_zero_first(trainer: Trainer, each_machine: bool) -> AbstractContextManager[None]:
+    """Answer a context that rank 0 goes through alone, then the others; see `Trainer.rank_zero_first`."""
+    return nullcontext()
 
 
 # When it ends -------------------------------------------------------------------------

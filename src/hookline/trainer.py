@@ -276,6 +276,17 @@ class Trainer:
         """Return the portable weights of the model alone."""
         return self.hook.export_model(trainer=self)  # type: ignore[no-any-return]
 
+    def rank_zero_first(self, each_machine: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Return a context that rank 0 goes through alone, and the others after it, to find what it has prepared.
+
+        All ranks come to it, from `on_setup` on: `with self.trainer.rank_zero_first(): download()`. They wait as long
+        as it takes; where rank 0 fails in it, all fail.
+
+        Args:
+            each_machine: have the first rank of each machine go first, for what machines do not share.
+        """
+        return self.hook.rank_zero_first(trainer=self, each_machine=each_machine)  # type: ignore[no-any-return]
+
     # The run --------------------------------------------------------------------------
 
     def _run(self, stage: Stage) -> None:
@@ -645,7 +656,7 @@ class Trainer:
             closure: recomputes loss and gradients and returns the loss, for optimizers that want
                 one (every one of `optimizers` is given it). The gradients are then complete after
                 each call of it, and that is when `on_begin_optimizer_step` is told; gates are asked
-                before the first.
+                before the first. The optimizer is given the mean of the losses of all ranks.
         """
         hook = self.hook
         if isinstance(optimizers, torch.optim.Optimizer):
@@ -669,11 +680,18 @@ class Trainer:
         return stepped
 
     def _completing(self, closure: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
-        """Return a closure after whose every call the gradients are told to be complete."""
+        """Return a closure after whose every call the gradients are told to be complete.
+
+        Gradients are those of all ranks, so the loss is as well: optimizers that look at it (a line search) would take
+        another way on each rank.
+        """
+        several = self.world_size > 1 and bool(self.plugins.performers("shard_model"))
 
         def complete() -> Any:
             loss = closure()
             self.hook.on_begin_optimizer_step(trainer=self, optimizers=optimizers)
+            if several and loss is not None:
+                loss = self._all_reduce(torch.as_tensor(loss, device=self.device).detach(), "sum") / self.shares
             return loss
 
         return complete

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ class Ddp(CallbackInterface):
     """Megabytes of gradients that are averaged at a time."""
     compression: str = "none"
     """What gradients are averaged in: "none", "fp16", "bf16" or "powersgd"."""
+    sync_batchnorm: bool = False
+    """Have batch norm take the statistics of all ranks' parts of a batch together; CUDA only."""
 
     requires = ("distributed",)
 
@@ -53,8 +56,27 @@ class Ddp(CallbackInterface):
         if self.bucket_cap_mb < 1:
             raise ValueError(f"ddp.bucket_cap_mb={self.bucket_cap_mb} must be at least 1 megabyte")
         self._wrapped: DistributedDataParallel | None = None
+        self._model: torch.nn.Module | None = None  # that of all ranks; None with one process
+        self._weights: list[torch.nn.Parameter] = []
+        self._trained: list[bool] = []  # which of them are trained, as gradients are averaged now
+        self._known: dict[int, torch.Tensor] = {}  # by id, all that rank 0 has given to the others
+        self._first = False  # whether a static graph has not been seen yet
         if self.find_unused_parameters:
             self.shadow = None  # type: ignore[assignment,method-assign]  # it uses all of them
+
+    # The model ------------------------------------------------------------------------
+
+    @hookimpl(wrapper=True)
+    def convert_model(self, trainer: Trainer) -> Generator[None, torch.nn.Module, torch.nn.Module]:
+        model = yield
+        if not self.sync_batchnorm or trainer.world_size == 1:
+            return model
+        if trainer.device.type == "cpu":
+            raise ValueError(
+                "ddp.sync_batchnorm=true needs CUDA: torch has no SyncBatchNorm for CPUs; leave it away, and each rank "
+                "takes the statistics of its own part of a batch"
+            )
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return,no-untyped-call]
 
     @hookimpl
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
@@ -70,13 +92,58 @@ class Ddp(CallbackInterface):
             raise ValueError(
                 f"ddp cannot average a model whose layers are split over ranks, as {split[0]} is; take fsdp instead"
             )
-        if not any(weight.requires_grad for weight in model.parameters()):
-            return model  # nothing to average; torch would refuse it
         if self.compression == "bf16" and trainer.device.type == "cpu":
             raise ValueError("ddp.compression=bf16 needs CUDA: gloo, which joins ranks on CPUs, has none; take fp16")
-        self._wrapped = DistributedDataParallel(
-            model,
+        self._model, self._wrapped, self._weights, self._known = model, None, [], {}
+        self._take_stock(trainer)
+        return model if self._wrapped is None else self._wrapped
+
+    @hookimpl(trylast=True)  # behind those who freeze layers, or add some
+    def on_begin_train(self, trainer: Trainer) -> None:
+        self._look_again(trainer)
+
+    @hookimpl(trylast=True)
+    def on_begin_train_epoch(self, trainer: Trainer) -> None:  # type: ignore[override]
+        self._look_again(trainer)
+
+    def _look_again(self, trainer: Trainer) -> None:
+        """Average the gradients of what is trained now, which may be other weights than before."""
+        before = self._wrapped
+        if self._model is None or not self._take_stock(trainer):
+            return
+        log.info("ddp: %d of %d weights are trained now, and averaged", sum(self._trained), len(self._trained))
+        if self._wrapped is not before:
+            trainer.model = self._model if self._wrapped is None else self._wrapped
+
+    def _take_stock(self, trainer: Trainer) -> bool:
+        """Give new weights and buffers of rank 0 to all ranks, and wrap what is trained; answer whether it is other.
+
+        Raises:
+            ValueError: ranks train other weights, or have them in another order.
+        """
+        assert self._model is not None
+        named = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        rows = [(name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in named.items()]
+        refuse_others(trainer.hook.all_gather(trainer=trainer, value=rows))
+        for tensor in named.values():
+            if id(tensor) not in self._known:
+                dist.broadcast(tensor.detach(), src=0)
+        self._known = {id(tensor): tensor for tensor in named.values()}
+        weights = list(self._model.parameters())
+        trained = [weight.requires_grad for weight in weights]
+        if list(map(id, weights)) == list(map(id, self._weights)) and trained == self._trained:
+            return False
+        self._weights, self._trained = weights, trained
+        if not any(trained):
+            self._wrapped = None  # nothing to average; torch would refuse it
+            return True
+        if self._wrapped is None:
+            self._wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
+        DistributedDataParallel.__init__(  # in place, so that who holds `trainer.model` holds what averages
+            self._wrapped,
+            self._model,
             device_ids=[trainer.device] if trainer.device.type == "cuda" else None,
+            init_sync=False,  # done above, for what is new
             find_unused_parameters=self.find_unused_parameters,
             static_graph=self.static_graph,
             bucket_cap_mb=self.bucket_cap_mb,
@@ -84,7 +151,8 @@ class Ddp(CallbackInterface):
         )
         self._wrapped.broadcast_buffers = self.broadcast_buffers  # all begin with those of rank 0 in any case
         self._compress(self._wrapped)
-        return self._wrapped
+        self._first = self.static_graph
+        return True
 
     def _compress(self, wrapped: DistributedDataParallel) -> None:
         if self.compression == "powersgd":
@@ -94,16 +162,27 @@ class Ddp(CallbackInterface):
             hook = getattr(default_hooks, f"{self.compression}_compress_hook")
             wrapped.register_comm_hook(None, hook)
 
+    # The step -------------------------------------------------------------------------
+
     @hookimpl(wrapper=True)
-    def forward_backward(self, index: int, size: int) -> Generator[None, Any, Any]:
-        keep_to_itself = self._wrapped is not None and index + 1 < size
+    def forward_backward(self, trainer: Trainer, index: int, size: int) -> Generator[None, Any, Any]:
+        if self._weights:
+            self._keep_up(trainer)
+        keep_to_itself = self._wrapped is not None and index + 1 < size and not self._first
+        self._first = False  # of a static graph, which torch has to see whole before it is left unaveraged
         with self._wrapped.no_sync() if keep_to_itself else contextlib.nullcontext():  # type: ignore[union-attr]
             return (yield)
 
+    def _keep_up(self, trainer: Trainer) -> None:
+        """See whether a weight has been frozen or unfrozen since the last step, in 0.1 us a weight."""
+        if [weight.requires_grad for weight in self._weights] != self._trained:
+            self._look_again(trainer)
+
     @hookimpl(optionalhook=True)  # of distributed
     @contextlib.contextmanager
-    def shadow(self) -> Generator[None, None, None]:
+    def shadow(self, trainer: Trainer) -> Generator[None, None, None]:
         """Let the model stand still, while buckets of gradients and buffers go around as ever."""
+        self._keep_up(trainer)
         if self._wrapped is None:
             yield
             return
@@ -114,18 +193,27 @@ class Ddp(CallbackInterface):
         finally:
             self._wrapped.module = model
 
-    @hookimpl(wrapper=True)
+    # Evaluation -----------------------------------------------------------------------
+
+    @hookimpl(wrapper=True, optionalhook=True)  # of distributed
+    def get_replicated(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        tensors = yield
+        if self.broadcast_buffers:
+            return tensors
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+
+    @hookimpl(wrapper=True, trylast=True)  # innermost: who swaps other weights or buffers in has done it
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
-        if self._wrapped is None:
+        if self._model is None:
             return (yield)
         if self.broadcast_buffers:  # since the last forward each rank has its own
-            for buffer in self._wrapped.buffers():
+            for buffer in self._model.buffers():
                 dist.broadcast(buffer, src=0)
-        trainer.model = self._wrapped.module
+        trained, trainer.model = trainer.model, self._model
         try:
             return (yield)
         finally:
-            trainer.model = self._wrapped
+            trainer.model = trained
 
     @hookimpl
     def on_exception(self, exception: BaseException) -> None:
@@ -134,6 +222,29 @@ class Ddp(CallbackInterface):
                 "with hookline this is `ddp.find_unused_parameters: true`; better where it can be done is to have no "
                 "parameter that the loss does not depend on, or to set its requires_grad to False"
             )
+
+
+def refuse_others(ranks: Sequence[Sequence[tuple[Any, ...]]]) -> None:
+    """Refuse ranks that would average other weights together: averaging goes by order.
+
+    Raises:
+        ValueError: the first that is different, and on which rank.
+    """
+    for rank, rows in enumerate(ranks):
+        for place, (own, first) in enumerate(itertools.zip_longest(rows, ranks[0])):
+            if own != first:
+                raise ValueError(
+                    f"ddp averages weights in their order, and number {place} is {in_words(own)} on rank {rank} and "
+                    f"{in_words(first)} on rank 0: add, freeze and unfreeze the same on all ranks at the same step"
+                )
+
+
+def in_words(row: tuple[Any, ...] | None) -> str:
+    """Return what a weight or a buffer is."""
+    if row is None:
+        return "missing"
+    name, shape, dtype, trained = row
+    return f"{name} ({dtype.removeprefix('torch.')}{list(shape)}, {'trained' if trained else 'not trained'})"
 
 
 class Still(torch.nn.Module):

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hookline import CallbackInterface, Stage, hookimpl, set_seed
 from hookline.data import Cursor, mix, sampler_class
-from hookline.testing import TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
+from hookline.testing import Memory, TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED
 from hookline_ddp import Ddp
 
@@ -229,6 +229,210 @@ def test_what_torch_refuses_is_said_in_our_words():
     for unused, bf16 in two(refused):
         assert "with hookline this is `ddp.find_unused_parameters: true`" in unused
         assert "ddp.compression=bf16 needs CUDA: gloo, which joins ranks on CPUs, has none; take fp16" in bf16
+
+
+# Weights that come and go ---------------------------------------------------------------
+
+
+class Thawing(Plain):
+    """Changes what is trained, at a moment of the run; every rank would begin its new weights otherwise."""
+
+    def __init__(self, case, other_rank=None):
+        super().__init__()
+        self.case, self.on = case, other_rank in (None, int(os.environ.get("RANK", 0)))
+        self.extra = None
+        if case != "freeze at an epoch" and case != "add":
+            self.net[0].requires_grad_(False)
+        if case == "frozen whole":
+            self.requires_grad_(False)
+
+    def train_step(self, global_step, batch, device):
+        loss, predictions = super().train_step(global_step, batch, device)
+        return (loss if self.extra is None else loss + (self.extra(batch[0]) - 1).square().mean()), predictions
+
+    @hookimpl
+    def on_begin_train(self, trainer):
+        if self.case == "frozen whole":
+            self.requires_grad_(True)
+        if self.case == "add" and self.extra is None:
+            self.extra = torch.nn.Linear(8, 1)
+            torch.nn.init.constant_(self.extra.weight, 0.1 + trainer.rank)
+            torch.nn.init.constant_(self.extra.bias, 0.0)
+            trainer.optimizers[0].add_param_group({"params": list(self.extra.parameters()), "initial_lr": 1e-2})
+            trainer.schedulers[0].scheduler.base_lrs.append(1e-2)
+
+    @hookimpl(specname="on_begin_train_epoch")
+    def change(self, epoch):
+        if epoch == 1 and self.on and self.case.endswith("an epoch"):
+            self.net[0].requires_grad_(self.case == "unfreeze at an epoch")
+
+    @hookimpl(specname="on_end_train_step")
+    def change_at_a_step(self, global_step):
+        if global_step == 3 and self.case == "unfreeze at a step":
+            self.net[0].requires_grad_(True)
+
+
+CASES = ("unfreeze at an epoch", "unfreeze at a step", "freeze at an epoch", "frozen whole", "add")
+
+
+def thawed(plugins, state):
+    torch.set_num_threads(1)
+    found = {}
+    for case in CASES:
+        module = Thawing(case)
+        tiny_trainer(plugins, module).train()
+        found[case] = module.state_dict()
+    resumed = Thawing("resume")  # what is frozen here was trained where the run was cut
+    trainer = tiny_trainer({**plugins, "memory": Memory(state)}, resumed)
+    trainer.train()
+    found["resume"] = resumed.state_dict()
+    holds = Holds()
+    tiny_trainer({**plugins, "holds": holds}, Thawing("unfreeze at an epoch")).train()
+    return found, holds.same
+
+
+class Holds(CallbackInterface):
+    """Takes the model once, as a module does that calls it in an `update` of its own."""
+
+    @hookimpl
+    def on_begin_train(self, trainer):
+        self.model = trainer.model
+
+    @hookimpl
+    def on_end_train(self, trainer):
+        self.same = self.model is trainer.model
+
+
+def other_weights():
+    torch.set_num_threads(1)
+    with pytest.raises(ValueError, match="ddp averages weights in their order") as caught:
+        tiny_trainer([Ddp()], Thawing("unfreeze at an epoch", 1)).train()
+    return str(caught.value)
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_what_is_trained_may_change_at_any_time():
+    memory = Memory()
+    tiny_trainer([memory], Plain(), max_steps=3, evaluate_every=None).train()
+    alone, _ = thawed({}, memory.state)
+    (one, kept), (other, _) = two(thawed, {"ddp": {}}, memory.state)
+    for case, weights in one.items():
+        assert digest(weights) == digest(other[case]), case
+        torch.testing.assert_close(weights, alone[case], msg=case)
+    assert kept
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_ranks_that_train_other_weights_are_refused_on_all_of_them():
+    words = (
+        "ddp averages weights in their order, and number 0 is net.0.weight (float32[16, 8], trained) on rank 1 and "
+        "net.0.weight (float32[16, 8], not trained) on rank 0: add, freeze and unfreeze the same on all ranks at the "
+        "same step"
+    )
+    assert two(other_weights) == [words, words]
+
+
+class Apart(TinyModule):
+    """Begins apart on each rank, and is never trained."""
+
+    def __init__(self):
+        super().__init__()
+        torch.nn.init.constant_(self.net[0].weight, float(os.environ["RANK"]))
+        self.net[1].running_mean.fill_(float(os.environ["RANK"]))
+        self.requires_grad_(False)
+
+
+def begun_apart():
+    module = Apart()
+    tiny_trainer([Ddp()], module).validate()
+    return digest(module.state_dict()), module.net[0].weight.sum().item()
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_a_model_of_which_nothing_is_trained_is_that_of_rank_0_too():
+    one, other = two(begun_apart)
+    assert one == other
+    assert one[1] == 0
+
+
+def static(steps):
+    torch.set_num_threads(1)
+    found = []
+    for size, promised in ((size, promised) for size in steps for promised in (False, True)):
+        module, options = Plain(), {"train_batch_size": 4 * size, "evaluate_every": None}
+        plugins = {"ddp": {"static_graph": promised}, "accumulate": {"steps": size}}
+        tiny_trainer(plugins, module, **options).train()
+        found.append(module.state_dict())
+    return found
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_a_static_graph_with_windows():
+    """Torch ends in an assertion of its own where the first backward that it sees is one that is not averaged."""
+    one, other = two(static, [2, 3])
+    assert digest(one) == digest(other)
+    for plain, promised in (one[:2], one[2:]):
+        torch.testing.assert_close(promised, plain)
+
+
+def synchronized():
+    with pytest.raises(ValueError, match="ddp.sync_batchnorm=true needs CUDA: torch has no SyncBatchNorm for CPUs"):
+        tiny_trainer([Ddp(sync_batchnorm=True)]).train()
+    return True
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_batch_norm_over_ranks_is_refused_on_cpus():
+    assert two(synchronized) == [True, True]
+
+
+class Searched(Plain):
+    """Steps by a line search, which looks at the loss: each rank's own would lead it another way."""
+
+    def __init__(self):
+        super().__init__(samples=16)
+        self.double()
+        self.inputs, self.targets = self.inputs.double(), self.targets.double()
+        self.calls = 0
+
+    @hookimpl
+    def update(self, trainer, window):
+        first = []
+
+        def closure():
+            self.calls += 1
+            trainer.zero_grad()
+            outputs = trainer.hook.run_window(trainer=trainer, window=window)
+            first.extend(() if first else outputs)
+            return sum(loss for loss, *_ in outputs) / len(outputs)
+
+        trainer.step(closure=closure)
+        return first
+
+    def get_optimizers_schedulers(self, steps_per_epoch, epochs):
+        return [torch.optim.LBFGS(self.parameters(), max_iter=8, line_search_fn="strong_wolfe")], []
+
+
+def searched(plugins):
+    torch.set_num_threads(1)
+    module = Searched()
+    tiny_trainer(plugins, module, train_batch_size=16, evaluate_every=None).train()
+    return dict(module.state_dict()), module.calls
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_a_line_search_goes_one_way_on_all_ranks():
+    alone, calls = searched({})
+    for weights, calls_of_rank in two(searched, {"ddp": {}}):
+        assert calls_of_rank == calls
+        torch.testing.assert_close(weights, alone)
+    assert calls > 16  # it did search
 
 
 # Several runs of one process ----------------------------------------------------------

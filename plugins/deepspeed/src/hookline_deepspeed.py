@@ -187,7 +187,7 @@ class Deepspeed(CallbackInterface):
         self._engine.step()
         return bool(self._engine.was_step_applied())
 
-    @hookimpl(wrapper=True)
+    @hookimpl(wrapper=True, trylast=True)  # innermost: who swaps other buffers in has done it
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
         if self._engine is not None:
             for buffer in trainer.module.buffers():  # since the start each rank has its own

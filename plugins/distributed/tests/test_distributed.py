@@ -27,7 +27,7 @@ def two(function, *args):
 
 
 def rank():
-    return int(os.environ["RANK"])
+    return int(os.environ.get("RANK", 0))
 
 
 # Small values -------------------------------------------------------------------------
@@ -290,7 +290,7 @@ class Streams(TinyModule):
 
 class Mixed(TinyModule):
     def get_train_dataloader(self, sampler, batch_size):
-        return list(Stream()) if rank() else DataLoader(Stream(), batch_size=None)
+        return DataLoader(list(Stream()) if rank() else Stream(), batch_size=None)
 
 
 def window_of(size):
@@ -522,6 +522,42 @@ class Wide(TinyModule):
         self.net[4] = torch.nn.Linear(16, 1 + rank())
 
 
+class Ordered(TinyModule):
+    """Names its heads as a set may, whose order is another in each process."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(8, 1) for name in ["age", "size"][:: 1 - 2 * rank()]})
+
+
+class Buffered(TinyModule):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen_so_far", torch.zeros(1 + rank()))
+
+
+class Loaders(TinyModule):
+    """Has another loader on rank 1, in one way."""
+
+    def __init__(self, stage, way):
+        super().__init__()
+        self.stage, self.way = stage, way
+
+    def loader(self, stage, sampler, batch_size):
+        way = self.way if (stage, rank()) == (self.stage, 1) else None
+        dataset = TensorDataset(self.inputs, self.targets, torch.arange(50))
+        dataset = torch.utils.data.Subset(dataset, range(40)) if way == "data" else dataset
+        loader = DataLoader(dataset, batch_size, sampler=sampler(dataset))
+        loader = list(loader) if way == "class" else loader
+        return {"other" if way == "key" else "default": loader}
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return self.loader("train", sampler, batch_size)["default"]
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return self.loader("val", sampler, batch_size)
+
+
 class More(CallbackInterface):
     """Is there on one rank alone."""
 
@@ -541,6 +577,14 @@ def different():
         lambda: tiny_trainer([Distributed()], Wide()),
         lambda: tiny_trainer([Distributed(), Chosen({"a": [1, rank()]})]),
         lambda: tiny_trainer([Distributed(), Chosen({"a": object()})], max_steps=1),
+        lambda: tiny_trainer([Distributed()], Ordered()),
+        lambda: tiny_trainer([Distributed()], Buffered()),
+        lambda: tiny_trainer([Distributed()], Loaders("train", "data")),
+        lambda: tiny_trainer([Distributed(uneven="pad")], Loaders("train", "class")),
+        lambda: tiny_trainer([Distributed()], Loaders("val", "data"), max_steps=1),
+        lambda: tiny_trainer([Distributed()], Loaders("val", "class"), max_steps=1),
+        lambda: tiny_trainer([Distributed()], Loaders("val", "key"), max_steps=1),
+        lambda: tiny_trainer([Distributed()], Loaders("val", None), max_steps=1),
     ):
         try:
             build().train()
@@ -562,6 +606,16 @@ def test_ranks_that_differ_are_refused_on_all_of_them():
         f"{begin}plugins.more is More instead of missing{end}",
         f"{begin}parameters.net.4.weight is float32[2, 16] instead of float32[1, 16]{end}",
         f"{begin}options.chosen.choice is {{a: [1, 1]}} instead of {{a: [1, 0]}}{end}",
+        None,
+        f"{begin}number 6 of parameters is heads.size.weight instead of heads.age.weight, of the same in another "
+        "order, as a set gives it, whose order is another in each process; sort it: ranks average and exchange by "
+        "order",
+        f"{begin}buffers.seen_so_far is float32[2] instead of float32[1]{end}",
+        f"rank 1 has another training loader than rank 0: loader.samples is 40 instead of 50{end}",
+        f"rank 1 has another training loader than rank 0: loader.class is list instead of DataLoader{end}",
+        f"rank 1 has another val loader than rank 0: loader.samples is 40 instead of 50{end}",
+        f"rank 1 has another val loader than rank 0: loader.class is list instead of DataLoader{end}",
+        f"rank 1 has another val loader than rank 0: loader.key is other instead of default{end}",
         None,
     ]
 
@@ -589,6 +643,209 @@ def apart():
 @of_ranks
 def test_ranks_that_begin_at_different_steps_are_refused():
     assert two(apart) == [True, True]
+
+
+# One model ----------------------------------------------------------------------------
+
+
+class Shares(CallbackInterface):
+    """Makes one model of those of the ranks, or says so."""
+
+    @hookimpl
+    def shard_model(self, model):
+        return model
+
+    @hookimpl
+    def on_end_backward(self, trainer):
+        for weight in trainer.module.parameters():
+            dist.all_reduce(weight.grad)
+
+    @hookimpl(wrapper=True, trylast=True)
+    def evaluate(self, trainer):
+        for buffer in trainer.module.buffers():
+            dist.broadcast(buffer, 0)
+        return (yield)
+
+
+class Spoils(CallbackInterface):
+    """Changes one number on rank 1 after the second step."""
+
+    def __init__(self, name, value=None):
+        self.name, self.value = name, value
+
+    @hookimpl(tryfirst=True)
+    def on_begin_evaluation(self, trainer):
+        if self.name == "net.1.running_mean":
+            self.on_end_train_step(trainer, 2)
+
+    @hookimpl
+    def on_end_train_step(self, trainer, global_step):
+        if global_step == 2 and (rank() == 1 or self.value is not None):
+            with torch.no_grad():
+                tensor = trainer.module.state_dict()[self.name].reshape(-1)
+                tensor[-1] = 7.0 + tensor[-1] if self.value is None else self.value
+
+
+class Own(CallbackInterface):
+    @hookimpl(wrapper=True)
+    def get_replicated(self):
+        return {name: tensor for name, tensor in (yield).items() if name != "net.4.bias"}
+
+
+def spoiled():
+    torch.set_num_threads(1)
+    found = []
+    for plugins, options in (
+        ([Shares(), Spoils("net.4.bias")], {}),
+        ([Shares(), Spoils("net.0.weight")], {"evaluate_every": None, "eval_when_finish": False}),
+        ([Shares(), Spoils("net.1.running_mean")], {}),
+        ([Shares(), Spoils("net.1.running_mean")], {"evaluate_every": None, "eval_when_finish": False}),
+        ([Shares(), Spoils("net.1.weight", float("nan"))], {}),
+        ([Shares(), Spoils("net.4.bias"), Own()], {"evaluate_every": "2 steps", "max_steps": 2}),
+        ([Spoils("net.0.weight")], {}),
+    ):
+        how = {"max_steps": 4, "evaluate_every": "2 steps", **options}
+        found.append(said(tiny_trainer([Distributed(), *plugins], **how)))
+    unverified = [Distributed(verify_model=False), Shares(), Spoils("net.0.weight")]
+    return [*found, said(tiny_trainer(unverified, max_steps=4))]
+
+
+def said(trainer):
+    try:
+        trainer.train()
+    except ValueError as error:
+        return str(error).partition(", so they")[0]
+    return None
+
+
+@of_ranks
+def test_ranks_that_hold_other_bits_are_ended():
+    one, other = two(spoiled)
+    assert one == other == [
+        "rank 1 has another net.4.bias than rank 0 before an evaluation, at step 2: 1 of the 9 tensors that ranks hold "
+        "alike differ",
+        "rank 1 has another net.0.weight than rank 0 before a save, at step 4: 1 of the 6 tensors that ranks hold "
+        "alike differ",
+        "rank 1 has another net.1.running_mean than rank 0 before an evaluation, at step 2: 1 of the 9 tensors that "
+        "ranks hold alike differ",
+        None, None, None, None, None,
+    ]  # fmt: skip
+
+
+def spoiled_replica():
+    torch.set_num_threads(1)
+
+    class Here(CallbackInterface):
+        @hookimpl
+        def on_end_train_step(self, trainer, global_step):
+            if rank() == 3:
+                with torch.no_grad():
+                    trainer.module.net[0].weight.to_local().add_(1)
+
+    plugins = {"fsdp": {"replicas": 2}}
+    fine = said(tiny_trainer(plugins, max_steps=1, train_batch_size=16))
+    return fine, said(tiny_trainer({**plugins, "here": Here()}, max_steps=1, train_batch_size=16))
+
+
+@pytest.mark.slow
+@pytest.mark.plugins
+@of_ranks
+def test_replicas_of_a_share_that_hold_other_bits_are_ended():
+    outcomes = run_ranks(spoiled_replica, 4)
+    words = "rank 3 has another net.0.weight than rank 1 before an evaluation, at step 1: 1 of the"
+    for fine, broken in (outcome.value for outcome in outcomes):
+        assert fine is None
+        assert broken.startswith(words)
+
+
+# Rank 0 first -------------------------------------------------------------------------
+
+
+class Prepares(TinyModule):
+    """Prepares its data where asked, for longer than ranks wait for each other, and notes who does."""
+
+    def __init__(self, where, folder, fails=False, each_machine=False):
+        super().__init__()
+        self.where, self.folder, self.fails, self.each_machine = where, folder, fails, each_machine
+
+    def prepare(self):
+        with self.trainer.rank_zero_first(each_machine=self.each_machine):
+            path = self.folder / f"machine {rank()}" if self.each_machine else self.folder / "data"
+            if not path.exists():
+                time.sleep(1.5)  # it is what is tested
+                if self.fails:
+                    raise ZeroDivisionError("no data")
+                path.write_text(f"by rank {rank()}")
+            self.found = path.read_text()
+
+    @hookimpl
+    def on_setup(self):
+        if self.where == "on_setup":
+            self.prepare()
+
+    def get_train_dataloader(self, sampler, batch_size):
+        if self.where == "loader" and not hasattr(self, "found"):
+            self.prepare()
+        return super().get_train_dataloader(sampler, batch_size)
+
+
+def prepared(folder):
+    torch.set_num_threads(1)
+    found = []
+    for where, each_machine in (("on_setup", False), ("loader", False), ("loader", True)):
+        if each_machine:
+            os.environ["LOCAL_RANK"] = "0"
+        path = folder / f"{where}, {each_machine}"
+        path.mkdir(exist_ok=True)
+        module = Prepares(where, path, each_machine=each_machine)
+        tiny_trainer([Distributed(timeout="1 s")], module, max_steps=1).train()
+        found.append(module.found)
+    leave()
+    began = time.monotonic()
+    try:
+        tiny_trainer([Distributed()], Prepares("loader", folder, fails=True), max_steps=1).train()
+    except (ZeroDivisionError, RuntimeError) as error:
+        found.append(f"{type(error).__name__}: {error}")
+    return found, time.monotonic() - began
+
+
+@of_ranks
+def test_rank_0_goes_first_for_as_long_as_it_takes(tmp_path):
+    ranks = two(prepared, tmp_path)
+    failed = "ZeroDivisionError: no data"
+    assert ranks[0][0] == ["by rank 0", "by rank 0", "by rank 0", failed]
+    told = f"RuntimeError: rank 0, which went first in trainer.rank_zero_first(), has failed: {failed}"
+    assert ranks[1][0] == ["by rank 0", "by rank 0", "by rank 1", told]
+    assert ranks[1][1] < 30
+
+
+def killed(folder):
+    class Dies(Prepares):
+        def prepare(self):
+            with self.trainer.rank_zero_first():
+                os._exit(9)
+
+    try:
+        tiny_trainer([Distributed()], Dies("loader", folder), max_steps=1).train()
+    except RuntimeError as error:
+        return "\n".join(error.__notes__)
+    return None
+
+
+@of_ranks
+def test_a_rank_0_that_dies_while_the_others_wait(tmp_path):
+    dead, other = run_ranks(killed, 2, tmp_path)
+    assert dead.code == 9
+    assert "has lost another rank" in other.value
+
+
+def test_alone_nobody_waits(tmp_path):
+    module = Prepares("loader", tmp_path)
+    (tmp_path / "data").write_text("there")
+    tiny_trainer(module=module, max_steps=1).train()
+    assert module.found == "there"
+    with pytest.raises(RuntimeError, match="Prepares is with no trainer yet"):
+        Prepares("loader", tmp_path).prepare()
 
 
 # When things go wrong -----------------------------------------------------------------

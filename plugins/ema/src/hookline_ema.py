@@ -72,6 +72,11 @@ class Ema(CallbackInterface):
                     "(a mask?), whose average is NaN; set ema.buffers=copy"
                 )
 
+    @hookimpl
+    def on_begin_train_epoch(self) -> None:  # type: ignore[override]
+        """Look the parameters up anew, since some may have been added."""
+        self._parameters = None
+
     @hookimpl(trylast=True)
     def on_end_train_step(self, trainer: Trainer, global_step: int, stepped: bool) -> None:  # type: ignore[override]
         """Move the average towards the weights, behind those who still change them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import functools
 import gc
@@ -13,7 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from hookline import CallbackInterface, Stage, hookimpl, hookspecs, seconds
 from hookline_distributed import mesh
+from hookline_distributed.alike import Alike, compare, describe, describe_loader
+from hookline_distributed.alike import as_text as as_text
 from hookline_distributed.environment import ALONE, Place, address, find
 from hookline_distributed.uneven import Uneven, lengths_of, listed
 
@@ -56,6 +59,8 @@ class Distributed(CallbackInterface):
     uneven: str = "drop"
     """What to do where ranks have different numbers of batches: "drop" what not all have, raise an "error", or keep the
     shorter ranks in step: "pad" with a batch at zero weight, or "join" in what the others do without computing."""
+    verify_model: bool = True
+    """Compare the weights of ranks that hold one model at each evaluation and save, and its buffers at evaluations."""
 
     hookspecs = mesh
 
@@ -70,20 +75,23 @@ class Distributed(CallbackInterface):
         self._wait = datetime.timedelta(seconds=seconds(self.timeout, "distributed.timeout"))
         self._place: Place = ALONE
         self._control: Any = None  # a gloo group of its own, so that votes do not stand between the model's collectives
+        self._door: Any = None  # a group that waits for ever
         self._speaks = True  # whether this is the first of the ranks with its share of the data
         self._mesh: Any = None
         self._unknown = False  # whether some rank does not know how many batches it has
         self._begin_voting(0.0)
         if self.uneven in ("pad", "join"):  # another plugin of ours does it
-            self.setup_loader = self.take_window = None  # type: ignore[assignment,method-assign]
+            self.even_out = self.take_window = None  # type: ignore[assignment,method-assign]
 
     # Ranks and devices ----------------------------------------------------------------
 
     @hookimpl
     def on_setup(self, trainer: Trainer) -> None:
+        name = trainer.plugins.get_name(self)
         if self.uneven in ("pad", "join"):
-            name = f"{trainer.plugins.get_name(self)}.uneven"
-            trainer.plugins.register(Uneven(self.uneven == "join"), name)
+            trainer.plugins.register(Uneven(self.uneven == "join"), f"{name}.uneven")
+        if self.verify_model and trainer.world_size > 1:
+            trainer.plugins.register(Alike(), f"{name}.alike")
 
     @hookimpl
     def get_ranks(self) -> tuple[int, int, int]:
@@ -121,24 +129,30 @@ class Distributed(CallbackInterface):
             if "/gloo/" in str(error):
                 error.add_note(
                     f"rank {trainer.rank} of {trainer.world_size} has lost another rank, or waited for it longer than "
-                    f"{self.timeout} (distributed.timeout); what that one says, or the network, tells why"
+                    f"{self.timeout} (distributed.timeout); what that one says, or the network, tells why. What one "
+                    "rank does for longer goes into `with trainer.rank_zero_first():`, where the others wait for it"
                 )
-            self._control = None
+            self._control = self._door = None
             leave()
             raise
 
-    def _join(self, trainer: Trainer) -> None:
+    def _meet(self, trainer: Trainer) -> None:
         """Have a process group, which lasts as long as this process: a model of all ranks is of no use without it."""
         rank, world_size = trainer.rank, trainer.world_size
         backend = self.backend
         if backend == "auto":
             backend = "cpu:gloo,cuda:nccl" if trainer.device.type == "cuda" else "gloo"
         if not dist.is_initialized():
-            store = self._meet(rank, world_size)
+            store = self._find_store(rank, world_size)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=self._wait)
             atexit.register(leave)
         if self._control is None:
             self._control = dist.new_group(backend="gloo", timeout=self._wait)
+
+    def _join(self, trainer: Trainer) -> None:
+        """Meet, and have the folder of rank 0."""
+        self._meet(trainer)
+        rank = trainer.rank
         told: list[Any] = [str(trainer.run_dir), trainer.options.resume] if rank == 0 else [None, None]
         dist.broadcast_object_list(told, src=0, group=self._control)
         if rank != 0:
@@ -147,7 +161,7 @@ class Distributed(CallbackInterface):
                 trainer.options.resume = told[1]  # it may know better: launchers tell those that were there before
             trainer.run_dir = folder  # ranks that look for the next free one would find others
 
-    def _meet(self, rank: int, world_size: int) -> Any:
+    def _find_store(self, rank: int, world_size: int) -> Any:
         """Return the store of this run when all ranks have come to it.
 
         Raises:
@@ -202,6 +216,33 @@ class Distributed(CallbackInterface):
         return gathered
 
     @hookimpl
+    @contextlib.contextmanager
+    def rank_zero_first(self, trainer: Trainer, each_machine: bool) -> Iterator[None]:
+        """Wait in a group of its own, which knows no timeout, and ends with a rank that has gone."""
+        if trainer.world_size == 1:
+            yield
+            return
+        self._meet(trainer)
+        if self._door is None:
+            self._door = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
+        first = (trainer.local_rank if each_machine else trainer.rank) == 0
+        failed = None
+        try:
+            if first:
+                yield
+        except BaseException as error:
+            failed = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            said: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(said, failed, group=self._door)
+        for rank, failure in enumerate(said):
+            if failure is not None:
+                raise RuntimeError(f"rank {rank}, which went first in trainer.rank_zero_first(), has failed: {failure}")
+        if not first:
+            yield
+
+    @hookimpl
     def gather_outputs(self, trainer: Trainer, outputs: list[Any]) -> list[Any]:
         """Put the outputs of all ranks into the order of the data set, of which each share has every n-th sample."""
         said = [to_host(column) for column in outputs] if self._speaks else []
@@ -247,11 +288,17 @@ class Distributed(CallbackInterface):
     # Batches --------------------------------------------------------------------------
 
     @hookimpl(wrapper=True)
-    def setup_loader(self, trainer: Trainer, stage: Stage) -> Generator[None, Any, Any]:
-        loader = yield
+    def setup_loader(self, trainer: Trainer, loader: Any, stage: Stage, key: str) -> Generator[None, Any, Any]:
+        if stage is not Stage.TRAIN and self._control is not None:
+            compare(trainer, f"{stage.value} loader", describe_loader(loader, key))
+        return (yield)
+
+    @hookimpl(wrapper=True, specname="setup_loader")
+    def even_out(self, trainer: Trainer, loader: Any, stage: Stage, key: str) -> Generator[None, Any, Any]:
+        given, loader = loader, (yield)
         if stage is not Stage.TRAIN or self._control is None:
             return loader
-        lengths = lengths_of(trainer, loader)
+        lengths = lengths_of(trainer, loader, given, key)
         cursor = trainer.cursor
         # Resumed between two batches, as they are now, ranks may have one more or less than their lengths say.
         self._unknown = lengths[0] is None or bool(cursor.draw and cursor.consumed % cursor.draw)
@@ -366,51 +413,3 @@ def interleaved(columns: Sequence[Any], device: torch.device) -> Any:
         starts = list(itertools.accumulate((len(column) for column in columns), initial=0))
         return torch.cat(list(columns))[[starts[rank] + place for place, rank in order]].to(device)
     return [columns[rank][place] for place, rank in order]
-
-
-# Comparing ranks ----------------------------------------------------------------------
-
-
-def compare(trainer: Trainer, subject: str, own: dict[str, dict[str, Any]]) -> None:
-    """Refuse, on all ranks, those that would do something else than rank 0.
-
-    Raises:
-        ValueError: what is different, and on which rank.
-    """
-    ranks = trainer.hook.all_gather(trainer=trainer, value=own)
-    for rank, other in enumerate(ranks):
-        for kind, first in ranks[0].items():
-            for name in [*first, *other[kind]]:
-                values = [each[kind].get(name, "missing") for each in (other, ranks[0])]
-                if values[0] != values[1]:
-                    raise ValueError(
-                        f"rank {rank} has another {subject} than rank 0: {kind}.{name} is {values[0]} instead of "
-                        f"{values[1]}; all ranks of a run must have the same"
-                    )
-
-
-def describe(trainer: Trainer) -> dict[str, dict[str, str]]:
-    """Return what must be the same on all ranks, as texts; plugins that only watch may be there on one alone."""
-    weights = trainer.module.named_parameters()
-    plugins = {name: plugin for name, plugin in trainer.plugins.listed() if not getattr(plugin, "observer", False)}
-    return {
-        "trainer": {name: as_text(value) for name, value in asdict(trainer.options).items()},
-        "plugins": {name: type(plugin).__name__ for name, plugin in plugins.items()},
-        "options": {
-            f"{name}.{field.name}": as_text(getattr(plugin, field.name))
-            for name, plugin in plugins.items()
-            if is_dataclass(plugin)
-            for field in fields(plugin)
-            if field.init
-        },
-        "parameters": {name: f"{str(weight.dtype)[6:]}{list(weight.shape)}" for name, weight in weights},
-    }
-
-
-def as_text(value: Any) -> str:
-    """Return a value as text, of objects only the class: what else they show may depend on the process."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {as_text(one)}' for key, one in value.items())}}}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(as_text, value))}]"
-    return str(value) if isinstance(value, (int, float, str, Path, type(None))) else type(value).__name__

@@ -1,9 +1,11 @@
-"""The hooks that `distributed` brings: the mesh of ranks, to whose dimensions plugins give names, and shadowing."""
+"""The hooks that `distributed` brings: the mesh of ranks, what they hold alike, and shadowing."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from hookline import verb
 
@@ -26,6 +28,20 @@ def get_mesh_shape(trainer: Trainer) -> dict[str, int]:
 @verb
 def get_mesh(trainer: Trainer) -> Any:
     """Answer the `DeviceMesh` of all ranks, made once; `mesh["data"]` is a part of it."""
+
+
+@verb
+def get_replicated(trainer: Trainer, buffers: bool) -> dict[str, torch.Tensor]:
+    """Answer by name the tensors of which all ranks have to hold the same bits; asked before an evaluation and a save.
+
+    `buffers` says whether those of the model are among them: before an evaluation; while it trains they may be each
+    rank's own. None are where nobody performs `shard_model`, since each rank then trains a model of its own. Wrapped
+    by who leaves ranks something of their own.
+    """
+    if not trainer.plugins.performers("shard_model"):
+        return {}
+    module = trainer.module
+    return dict(module.named_parameters()) | (dict(module.named_buffers()) if buffers else {})
 
 
 @verb

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline import CallbackInterface, Stage, count_samples, hookimpl
+from hookline_distributed.alike import compare, describe_loader
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -47,11 +48,11 @@ class Uneven(CallbackInterface):
             )
 
     @hookimpl(wrapper=True)
-    def setup_loader(self, trainer: Trainer, stage: Stage) -> Generator[None, Any, Any]:
-        loader = yield
+    def setup_loader(self, trainer: Trainer, loader: Any, stage: Stage, key: str) -> Generator[None, Any, Any]:
+        given, loader = loader, (yield)
         if stage is not Stage.TRAIN or trainer.world_size == 1:
             return loader
-        lengths = lengths_of(trainer, loader)
+        lengths = lengths_of(trainer, loader, given, key)
         cursor, self._taken, self._certain = trainer.cursor, trainer.position, 0
         if None not in lengths and cursor.draw and cursor.consumed % cursor.draw == 0:
             self._certain = min(lengths) - 1
@@ -138,13 +139,19 @@ def length(loader: Any) -> int | None:
         return None
 
 
-def lengths_of(trainer: Trainer, loader: Any) -> list[Any]:
+def lengths_of(trainer: Trainer, loader: Any, given: Any, key: str) -> list[Any]:
     """Return how many batches the training loader of each rank gives, None where none of them knows.
 
+    Args:
+        trainer: whose ranks they are.
+        loader: what is iterated.
+        given: what the module made.
+        key: its key.
+
     Raises:
-        ValueError: some know it, and some do not.
+        ValueError: they are of different kinds or share out different data sets; some know it, and some do not.
     """
-    lengths: list[int | None] = trainer.hook.all_gather(trainer=trainer, value=length(loader))
+    lengths: list[int | None] = compare(trainer, "training loader", describe_loader(given, key), length(loader))
     if None in lengths and len(set(lengths)) > 1:
         raise ValueError(
             f"the ranks have {listed(lengths)} batches: the training loader must know its length on all, or on none"

@@ -1,0 +1,111 @@
+"""Every two plugins that change a training, in both orders, on two ranks: the order of the list changes no bit."""
+
+import dataclasses
+import itertools
+import warnings
+
+import pytest
+import torch
+
+from hookline.installed import installed, load
+from hookline.plugins import build, is_observer
+from hookline.testing import TinyModule, digest, run_ranks, tiny_trainer
+
+pytestmark = pytest.mark.plugins
+OPTIONS = {  # of those whose defaults would change nothing here
+    "accumulate": {"steps": 2},
+    "activation_checkpoint": {"wrap": ["Linear"]},
+    "checkpoint": {"every": "2 steps"},
+    "clip": {"max_norm": 0.1},
+    "compile": {"blocks": ["Linear"], "backend": "eager"},
+    "distributed": {"uneven": "pad"},
+    "ema": {"decay": 0.5, "buffers": "average"},
+    "finite": {"policy": "skip"},
+    "limits": {"train_batches": 2, "val_batches": 2},
+    "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
+    "monitor": {"grad_norm": True, "learning_rate": True},
+    "tp": {"plan": {"net.4": "row from whole"}},
+}
+
+
+def make(name):
+    return next(reversed(build({name: OPTIONS.get(name, {})}).values()))
+
+
+def changes_training(name):
+    """Tell whether a plugin is none that only watches, nor one that only makes modules of what is none."""
+    if is_observer(load(name)):
+        return False
+    plugin = make(name)
+    return getattr(plugin, "adapt_module", None) is None
+
+
+class Running(torch.nn.Module):
+    """Takes a running mean away: of batches of any size, and another one on each rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().float().mean(0), 0.5)
+        return x - self.mean
+
+
+class Module(TinyModule):
+    def __init__(self):
+        super().__init__(samples=29)
+        self.net[1] = Running()
+
+
+def trained(names, folder):
+    """Return the bits of all that a run ends with, or the words in which it was refused."""
+    plugins = {name: make(name) for name in names}
+    shares = any(hasattr(plugin, "shard_model") or hasattr(plugin, "split_model") for plugin in plugins.values())
+    try:
+        trainer = tiny_trainer(plugins if shares else {**plugins, "ddp": {}}, Module(), epochs=1, runs_folder=folder)
+        trainer.train()
+    except (ValueError, RuntimeError) as error:
+        if "both perform" in str(error):
+            return "they are refused together"  # in words that name the first of them first
+        return f"{type(error).__name__}: {error}"
+    counters = dataclasses.asdict(trainer.counters) | {"seconds": 0}
+    return {
+        "weights": digest(trainer.export_model()),
+        "optimizers": digest([here(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers]),
+        "metrics": trainer.metrics,
+        "counters": counters,
+        "random": digest(torch.get_rng_state()),
+    }
+
+
+def here(state):
+    """Return a state of which this rank has a share as what it has."""
+    if isinstance(state, dict):
+        return {name: here(value) for name, value in state.items()}
+    return state.to_local() if hasattr(state, "to_local") else state
+
+
+def in_both_orders(folder, with_ddp):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    names = [name for name in installed() if changes_training(name) and isinstance(trained([name], folder), dict)]
+    pairs = [pair for pair in itertools.combinations(names, 2) if ("ddp" in pair) is with_ddp]
+    return {pair: (trained(pair, folder), trained(pair[::-1], folder)) for pair in pairs}
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("with_ddp", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_order_of_two_plugins_changes_no_bit(with_ddp, tmp_path):
+    outcomes = run_ranks(in_both_orders, 2, str(tmp_path), with_ddp, timeout=600)
+    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output[-3000:] for outcome in outcomes)
+    for outcome in outcomes:
+        assert len(outcome.value) > 15
+        for pair, (one, other) in outcome.value.items():
+            assert one == other, pair
+    for pair, (one, _) in outcomes[0].value.items():  # what all ranks have in common
+        if isinstance(one, dict):
+            other = outcomes[1].value[pair][0]
+            assert (one["weights"], one["metrics"]) == (other["weights"], other["metrics"]), pair
