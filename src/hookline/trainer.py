@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from hookline import data
+from hookline.idle import untouched
 from hookline.interfaces import Loader, ModuleInterface, Stage
 from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, to_floats, wide
 from hookline.masking import mask
@@ -846,6 +847,16 @@ class Trainer:
         metrics = self.hook.filter_log(trainer=self, metrics=dict(metrics))
         if metrics:
             self.hook.on_log(trainer=self, metrics=metrics, global_step=self.global_step if batch is None else batch)
+
+    @contextlib.contextmanager
+    def idling(self) -> Iterator[None]:
+        """Take a batch that only keeps ranks in step: say so (`idle`), and have it count nowhere in the module."""
+        self.idle = True
+        try:
+            with untouched(self.module):
+                yield
+        finally:
+            self.idle = False
 
     # State ----------------------------------------------------------------------------
 
