@@ -362,6 +362,18 @@ def test_with_clipping_an_average_and_a_check_of_finiteness():
     assert one["metrics"] == other["metrics"] == pytest.approx(alone["metrics"])
 
 
+@pytest.mark.plugins
+def test_clipping_by_the_largest_value_where_a_rank_has_an_empty_share():
+    """The last layer has one row, so one of two ranks has none of it."""
+    clip = {"clip": {"max_norm": 0.02, "norm_type": float("inf")}}
+    one, other = on_two({"wrap": ["Linear"]}, others=clip)
+    alone = train({}, others=clip)
+    assert_close(one["weights"], alone["weights"])
+    assert digest(one["weights"]) == digest(other["weights"])
+    with pytest.raises(AssertionError):
+        assert_close(alone["weights"], train({})["weights"])  # there was something to clip
+
+
 # Blocks that the module answers, and other plugins ------------------------------------
 
 
