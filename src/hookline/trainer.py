@@ -25,7 +25,7 @@ import torch
 
 from hookline import data
 from hookline.idle import untouched
-from hookline.interfaces import Loader, ModuleInterface, Stage
+from hookline.interfaces import Loader, ModuleInterface, Stage, plain_name
 from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, to_floats, wide
 from hookline.masking import mask
 from hookline.options import make_options, run_folder
@@ -883,8 +883,9 @@ class Trainer:
         self._evaluated_at = state["evaluated_at"]
         self.metrics = dict(state["metrics"])
         if not self.options.reset_optimizers_schedulers:
+            frozen = {plain_name(name) for name in state["frozen"]}
             for name, weight in self.module.named_parameters():
-                weight.requires_grad_(name not in state["frozen"])
+                weight.requires_grad_(name not in frozen)
 
     def warn_of_lost(self, state: Mapping[str, Any]) -> None:
         """Say what of a run's state nobody takes, because it is of ranks that are not there any more."""
