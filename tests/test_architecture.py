@@ -102,7 +102,7 @@ def test_the_core_can_be_read_in_one_sitting():
                 documented |= set(range(node.lineno, node.end_lineno + 1))
         text = path.read_text().splitlines()
         lines += sum(bool(line.strip()) and number not in documented for number, line in enumerate(text, 1))
-    assert lines <= 2730
+    assert lines <= 2830
 
 
 # The hook API -------------------------------------------------------------------------
