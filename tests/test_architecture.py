@@ -21,7 +21,7 @@ from hookline.testing import Memory, TinyModule, tiny_trainer
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
-    {"marks", "installed", "masking", "records"},
+    {"marks", "installed", "masking", "idle", "records"},
     {"interfaces"},
     {"outputs", "logs", "data", "schedule", "schedules", "state", "options"},
     {"hookspecs"},

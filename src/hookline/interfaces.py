@@ -15,7 +15,7 @@ import inspect
 import sys
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -180,6 +180,11 @@ class CallbackInterface(ABC):
         self.on_end_val_epoch(global_step, *val_step_collated_outputs[:room], **keyword)
 
 
+def plain_name(name: str) -> str:
+    """Return the name of a tensor as if nothing was compiled: `torch.compile(part)` puts `_orig_mod.` into it."""
+    return name.replace("_orig_mod.", "")
+
+
 class ModuleInterface(torch.nn.Module, CallbackInterface):
     """A model together with its data, its optimizers and its steps; itself a callback.
 
@@ -293,6 +298,36 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         if stage is Stage.PREDICT:
             return self.predict_step(global_step=global_step, batch=batch, device=device)
         raise AttributeError(f"stage must be a hookline.Stage, not {stage!r}")
+
+    # Names are those of a module of which nothing is compiled, also where it compiles a part of itself
+    # (`self.net = torch.compile(net)`), so that weights fit runs with and without.
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Give the parameters by name."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            yield plain_name(name), parameter
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Give the buffers by name."""
+        for name, buffer in super().named_buffers(*args, **kwargs):
+            yield plain_name(name), buffer
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return parameters and buffers by name."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if any("_orig_mod." in name for name in state):
+            tensors = [(plain_name(name), tensor) for name, tensor in state.items()]
+            state.clear()
+            state.update(tensors)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load parameters and buffers by name."""
+        compiled = any(name.endswith("_orig_mod") for name, _ in self.named_modules())
+        if compiled or any("_orig_mod." in name for name in state_dict):
+            own = {plain_name(name): name for name in super().state_dict()}
+            state_dict = {own.get(plain_name(name), name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def get_state(self) -> dict[str, Any]:
         """Return the state dict."""

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hookline.interfaces import plain_name
+
 
 @dataclasses.dataclass(slots=True)
 class Counters:
@@ -167,7 +169,7 @@ def get_named(module: torch.nn.Module, name: Any) -> torch.Tensor | None:
     for find in (module.get_parameter, module.get_buffer):
         with contextlib.suppress(AttributeError):
             if isinstance(name, str):
-                return find(name)
+                return find(plain_name(name))
     return None
 
 
@@ -187,7 +189,9 @@ def _share(value: Any, weights: Mapping[str, Any], like: Any = None) -> Any:
 
     if isinstance(value, dict):
         other = copy.copy(value)  # keeps its kind, and what is attached to a state dict
-        other.update({key: _share(kept, weights, weights.get(key, like)) for key, kept in value.items()})
+        for key, kept in value.items():
+            name = plain_name(key) if isinstance(key, str) else key
+            other[key] = _share(kept, weights, weights.get(name, like))
         return other
     if type(value) in (list, tuple):
         return type(value)([_share(kept, weights, like) for kept in value])
@@ -207,8 +211,9 @@ def get_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def set_gradients(module: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
     """Put gradients back; a parameter that has none here gets none."""
+    by_name = {plain_name(name): gradient for name, gradient in gradients.items()}
     for name, parameter in module.named_parameters():
-        gradient = gradients.get(name)
+        gradient = by_name.get(name)
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
 
@@ -252,8 +257,9 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, st
     here = _names_in(optimizer, names)
     numbers = iter(range(len(here)))
     groups = [[next(numbers) for _ in group["params"]] for group in optimizer.param_groups]
-    saved = [name for group in state["param_groups"] for name in group["params"]]
-    if [{here[number] for number in group} for group in groups] != [set(g["params"]) for g in state["param_groups"]]:
+    of_groups = [[plain_name(name) for name in group["params"]] for group in state["param_groups"]]
+    saved = [name for group in of_groups for name in group]
+    if [{here[number] for number in group} for group in groups] != [set(group) for group in of_groups]:
         raise ValueError(
             f"the saved {type(optimizer).__name__} is over other parameters than this one, or groups them otherwise: "
             f"only saved {sorted(set(saved) - set(here))}, only here {sorted(set(here) - set(saved))}"
@@ -262,7 +268,7 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, st
     optimizer.load_state_dict(
         {
             **state,
-            "state": {number_of[name]: kept for name, kept in state["state"].items()},
+            "state": {number_of[plain_name(name)]: kept for name, kept in state["state"].items()},
             "param_groups": [
                 {**group, "params": params} for group, params in zip(state["param_groups"], groups, strict=True)
             ],

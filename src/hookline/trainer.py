@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from hookline import data
-from hookline.interfaces import Loader, ModuleInterface, Stage
+from hookline.idle import untouched
+from hookline.interfaces import Loader, ModuleInterface, Stage, plain_name
 from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, is_number, to_floats, wide
 from hookline.masking import mask
 from hookline.options import make_options, run_folder
@@ -985,6 +986,16 @@ class Trainer:
         if metrics:
             self.hook.on_log(trainer=self, metrics=metrics, global_step=self.global_step if batch is None else batch)
 
+    @contextlib.contextmanager
+    def idling(self) -> Iterator[None]:
+        """Take a batch that only keeps ranks in step: say so (`idle`), and have it count nowhere in the module."""
+        self.idle = True
+        try:
+            with untouched(self.module):
+                yield
+        finally:
+            self.idle = False
+
     # State ----------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
@@ -1010,8 +1021,9 @@ class Trainer:
         self._evaluated_at = state["evaluated_at"]
         self.metrics = dict(state["metrics"])
         if not self.options.reset_optimizers_schedulers:
+            frozen = {plain_name(name) for name in state["frozen"]}
             for name, weight in self.module.named_parameters():
-                weight.requires_grad_(name not in state["frozen"])
+                weight.requires_grad_(name not in frozen)
 
     def warn_of_lost(self, state: Mapping[str, Any]) -> None:
         """Say what of a run's state nobody takes, because it is of ranks that are not there any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,8 @@ class Clip(CallbackInterface):
         gradients: dict[Any, list[torch.Tensor]] = {}
         for parameter in parameters:
             if parameter.grad is not None:
+                if parameter.grad.is_sparse:
+                    parameter = rows_of(parameter)
                 mesh = getattr(parameter.grad, "device_mesh", None)
                 ways.setdefault(mesh, []).append(parameter)
                 gradients.setdefault(mesh, []).append(parameter.grad)
@@ -53,9 +56,34 @@ class Clip(CallbackInterface):
             for way in ways.values():
                 torch.nn.utils.clip_grad_value_(way, self.max_value)
         if self.max_norm is not None and ways:
-            norms: list[Any] = [torch.nn.utils.get_total_norm(way, self.norm_type) for way in gradients.values()]
+            norms: list[Any] = [total_norm(way, self.norm_type) for way in gradients.values()]
             if len(norms) > 1:
                 whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
                 norms = [torch.nn.utils.get_total_norm(whole, self.norm_type)]
             for way in ways.values():
                 torch.nn.utils.clip_grads_with_norm_(way, self.max_norm, norms[0])
+
+
+def rows_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+    """Return a parameter whose gradient is what a sparse one holds; both change together."""
+    assert parameter.grad is not None
+    parameter.grad = parameter.grad.coalesce()  # sums up rows that come several times: no element is known before
+    rows = torch.nn.Parameter(parameter.grad._values(), requires_grad=False)
+    rows.grad = parameter.grad._values()
+    return rows
+
+
+def total_norm(gradients: list[torch.Tensor], norm_type: float) -> Any:
+    """Return the norm of gradients that ranks share in one way; torch knows no largest value of an empty share."""
+    if norm_type != math.inf:
+        return torch.nn.utils.get_total_norm(gradients, norm_type)
+    here: list[Any] = [grad.to_local() if hasattr(grad, "to_local") else grad for grad in gradients]
+    full = [grad for grad in here if grad.numel()]
+    norm = torch.nn.utils.get_total_norm(full, math.inf) if full else here[0].new_zeros(())
+    mesh = getattr(gradients[0], "device_mesh", None)
+    if mesh is None:
+        return norm
+    from torch.distributed.tensor import DTensor, Shard  # who shares weights has imported it
+
+    norms = DTensor.from_local(norm.reshape(1), mesh, [Shard(0)] * mesh.ndim, run_check=False)
+    return torch.linalg.vector_norm(norms.full_tensor(), math.inf)  # not a maximum by the ranks, which may lose NaN

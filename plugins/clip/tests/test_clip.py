@@ -116,6 +116,60 @@ def test_touches_only_the_optimizers_that_step():
     assert module.second > 0.5
 
 
+class Looked(ModuleInterface):
+    """Two numbers a row of a table, of which a batch looks some up, one of them twice; and a layer."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.net = torch.nn.Embedding(10, 2, sparse=sparse), torch.nn.Linear(2, 1)
+
+    def train_step(self, global_step, batch, device):
+        return (30 * self.net(self.table(batch))).square().mean()
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return [torch.tensor(rows) for rows in ([1, 1, 2], [3, 4, 3], [5, 1, 9])]
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+        return [torch.optim.SGD(self.parameters(), 0.1)], []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(1.0,), (0.5, 1.0), (0.5, math.inf), (None, 2.0, 0.1), (0.3, 2.0, 0.1)],
+    ids=["norm", "norm 1", "norm inf", "value", "value then norm"],
+)
+def test_sparse_gradients_are_clipped_as_dense_ones(options):
+    """But for the order in which squares are added, since zeros are not."""
+    weights = []
+    for sparse, plugins in ((False, [Clip(*options)]), (True, [Clip(*options)]), (False, [])):
+        module = Looked(sparse)
+        Trainer(module, plugins=plugins, device="cpu").train()
+        assert module.table.weight.grad is None
+        weights.append(dict(module.state_dict()))
+    torch.testing.assert_close(weights[1], weights[0])
+    assert (weights[2]["table.weight"] - weights[0]["table.weight"]).abs().max() > 0.1  # there was something to clip
+
+
+class NothingLooked(Looked):
+    """Has a gradient of no row, and one of no number."""
+
+    def __init__(self):
+        super().__init__(sparse=True)
+        self.other, self.none = torch.nn.Embedding(4, 2, sparse=True), torch.nn.Parameter(torch.zeros(0))
+
+    def train_step(self, global_step, batch, device):
+        return super().train_step(global_step, batch, device) + self.other(batch[:0]).sum() + self.none.sum()
+
+
+def test_the_largest_value_where_some_have_none():
+    module = NothingLooked()
+    Trainer(module, plugins=[Clip(0.5, math.inf)], device="cpu").train()
+    plain = Looked(sparse=False)
+    Trainer(plain, plugins=[Clip(0.5, math.inf)], device="cpu").train()
+    torch.testing.assert_close(module.table.weight, plain.table.weight)
+
+
 class CountingSyncs(TorchDispatchMode):
     """Counts how often a value is fetched from a tensor."""
 

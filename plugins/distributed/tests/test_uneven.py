@@ -117,8 +117,7 @@ def test_two_ranks_with_any_split_are_one_rank_with_the_union(policy, sharing):
             assert one[2] + other[2] == both[2]
         real = sum(each[1] for each in told + of_rank_1[3])
         assert sum(logged) == sum(of_rank_1[4]) == real  # what a step logs that only fills up is dropped, on each rank
-        padded = 2 * abs(len(last[0]) - len(last[1]))
-        assert calls + of_rank_1[5] == real + (padded if policy == "pad" else 0)
+        assert calls + of_rank_1[5] == real  # the module's own count of calls
 
 
 # By hand --------------------------------------------------------------------------------
@@ -265,10 +264,58 @@ def test_a_resume_between_two_batches_of_now_uses_each_sample_once():
     (steps, seen, samples), (steps_too, seen_too, samples_too) = two(resumed_of_other_size, memory.state)
     assert (steps, samples) == (steps_too, samples_too) == (4, 23)
     assert [len(batch) for batch in seen] == [4, 4, 1]
-    assert [len(batch) for batch in seen_too] == [4, 4, 4]  # the last of them again, at zero weight
-    assert seen_too[2] == seen_too[1]
-    used = [number for batch in first.seen + seen + seen_too[:2] for number in batch]
+    assert [len(batch) for batch in seen_too] == [4, 4]  # the last of them again, at zero weight, is kept nowhere
+    used = [number for batch in first.seen + seen + seen_too for number in batch]
     assert sorted(used) == list(range(23))
+
+
+# What a module counts --------------------------------------------------------------------
+
+
+class Counts(Plain):
+    """Keeps statistics of its inputs, in batch norm, a metric and buffers; nothing of it comes into the loss."""
+
+    def __init__(self):
+        from torchmetrics import MeanMetric
+
+        super().__init__(17)  # batches of 4: one more on rank 0
+        self.norm = torch.nn.BatchNorm1d(8, affine=False)
+        self.mean = MeanMetric(sync_on_compute=False)
+        self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
+
+    def train_step(self, global_step, batch, device):
+        self.norm(twice(batch[0]))
+        self.mean.update(batch[0])
+        self.counted += len(batch[0])
+        return super().train_step(global_step, batch, device)
+
+
+def twice(inputs):
+    """Return each value two times, since batch norm refuses a batch of one."""
+    return inputs[:, :, None].expand(-1, -1, 2)
+
+
+def counted(policy, sharing):
+    torch.set_num_threads(1)
+    module = Counts()
+    plugins = {sharing: {"broadcast_buffers": False}, "distributed": {"uneven": policy}}
+    tiny_trainer(plugins, module, evaluate_every=None).train()
+    by_hand = torch.nn.BatchNorm1d(8, affine=False)
+    for ids in module.seen:
+        by_hand(twice(module.inputs[ids]))
+    ids = [number for batch in module.seen for number in batch]
+    own = {**module.norm.state_dict(), "mean": module.mean.compute(), "counted": module.counted}
+    hand = {**by_hand.state_dict(), "mean": module.inputs[ids].mean(), "counted": torch.tensor(len(ids))}
+    return own, hand, len(module.seen)
+
+
+@of_ranks
+@pytest.mark.parametrize(("policy", "sharing"), [("pad", "ddp"), ("join", "ddp"), ("pad", "fsdp")])
+def test_what_only_fills_up_counts_nowhere_in_the_module(policy, sharing):
+    found = two(counted, policy, sharing)
+    assert [batches for _, _, batches in found] == [6, 4]
+    for own, by_hand, _ in found:
+        torch.testing.assert_close(own, by_hand)
 
 
 # What cannot be -------------------------------------------------------------------------
@@ -281,6 +328,10 @@ def refused():
         with pytest.raises(ValueError, match="join") as caught:
             tiny_trainer({**plugins, "distributed": {"uneven": "join"}}, Plain(16)).train()
         found.append(str(caught.value))
+    module = Plain(16)
+    module.net[1] = torch.nn.SyncBatchNorm(16)
+    with pytest.raises(ValueError, match=r"uneven=pad does not go with the SyncBatchNorm net\.1, whose statistics"):
+        tiny_trainer({"fsdp": {}, "distributed": {"uneven": "pad"}}, module).train()
     return found
 
 

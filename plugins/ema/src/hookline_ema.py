@@ -144,7 +144,8 @@ class Ema(CallbackInterface):
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        self._average, self._parameters = dict(state["average"]), None
+        averages = state["average"].items()  # names with what torch.compile put into them are of an older version
+        self._average, self._parameters = {name.replace("_orig_mod.", ""): average for name, average in averages}, None
 
 
 def parameters_of(module: torch.nn.Module) -> Tensors:

@@ -132,17 +132,41 @@ def test_two_ranks_are_one_within_rounding(plugin, window):
 
 
 class Normed(TinyModule):
-    """Keeps running statistics."""
+    """Trains with what it keeps in buffers: running statistics of batch norm, and a mean of its inputs of its own."""
 
     def __init__(self, dropout=0.0):
         super().__init__(samples=48, dropout=dropout)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def train_step(self, global_step, batch, device):
+        inputs, targets, ids = batch
+        with torch.no_grad():
+            self.mean.mul_(0.9).add_(0.3 * inputs.mean(0))
+        self.count += len(inputs)
+        return super().train_step(global_step, (inputs - self.mean, targets, ids), device)
 
 
 @pytest.mark.plugins
-def test_an_evaluation_is_with_the_running_statistics_of_rank_0():
-    one, other = on_two({}, module=Normed)
-    assert digest(one["weights"]) == digest(other["weights"])
-    assert "net.1.running_mean" in one["weights"]
+def test_all_ranks_have_the_buffers_of_rank_0_and_a_validation_changes_nothing():
+    by_hand = run_ranks(loop_by_hand, 2, Normed, 0.0, 2)
+    runs = [on_two({"wrap": ["Linear"]}, None, 2, module=Normed, evaluate_every=every) for every in (None, "1 steps")]
+    for ranks in runs:
+        for step, state in ranks[0]["states"].items():
+            assert digest(state["module"]) == digest(ranks[1]["states"][step]["module"])
+        assert {digest(rank["weights"]) for rank in ranks} == {digest(by_hand[0].value)}, by_hand[0].output
+        assert int(ranks[0]["weights"]["count"]) == 8 * 6  # each of its own batches once
+    states = [rank["states"] for rank in runs[0]]
+    resumed = on_two({"wrap": ["Linear"]}, [rank[1] for rank in states], 2, module=Normed, evaluate_every=None)
+    for rank, again in zip(states, resumed, strict=True):
+        assert without_clock(again["states"][4]) == without_clock(rank[4])
+
+
+@pytest.mark.plugins
+def test_ranks_may_have_buffers_of_their_own():
+    one, other = on_two({"broadcast_buffers": False}, module=Normed, evaluate_every="1 steps")
+    assert not torch.equal(one["weights"]["mean"], other["weights"]["mean"])
+    assert torch.equal(one["weights"]["net.0.weight"], other["weights"]["net.0.weight"])
 
 
 class Some(Plain):
@@ -196,37 +220,102 @@ def test_ranks_with_other_numbers_of_batches_evaluate_each_sample_once(samples, 
         assert all(0.4 < share < 0.6 for share in shared)
 
 
-def by_hand():
-    """Train as one would with `fully_shard`."""
+class Counting(Some):
+    """Counts samples in every way one may, in 9 of which one rank has a batch more than the other."""
+
+    def __init__(self):
+        from torchmetrics import CatMetric, MeanMetric, MetricCollection, SumMetric
+
+        super().__init__(9)
+        self.metrics = MetricCollection({"mean": MeanMetric(), "again": MeanMetric(), "sum": SumMetric()})
+        self.values = CatMetric()
+        self.norm = torch.nn.BatchNorm1d(8, affine=False)
+        self.register_buffer("counted", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.total, self.ids, self.by_loader = 0, [], {"default": []}
+        self.in_place = torch.zeros(())
+
+    def val_step(self, global_step, batch, device):
+        inputs, _, ids = batch
+        self.norm.train()(inputs[:, :, None].expand(-1, -1, 2))  # batch norm refuses a batch of one
+        loss, *others = super().val_step(global_step, batch, device)
+        self.metrics.update(inputs[:, 0])
+        self.values.update(inputs[:, 0])
+        self.counted += len(ids)
+        self.replaced = self.replaced + len(ids)
+        self.total += len(ids)
+        self.ids += ids.tolist()
+        self.by_loader["default"].append(ids)
+        self.by_loader.setdefault("other", []).append(ids)
+        self.in_place += len(ids)
+        return loss, *others
+
+    def on_end_val_epoch(self, global_step, *outputs):
+        self.log(**{name: value for name, value in self.metrics.compute().items() if name != "sum"})
+
+
+def count_in_evaluation(plugins):
+    torch.set_num_threads(1)
+    module = Counting()
+    metrics = tiny_trainer(plugins, module, val_batch_size=4, train_batch_size=12).validate()
+    nested = [ids for kept in module.by_loader.values() for batch in kept for ids in batch.tolist()]
+    counts = (int(module.counted), int(module.replaced), module.total, len(module.ids), len(nested) / 2)
+    values = module.values.value  # of this rank
+    return metrics, counts, torch.cat(values).tolist(), float(module.in_place), int(module.norm.num_batches_tracked)
+
+
+@pytest.mark.plugins
+def test_a_batch_that_only_keeps_ranks_in_step_counts_nowhere_in_the_module():
+    outcomes = run_ranks(count_in_evaluation, 2, {"fsdp": Fsdp(wrap=["Linear"])})
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output + outcomes[1].output
+    one, other = (outcome.value for outcome in outcomes)
+    alone = count_in_evaluation({})
+    assert one[0] == other[0] == pytest.approx(alone[0])
+    assert (one[1], other[1], alone[1]) == ((5,) * 5, (4,) * 5, (9,) * 5)
+    assert sorted(one[2] + other[2]) == sorted(alone[2])
+    assert (one[4], other[4]) == (2, 1)
+    assert (one[3], other[3]) == (5, 8)  # what cannot be put back is said
+    assert "has changed the tensor in_place of the module in place, so it counts there: make it" in outcomes[1].output
+    assert "in_place" not in outcomes[0].output
+
+
+def loop_by_hand(kind, dropout=0.0, window=1):
+    """Train as one would with `fully_shard`, with the buffers of rank 0 in each forward."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     store = dist.TCPStore("localhost", int(os.environ["MASTER_PORT"]), 2, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    module = Plain(0.3)
+    module = kind(dropout)
     set_seed(mix(0, rank))
-    for layer in (module.net[0], module.net[3]):
+    for layer in [layer for layer in module.net if isinstance(layer, torch.nn.Linear)]:
         fully_shard(layer, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    (optimizer,), (scheduler,) = module.get_optimizers_schedulers(4, 2)
+    (optimizer,), (scheduler,) = module.get_optimizers_schedulers(4 // window, 2)
     cursor = Cursor(seed=0)
     sampler = sampler_class(cursor, shuffle=True, share=rank, shares=2)
     for epoch in range(2):
         cursor.begin_epoch(epoch)
         loader = module.get_train_dataloader(sampler, 6)
         loader.generator = torch.Generator()
-        for batch in loader:
+        for number, batch in enumerate(loader, 1):
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
             loss, _ = module(stage=Stage.TRAIN, global_step=1, batch=batch, device="cpu")
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-    return {name: weight.full_tensor() for name, weight in module.state_dict().items()}
+            module.set_requires_gradient_sync(number % window == 0)
+            (loss / window).backward()
+            if number % window == 0:
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
+    return whole(module.state_dict())
 
 
 @pytest.mark.plugins
 def test_the_same_bits_as_a_loop_written_by_hand():
-    outcomes = run_ranks(by_hand, 2)
+    outcomes = run_ranks(loop_by_hand, 2, Plain, 0.3)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
     one, _ = on_two({"wrap": ["Linear"]}, dropout=0.3)
     assert digest(one["weights"]) == digest(outcomes[0].value)
@@ -260,12 +349,29 @@ def test_copies_of_a_sharded_model_and_half_precision():
 
 
 @pytest.mark.plugins
+def test_on_a_cpu_shares_are_in_the_memory_of_the_host_in_any_case():
+    assert digest(on_two({"cpu_offload": True})[0]["weights"]) == digest(on_two({})[0]["weights"])
+
+
+@pytest.mark.plugins
 def test_with_clipping_an_average_and_a_check_of_finiteness():
     others = {"clip": {"max_norm": 0.05}, "ema": {"decay": 0.9}, "finite": {"every": "1 steps"}}
     one, other = on_two({"wrap": ["Linear"]}, others=others)
     alone = train({}, others=others)
     assert_close(one["weights"], alone["weights"])
     assert one["metrics"] == other["metrics"] == pytest.approx(alone["metrics"])
+
+
+@pytest.mark.plugins
+def test_clipping_by_the_largest_value_where_a_rank_has_an_empty_share():
+    """The last layer has one row, so one of two ranks has none of it."""
+    clip = {"clip": {"max_norm": 0.02, "norm_type": float("inf")}}
+    one, other = on_two({"wrap": ["Linear"]}, others=clip)
+    alone = train({}, others=clip)
+    assert_close(one["weights"], alone["weights"])
+    assert digest(one["weights"]) == digest(other["weights"])
+    with pytest.raises(AssertionError):
+        assert_close(alone["weights"], train({})["weights"])  # there was something to clip
 
 
 # Blocks that the module answers, and other plugins ------------------------------------
@@ -661,6 +767,7 @@ def wrong(plugin):
     [
         ({"wrap": ["Block"]}, "fsdp.wrap names Block, and the model has none; it has Dropout, Linear, Plain, ReLU"),
         ({"replicas": 3}, "fsdp.replicas=3 does not divide the 2 ranks"),
+        ({"sync_batchnorm": True}, "fsdp.sync_batchnorm=true needs CUDA: torch.nn.SyncBatchNorm has nothing for a CPU"),
     ],
 )
 def test_what_does_not_fit_the_run(plugin, message):

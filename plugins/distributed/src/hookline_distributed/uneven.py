@@ -46,6 +46,14 @@ class Uneven(CallbackInterface):
                 "does, without find_unused_parameters; fsdp cannot, since each rank is needed in every forward: let "
                 "distributed.uneven=pad have a rank go on with a batch at zero weight"
             )
+        if trainer.world_size > 1:
+            for name, part in trainer.module.named_modules():
+                if isinstance(part, torch.nn.SyncBatchNorm):
+                    raise ValueError(
+                        f"distributed.uneven={'join' if self.joins else 'pad'} does not go with the SyncBatchNorm "
+                        f"{name}, whose statistics are of the batches of all ranks, those that only fill up too: let "
+                        "distributed.uneven=drop leave out what not all ranks have, or take batch norm of each rank"
+                    )
 
     @hookimpl(wrapper=True)
     def setup_loader(self, trainer: Trainer, loader: Any, stage: Stage, key: str) -> Generator[None, Any, Any]:
@@ -90,13 +98,14 @@ class Uneven(CallbackInterface):
     @hookimpl(wrapper=True)
     def forward_backward(self, trainer: Trainer, index: int) -> Generator[None, tuple[Any, ...], tuple[Any, ...]]:
         self._factor = self._factors[index] if self._factors else 1.0
-        trainer.idle = index >= self._real
-        shadows = trainer.idle and self._others is not None
-        try:
-            with trainer.hook.shadow(trainer=trainer) if shadows else contextlib.nullcontext():
-                outputs = yield
-        finally:
-            trainer.idle = False
+        idle = index >= self._real
+        shadows = idle and self._others is not None
+        with contextlib.ExitStack() as stack:
+            if idle:
+                stack.enter_context(trainer.idling())
+            if shadows:
+                stack.enter_context(trainer.hook.shadow(trainer=trainer))
+            outputs = yield
         if shadows:
             return (outputs[0], *(self._others or ()))
         if self.joins:

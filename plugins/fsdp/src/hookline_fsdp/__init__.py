@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,11 @@ class Fsdp(CallbackInterface):
     reduce_dtype: str | None = None
     """What gradients are summed in; null for that of the parameters."""
     cpu_offload: bool = False
-    """Keep the shares in the memory of the host."""
+    """Keep the shares in the memory of the host; on a CPU they are there in any case."""
+    broadcast_buffers: bool = True
+    """Give all ranks the buffers of rank 0 (running statistics) before each forward of training, and after a step."""
+    sync_batchnorm: bool = False
+    """Have batch norm take its statistics over all ranks (SyncBatchNorm); needs CUDA."""
     replicas: int = 1
     """How many copies of the sharded model there are; each is shared by so many fewer ranks."""
     meta: bool = False
@@ -64,6 +69,7 @@ class Fsdp(CallbackInterface):
                 "least 0"
             )
         self._mesh: Any = None
+        self._has_buffers = False  # of which all ranks have those of rank 0
         self._last: dict[str, Any] = {}  # batch of each loader of an evaluation
         self._behind: dict[str, int] = {}
         if not self.meta:
@@ -84,6 +90,18 @@ class Fsdp(CallbackInterface):
             refuse_values(module)
         return module
 
+    @hookimpl(wrapper=True)  # within activation checkpointing, which calls what is there
+    def convert_model(self, trainer: Trainer) -> Generator[None, torch.nn.Module, torch.nn.Module]:
+        model = yield
+        if not self.sync_batchnorm or trainer.world_size == 1:
+            return model
+        if trainer.on_cpu:
+            raise ValueError(
+                "fsdp.sync_batchnorm=true needs CUDA: torch.nn.SyncBatchNorm has nothing for a CPU. Leave it away, and "
+                "each rank normalizes by its own part of the batch"
+            )
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return,no-untyped-call]
+
     @hookimpl
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
         seed = trainer.options.seed
@@ -97,9 +115,9 @@ class Fsdp(CallbackInterface):
                 "--nproc 2` starts two on this machine"
             )
             return model
-        for tensor in (*model.parameters(), *model.buffers()):
-            if not (isinstance(tensor, DTensor) or tensor.is_meta):  # who split it over ranks has made it begin alike
-                dist.broadcast(tensor.detach(), src=0)  # as ddp does; modules that were built apart may begin apart
+        for tensor in model.parameters():
+            broadcast([tensor])  # as ddp does; modules that were built apart may begin apart
+        broadcast(model.buffers())
         if trainer.shares % self.replicas:
             raise ValueError(f"fsdp.replicas={self.replicas} does not divide the {trainer.shares} ranks")
         mesh = trainer.hook.get_mesh(trainer=trainer)
@@ -110,13 +128,16 @@ class Fsdp(CallbackInterface):
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=DTYPES.get(self.param_dtype or ""), reduce_dtype=DTYPES.get(self.reduce_dtype or "")
             ),
-            "offload_policy": CPUOffloadPolicy() if self.cpu_offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy() if self.cpu_offload and not trainer.on_cpu else OffloadPolicy(),
         }
         blocks = self._blocks(trainer, model)
         for block in (*blocks, model):
             if self.meta:
                 give_values(model, block, trainer.device, seed)
             fully_shard(block, **options)
+        if self.broadcast_buffers and any(True for _ in model.buffers()):
+            model.register_forward_pre_hook(functools.partial(self._share_in_training, trainer))
+            self._has_buffers = True
         if self.param_dtype is not None:
             compare_with_autocast(model, self.param_dtype, trainer.device.type)
         log.info("fsdp: %d blocks over %s ranks", len(blocks) + 1, "x".join(map(str, self._mesh.shape)))
@@ -140,6 +161,15 @@ class Fsdp(CallbackInterface):
             root(trainer.model).set_requires_gradient_sync(index + 1 == size)
         return (yield)
 
+    def _share_in_training(self, trainer: Trainer, model: torch.nn.Module, *_: Any) -> None:
+        if trainer.stage is Stage.TRAIN:  # else ranks may have different numbers of batches
+            broadcast(model.buffers())
+
+    @hookimpl(tryfirst=True)
+    def on_boundary(self, trainer: Trainer) -> None:
+        if self._has_buffers:  # else those of other ranks would be of the state, and not what training goes on with
+            broadcast(trainer.model.buffers())
+
     # Evaluation -----------------------------------------------------------------------
     # Every forward is one of all ranks, and they may have different numbers of batches.
 
@@ -150,10 +180,8 @@ class Fsdp(CallbackInterface):
 
     @hookimpl(wrapper=True, trylast=True)  # who swaps other weights in does that in the shares
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
-        if self._mesh is not None:  # running statistics are each rank's own while it trains
-            for buffer in trainer.model.buffers():
-                if not isinstance(buffer, DTensor):
-                    dist.broadcast(buffer, src=0)
+        if self._has_buffers:  # since the last forward each rank has its own
+            broadcast(trainer.model.buffers())
         try:
             return (yield)
         finally:
@@ -187,12 +215,9 @@ class Fsdp(CallbackInterface):
     def _keep_up(self, trainer: Trainer, stage: Stage, key: str) -> None:
         """Take part in the forwards that other ranks have more of: with the last batch again, which counts nowhere."""
         for _ in range(self._behind.pop(key, 0)):
-            trainer.idle = True
-            try:
+            with trainer.idling():
                 batch = trainer.hook.prepare_batch(trainer=trainer, batch=self._last[key], stage=stage)
                 trainer.hook.call_model(trainer=trainer, batch=batch, stage=stage)
-            finally:
-                trainer.idle = False
 
     def _put_together(self, model: torch.nn.Module, together: bool) -> None:
         """Put the whole model together on each rank, or take it apart."""
@@ -225,6 +250,19 @@ class Remembering:
         for batch in self.loader:
             self.last[self.key] = batch
             yield batch
+
+
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """Give all ranks the tensors of rank 0, in one exchange for each type; not those of which they have shares."""
+    kinds: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if not (isinstance(tensor, DTensor) or tensor.is_meta):  # who split it over ranks has made it begin alike
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
+    for same in kinds.values():
+        flat = torch.cat([tensor.flatten() for tensor in same])
+        dist.broadcast(flat, src=0)
+        for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def size_of(module: torch.nn.Module) -> int:

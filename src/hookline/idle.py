@@ -1,0 +1,79 @@
+"""A module that shall be afterwards what it was before a batch that only keeps ranks in step."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+log = logging.getLogger("hookline.idle")
+
+LISTS = (list, collections.deque)
+CONTAINERS = (*LISTS, dict, set, collections.Counter, collections.defaultdict, collections.OrderedDict)
+OF_TORCH = frozenset(vars(torch.nn.Module()))  # what every module has
+
+
+@contextlib.contextmanager
+def untouched(module: torch.nn.Module) -> Iterator[None]:
+    """Have a module afterwards as it was before, but for parameters and their gradients.
+
+    Of it and each submodule these are put back: buffers, the states of a metric of torchmetrics, and which object each
+    other attribute is; of lists, dictionaries and sets also what is in them. A tensor that is neither buffer
+    nor state is not copied, since it may be a whole data set: when it is changed in place, a warning says so.
+    """
+    attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    contents: dict[int, tuple[Any, Any]] = {}
+    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    versions: list[tuple[str, torch.Tensor, int]] = []
+    for path, part in module.named_modules():
+        own = {name: value for name, value in vars(part).items() if name not in OF_TORCH}
+        attributes.append((vars(part), own))
+        states = [own.get(name) for name in getattr(part, "_defaults", ())]  # of a metric
+        for tensor in (*_tensors(part._buffers, contents), *(state for state in states if torch.is_tensor(state))):
+            copies[id(tensor)] = tensor, tensor.detach().clone()
+        for name, value in own.items():
+            full_name = f"{path}.{name}".removeprefix(".")
+            versions += [(full_name, tensor, tensor._version) for tensor in _tensors(value, contents)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in copies.values():
+                tensor.copy_(before)
+        for here, own in attributes:
+            for name in [name for name in here if name not in OF_TORCH and name not in own]:
+                del here[name]
+            here.update(own)
+        for container, before in contents.values():
+            container.clear()
+            container.extend(before) if type(container) in LISTS else container.update(before)
+        for name, tensor, version in versions:
+            if tensor._version != version and id(tensor) not in copies:
+                warn_of_change(name)
+
+
+def _tensors(value: Any, contents: dict[int, tuple[Any, Any]]) -> Iterator[torch.Tensor]:
+    """Give the tensors of an attribute, however deep, but for parameters; keep what is in each container."""
+    if torch.is_tensor(value):
+        if not isinstance(value, torch.nn.Parameter) and not value.is_inference():
+            yield value
+    elif type(value) in CONTAINERS and id(value) not in contents:
+        contents[id(value)] = value, copy.copy(value)
+        for inner in list(value.values()) if isinstance(value, dict) else value:
+            yield from _tensors(inner, contents)
+
+
+@functools.cache
+def warn_of_change(name: str) -> None:
+    """Say, once, what a batch has changed that shall count nowhere."""
+    log.warning(
+        "a batch that only keeps ranks in step has changed the tensor %s of the module in place, so it counts there: "
+        "make it a buffer (register_buffer), or leave it alone while self.trainer.idle",
+        name,
+    )
