@@ -275,7 +275,7 @@ class _Clerk:
                 lost.update(told[0] for told in self._calls.queue if told is not None)
         if lost:
             said = ", ".join(f"{count} of {what}" for what, count in lost.items())
-            log.warning("calls of %s were lost, and are not in its run: %s", self.name, said)
+            log.warning("calls of %s failed or were dropped, and may be missing in its run: %s", self.name, said)
 
     def _work(self, start: Callable[[], None]) -> None:
         started = self._try(start, "it could not start")
