@@ -23,7 +23,7 @@ CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
     {"marks", "installed", "masking", "idle", "records"},
     {"interfaces"},
-    {"outputs", "logs", "data", "schedule", "schedules", "state", "options"},
+    {"outputs", "logs", "data", "schedule", "schedules", "state", "options", "monitored"},
     {"hookspecs"},
     {"plugins"},
     {"trainer"},
@@ -181,6 +181,7 @@ def test_every_hook_is_reached_and_every_verb_answers():
     trainer.hook.all_gather(trainer=trainer, value=1)
     trainer.hook.vote(trainer=trainer, asked=False, seconds=0.0)
     trainer.hook.allocate(trainer=trainer, path=("module", "net.0.weight"), shape=(16, 8), dtype=torch.float32)
+    trainer.hook.get_mode(trainer=trainer, metric="val_loss")
     trainer.hook.on_checkpoint(trainer=trainer, path=Path(), kind="model")
     memory = Memory(every="2 steps")
     with pytest.raises(ZeroDivisionError):

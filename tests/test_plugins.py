@@ -464,7 +464,7 @@ def test_a_plugin_brings_hooks_of_its_own():
 # Observers ----------------------------------------------------------------------------
 
 
-def test_a_failing_observer_is_switched_off_with_one_warning_and_training_goes_on(caplog):
+def test_a_hook_of_an_observer_that_fails_is_switched_off_and_training_goes_on(caplog):
     calls = []
 
     class Frail(CallbackInterface):
@@ -483,12 +483,50 @@ def test_a_failing_observer_is_switched_off_with_one_warning_and_training_goes_o
     with caplog.at_level(logging.WARNING, logger="hookline"):
         trainer.train()
     assert calls == ["step"] * 3 + ["finished"]
-    (record,) = caplog.records
-    assert (
-        "plugin 'frail' is switched off after 3 failures; the last, in on_end_train_step: OSError: no network"
-        in record.getMessage()
-    )
+    assert [record.getMessage() for record in caplog.records] == [
+        "plugin 'frail' failed in on_end_train_step, and the run goes on: OSError: no network",
+        "plugin 'frail' is switched off in on_end_train_step after 3 failures in a row: OSError: no network",
+        "plugin 'frail' lost 14 call(s) of on_end_train_step; it is switched off there since OSError: no network",
+    ]
     assert trainer.plugins.cost["frail"] > 0
+
+
+def test_a_hook_that_always_fails_between_others_that_do_not_is_said_and_costs_the_others_nothing(caplog):
+    calls = []
+
+    class Frail(CallbackInterface):
+        observer = True
+
+        @hookimpl
+        def on_log(self):
+            calls.append("log")
+            raise OSError("no network")
+
+        @hookimpl
+        def on_end_train_step(self):
+            calls.append("step")
+
+        @hookimpl
+        def on_boundary(self, global_step):
+            calls.append("boundary")
+            if global_step % 4 in (1, 2):  # twice in a row, not three times
+                raise ValueError("now and then")
+
+    trainer = tiny_trainer([Frail()], log_every="1 steps")
+    for _ in range(2):  # the second has nothing left to train
+        trainer.train()
+    assert (calls.count("step"), calls.count("boundary"), calls.count("log")) == (14, 14, 3)
+    lost = [record.getMessage() for record in caplog.records if "lost" in record.getMessage()]
+    assert lost == [
+        "plugin 'frail' lost 18 call(s) of on_log; it is switched off there since OSError: no network",
+        "plugin 'frail' lost 8 call(s) of on_boundary",
+    ]
+    firsts = [record for record in caplog.records if " failed in " in record.getMessage()]
+    assert [record.getMessage().partition(",")[0] for record in firsts] == [
+        "plugin 'frail' failed in on_log",
+        "plugin 'frail' failed in on_boundary",
+    ]
+    assert all(record.exc_info for record in firsts)
 
 
 def test_an_observer_that_fails_at_the_beginning_or_the_end_ends_no_run_and_is_reported(caplog):
@@ -508,7 +546,10 @@ def test_an_observer_that_fails_at_the_beginning_or_the_end_ends_no_run_and_is_r
         trainer.train()
     assert trainer.status == "finished"
     assert [record.getMessage() for record in caplog.records] == [
-        "plugin 'frail' failed 2 time(s); the last, in on_end_run: OSError: still read-only"
+        "plugin 'frail' failed in on_begin_run, and the run goes on: OSError: read-only",
+        "plugin 'frail' failed in on_end_run, and the run goes on: OSError: still read-only",
+        "plugin 'frail' lost 1 call(s) of on_begin_run",
+        "plugin 'frail' lost 1 call(s) of on_end_run",
     ]
 
 
@@ -651,6 +692,7 @@ def test_an_observer_that_cannot_tell_its_state_costs_no_run(caplog):
     tiny_trainer([memory, forgets], epochs=1).train()
     assert forgets.asked == 3
     assert memory.state["plugins"] == {}
-    assert "plugin 'forgets' is switched off after 3 failures; the last, in get_state: OSError" in caplog.text
+    assert "plugin 'forgets' is switched off in get_state after 3 failures in a row: OSError" in caplog.text
+    assert "plugin 'forgets' lost 7 call(s) of get_state" in caplog.text
     with pytest.raises(OSError, match="the file is not there yet"):
         tiny_trainer([Memory(), Matters()], epochs=1).train()

@@ -249,18 +249,56 @@ def test_a_service_that_cannot_start_is_left_alone(caplog):
     keeper = Keeper(fails=["start"])
     train(keeper)
     assert [kind for kind, *_ in keeper.told] == ["start"]
-    (said,) = warnings_of(caplog)
-    assert said == (
-        "keeper is switched off, and training goes on without it: it could not start: ConnectionError: no network"
-    )
+    assert warnings_of(caplog) == [
+        "keeper is switched off, and training goes on without it: it could not start: ConnectionError: no network",
+        "calls of keeper failed or were dropped, and may be missing in its run: 11 of log_metrics",
+    ]
 
 
 def test_three_failures_in_a_row_are_enough(caplog):
     keeper = Keeper(fails=["metrics"])
     train(keeper)
     assert [kind for kind, *_ in keeper.told] == ["start", "metrics", "metrics", "metrics", "finish"]
-    (said,) = warnings_of(caplog)
-    assert "3 failures in a row, the last: ConnectionError: no network" in said
+    assert warnings_of(caplog) == [
+        "log_metrics of keeper failed, and training goes on: ConnectionError: no network",
+        "log_metrics of keeper is switched off, and training goes on without it: 3 failures in a row, the last: "
+        "ConnectionError: no network",
+        "calls of keeper failed or were dropped, and may be missing in its run: 11 of log_metrics",
+    ]
+
+
+def test_a_method_that_always_fails_between_others_that_do_not_is_said_and_costs_the_others_nothing(caplog):
+    class Texts(TinyModule):
+        def on_end_train_step(self, global_step, *outputs):
+            self.trainer.log_object("text", str(global_step))
+
+    keeper, whole = Keeper(fails=["text"]), Keeper()
+    train(keeper, module=Texts())
+    train(whole, module=Texts())
+    assert keeper.of("metrics") == whole.of("metrics")
+    assert (len(keeper.of("text")), len(whole.of("text"))) == (3, 14)
+    assert warnings_of(caplog) == [
+        "log_text of keeper failed, and training goes on: ConnectionError: no network",
+        "log_text of keeper is switched off, and training goes on without it: 3 failures in a row, the last: "
+        "ConnectionError: no network",
+        "calls of keeper failed or were dropped, and may be missing in its run: 14 of log_text",
+    ]
+
+
+def test_a_method_that_fails_now_and_then_goes_on_and_what_it_lost_is_said(caplog):
+    class Shaky(Keeper):
+        def log_metrics(self, metrics, place):
+            super().log_metrics(metrics, place)
+            if len(self.of("metrics")) % 3 != 0:  # twice in a row, not three times
+                raise ConnectionError("no network")
+
+    keeper = Shaky()
+    train(keeper)
+    assert len(keeper.of("metrics")) == 11
+    assert warnings_of(caplog) == [
+        "log_metrics of shaky failed, and training goes on: ConnectionError: no network",
+        "calls of shaky failed or were dropped, and may be missing in its run: 8 of log_metrics",
+    ]
 
 
 def test_one_that_cannot_end_its_run_does_not_keep_the_run_from_ending(caplog):
@@ -282,6 +320,7 @@ def test_one_that_hangs_is_not_waited_for_for_ever(where, caplog, monkeypatch):
     assert [said.partition(":")[0] for said in warnings_of(caplog)] == [
         "keeper is slower than training, or hangs",
         "keeper has not taken all within 1 s (close_timeout)",
+        "calls of keeper failed or were dropped, and may be missing in its run",
     ]
     keeper.go.set()
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hookline.marks import event as event
     from hookline.marks import hookimpl as hookimpl
     from hookline.marks import verb as verb
+    from hookline.monitored import require_metrics as require_metrics
     from hookline.schedule import every as every
     from hookline.schedule import seconds as seconds
     from hookline.state import copy_state as copy_state
@@ -47,6 +48,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "kept_rng": "state",
     "nearest": "installed",
     "records": "records",
+    "require_metrics": "monitored",
     "seconds": "schedule",
     "set_seed": "state",
     "shard": "data",

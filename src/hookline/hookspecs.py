@@ -28,6 +28,7 @@ import torch
 from hookline import data
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
+from hookline.monitored import mode_of
 from hookline.outputs import Outputs, WindowCut, detached, with_loss
 from hookline.schedules import go_on
 from hookline.state import (
@@ -557,6 +558,18 @@ def on_end_validation(trainer: Trainer, global_step: int, metrics: Mapping[str, 
 
     What is logged in it becomes part of them: who decides by a metric does so in `on_boundary`, by `trainer.metrics`.
     """
+
+
+@verb
+def get_mode(trainer: Trainer, metric: str) -> str:
+    """Answer whether the smallest ("min") or the largest ("max") value of a metric is the best.
+
+    The core knows losses, and what the words of the name say; where they say nothing, or both, it raises a ValueError
+    that asks for an option. Asked by whoever looks for the best value, before the first step; wrapped by whoever
+    knows better.
+    """
+    losses = trainer.options.val_loss_metric_name, trainer.options.train_loss_metric_name
+    return "min" if metric.partition("/")[0] in losses else mode_of(metric)
 
 
 # The end of things --------------------------------------------------------------------

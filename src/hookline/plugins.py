@@ -41,7 +41,7 @@ COLLECTING = {hook: outputs for hook, (_, outputs) in SEED.items() if outputs} |
 }
 LISTENING = ("on_log", "on_end_validation", "on_end_train_epoch", "on_boundary", "on_end_train", "save")
 BRIDGES = ("_call_on_", "_spread_on_")  # methods of CallbackInterface
-FAILURES_ALLOWED = 3  # of an observer, before it is switched off
+FAILURES_ALLOWED = 3  # of an observer in one hook, in a row, before it is switched off there
 
 log = logging.getLogger(f"{PROJECT}.plugins")
 
@@ -127,8 +127,9 @@ class PluginManager(pluggy.PluginManager):
         """Whether anybody but the core implements a hook."""
         self.cost: dict[str, float] = {}
         """Seconds spent in each observer."""
-        self._failures: dict[str, tuple[int, str]] = {}
-        self._switched_off: set[str] = set()
+        self._lost: dict[tuple[str, str], int] = {}  # calls of observers by hook and plugin
+        self._failing: dict[tuple[str, str], int] = {}  # how many failed in a row
+        self._switched_off: dict[tuple[str, str], str] = {}  # and the error that was the last
         self._pending: dict[str, Any] = {}
         self._specs: dict[str, Any] = {}
         self.add_contract(hookspecs, CORE)
@@ -206,13 +207,17 @@ class PluginManager(pluggy.PluginManager):
     def states(self) -> Iterator[tuple[str, Any, Any]]:
         """Give name, object and state of the plugins that have one now; an observer that fails to tell has none."""
         for name, plugin in self.stateful():
+            if ("get_state", name) in self._switched_off:
+                self._lose("get_state", name)
+                continue
             try:
-                state = None if name in self._switched_off else plugin.get_state()
+                state = plugin.get_state()
             except Exception as error:
                 if not is_observer(plugin):
                     raise
                 self._failed("get_state", name, error)
             else:
+                self._failing.pop(("get_state", name), None)
                 if state:
                     yield name, plugin, state
 
@@ -237,18 +242,19 @@ class PluginManager(pluggy.PluginManager):
                 impl.function(*map(arguments.__getitem__, (*impl.argnames, *impl.kwargnames)))
             except BaseException as error:  # Ctrl-C in one teardown must not cost the others theirs
                 if is_observer(impl.plugin) and isinstance(error, Exception):
-                    self._failed(hook, impl.plugin_name, error)
+                    self._say(hook, impl.plugin_name, error)  # once in a run, so it is not switched off
                 else:
                     error.add_note(self._note(hook, impl))
                     errors.append(error)
         return errors
 
     def report_failures(self) -> None:
-        """Say of each observer that has failed and was not switched off how often, and what was the last."""
-        for name, (count, last) in self._failures.items():
-            if count < FAILURES_ALLOWED:
-                log.warning("plugin %r failed %d time(s); the last, in %s", name, count, last)
-        self._failures.clear()
+        """Say how many calls of each observer were lost in this run, by hook."""
+        for (hook, name), lost in self._lost.items():
+            last = self._switched_off.get((hook, name))
+            off = "" if last is None else f"; it is switched off there since {last}"
+            log.warning("plugin %r lost %d call(s) of %s%s", name, lost, hook, off)
+        self._lost.clear()
 
     # Routing
 
@@ -286,10 +292,10 @@ class PluginManager(pluggy.PluginManager):
         """
         calls = [(impl, impl.function, (*impl.argnames, *impl.kwargnames)) for impl in reversed(plugged)]
         matter = [call for call in calls if not is_observer(call[0].plugin)]
-        watchers = [
-            call for call in calls if is_observer(call[0].plugin) and call[0].plugin_name not in self._switched_off
-        ]
-        cost, clock = self.cost, time.perf_counter
+        watching = [call for call in calls if is_observer(call[0].plugin)]
+        watchers = [call for call in watching if (name, call[0].plugin_name) not in self._switched_off]
+        off = [call[0].plugin_name for call in watching if call not in watchers]
+        cost, clock, failing = self.cost, time.perf_counter, self._failing
 
         def tell(**arguments: Any) -> None:
             if defaults:
@@ -302,20 +308,34 @@ class PluginManager(pluggy.PluginManager):
                     function(*map(arguments.__getitem__, names))
                 except Exception as error:
                     self._failed(name, impl.plugin_name, error)
+                else:
+                    if failing:
+                        failing.pop((name, impl.plugin_name), None)
                 cost[impl.plugin_name] = cost.get(impl.plugin_name, 0.0) + clock() - begin
+            for plugin_name in off:
+                self._lose(name, plugin_name)
 
         return tell
 
     def _failed(self, hook: str, name: str, error: Exception) -> None:
-        count = self._failures.get(name, (0, ""))[0] + 1
-        self._failures[name] = count, f"{hook}: {type(error).__name__}: {error}"
+        """Switch an observer off in a hook in which it has failed some times in a row."""
+        last = self._say(hook, name, error)
+        count = self._failing[hook, name] = self._failing.get((hook, name), 0) + 1
         if count == FAILURES_ALLOWED:
-            log.warning(
-                "plugin %r is switched off after %d failures; the last, in %s",
-                name, count, self._failures[name][1], exc_info=error,
-            )  # fmt: skip
-            self._switched_off.add(name)
+            log.warning("plugin %r is switched off in %s after %d failures in a row: %s", name, hook, count, last)
+            self._switched_off[hook, name] = last
             self._route()
+
+    def _say(self, hook: str, name: str, error: Exception) -> str:
+        """Say the first failure of an observer in a hook in this run, and count it; return what it was."""
+        said = f"{type(error).__name__}: {error}"
+        if (hook, name) not in self._lost:
+            log.warning("plugin %r failed in %s, and the run goes on: %s", name, hook, said, exc_info=error)
+        self._lose(hook, name)
+        return said
+
+    def _lose(self, hook: str, name: str) -> None:
+        self._lost[hook, name] = self._lost.get((hook, name), 0) + 1
 
     # Checks
 

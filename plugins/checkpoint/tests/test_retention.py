@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,14 +42,23 @@ class Told(ModuleInterface):
         return [torch.optim.SGD(self.parameters(), 0.01)], []
 
 
-def trained(folder: Path, *plugins: Any, epochs: int = 3, evaluate_every: str = "1 step", **options: Any) -> None:
+def trained(
+    folder: Path,
+    *plugins: Any,
+    epochs: int = 3,
+    evaluate_every: str | None = "1 step",
+    module: Any = None,
+    sanity: int = 0,
+    **options: Any,
+) -> None:
     given = {"every": "1 step", "keep_last": 1} | options
     resume = given.pop("resume", False)
     Trainer(
-        Told(),
+        module or Told(),
         [Checkpoint(**given), *plugins],
         epochs=epochs,
         evaluate_every=evaluate_every,
+        sanity_val_steps=sanity,
         runs_folder=str(folder),
         resume=resume,
     ).train()
@@ -153,14 +163,76 @@ def test_a_value_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
     assert storage.verify(home(tmp_path) / "step-000000000006")["metrics"] == {"val_loss": "nan"}
 
 
-def test_a_monitor_that_is_not_there_is_said_once(tmp_path, caplog):
-    trained(tmp_path, keep_best=1, monitor="val_los")
-    said = [record.message for record in caplog.records if "monitor" in record.message]
-    assert said == [
-        "checkpoint.monitor='val_los' is no metric of the evaluation, so no checkpoint is kept as the best; "
-        "there are val_loss"
+class Scores(Told):
+    """Has no loss; logs the values of `LOSSES` by another name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def val_step(self, global_step, batch, device):
+        self.log(**{self.name: LOSSES[global_step - 1]})
+
+
+class Blind(Told):
+    """Has nothing to evaluate on."""
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "left"),
+    [
+        ("val_accuracy", None, [6, 1]),
+        ("val_mse", None, [6, 4]),
+        ("val_score", "max", [6, 1]),
+        ("val_acc", "min", [6, 4]),
+    ],
+)
+def test_the_best_is_what_the_name_or_the_option_says(name, mode, left, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "LOSSES", [7.0, 2.0, 4.0, 1.0, 3.0, 6.0])
+    trained(tmp_path, module=Scores(name), keep_best=1, monitor=name, mode=mode)
+    assert steps(tmp_path) == left
+
+
+def test_a_monitor_of_which_nobody_knows_asks_for_the_mode_before_any_step(tmp_path):
+    said = "checkpoint.monitor='val_score': nobody knows whether the smallest or the largest value of 'val_score' is"
+    with pytest.raises(ValueError, match=said):
+        trained(tmp_path, keep_best=1, monitor="val_score")
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_monitor_that_no_evaluation_has_ends_the_run_when_its_state_is_saved(asynchronous, tmp_path):
+    given = {"keep_best": 1, "every": "5 steps", "evaluate_every": "3 steps", "asynchronous": asynchronous}
+    said = (
+        "checkpoint.monitor='val_los': the evaluation has no metric 'val_los'; it has val_loss (what a training "
+        "step logs is not among it). Correct the name, or log this value in every evaluation; step 3 is saved, to go on"
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        trained(tmp_path, monitor="val_los", mode="min", **given)
+    assert steps(tmp_path) == [3]
+    trained(tmp_path, resume=True, **given)
+    assert steps(tmp_path) == [6, 3]
+
+
+def test_a_monitor_that_no_evaluation_has_is_found_before_any_step_where_that_is_known(tmp_path):
+    with pytest.raises(ValueError, match="checkpoint.monitor='val_loss': the evaluation has no metric 'val_loss'; it"):
+        trained(tmp_path, module=Scores("val_acc"), keep_best=1, sanity=1)
+    assert steps(tmp_path) == []
+
+
+def test_why_none_is_kept_as_the_best_is_said_at_the_end(tmp_path, caplog, monkeypatch):
+    trained(tmp_path, module=Blind(), keep_best=1)
+    monkeypatch.setitem(globals(), "LOSSES", [float("nan")] * 6)
+    trained(tmp_path, keep_best=2)
+    monkeypatch.setitem(globals(), "LOSSES", [1.0] + [float("nan")] * 5)
+    trained(tmp_path, keep_best=3)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "checkpoint.keep_best=1 has kept none as the best: no evaluation came after a step",
+        "checkpoint.keep_best=2 has kept none as the best: no evaluation gave a finite val_loss",
     ]
-    assert steps(tmp_path) == [6]
 
 
 @pytest.mark.parametrize(
@@ -169,13 +241,62 @@ def test_a_monitor_that_is_not_there_is_said_once(tmp_path, caplog):
         ({"keep_every": "often"}, r"checkpoint\.keep_every='often': 'often' is not a cadence"),
         ({"keep_every": "10 min"}, r"checkpoint\.keep_every='10 min' counts seconds; count steps or epochs"),
         ({"keep_best": -1}, r"checkpoint\.keep_best=-1 must be at least 0"),
-        ({"mode": "least"}, r"checkpoint\.mode='least' must be min or max"),
+        ({"mode": "least"}, r"checkpoint\.mode='least' must be min or max, or null"),
+        ({"monitor": "val_acc"}, r"checkpoint\.monitor='val_acc' and mode=None say what is the best, and keep_best=0"),
+        ({"mode": "max"}, r"checkpoint\.monitor='val_loss' and mode='max' say what is the best, and keep_best=0 keeps"),
         ({"keep_last": None, "keep_best": 2}, r"checkpoint\.keep_last=null keeps all checkpoints, so keep_every and"),
     ],
 )
 def test_rules_that_cannot_be(options, said):
     with pytest.raises(ValueError, match=said):
         Checkpoint(**options)
+
+
+# What is read back --------------------------------------------------------------------
+
+
+class Garbles(CallbackInterface):
+    """Is a disk that keeps another bit of a file than was written, of the checkpoints from a step on."""
+
+    def __init__(self, faults: Faults, step: int, once: bool = False) -> None:
+        self.faults, self.once = faults, once
+        self.name = f"step-{step:012d}"
+
+    @hookimpl
+    def on_begin_train(self) -> None:
+        def garble(event: str, args: tuple[Any, ...]) -> None:
+            if event == "os.rename" and ".tmp-" in str(args[0]) and Path(args[1]).name >= self.name:
+                flip(Path(args[0]) / "model.safetensors")
+                self.name = "t" if self.once else self.name
+
+        self.faults.told = garble
+
+    @hookimpl
+    def on_end_run(self) -> None:
+        self.faults.told = None
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_older_ones_stay_where_the_newest_is_not_what_was_written(keep_last, asynchronous, tmp_path, faults):
+    said = r"step-000000000004 reads back as something else than was written: model.safetensors has not the SHA-256"
+    with pytest.raises(OSError, match=said):
+        trained(tmp_path, Garbles(faults, 4), keep_last=keep_last, asynchronous=asynchronous)
+    assert [step for step in steps(tmp_path) if storage.is_good(home(tmp_path) / f"step-{step:012d}")] == [3, 2][
+        :keep_last
+    ]
+    trained(tmp_path, keep_last=keep_last, resume=True)
+    assert steps(tmp_path) == [6, 5][:keep_last]
+
+
+def test_the_next_save_tries_again_where_errors_are_gone_on_with(tmp_path, faults, caplog):
+    trained(tmp_path, Garbles(faults, 6), on_error="go_on")
+    assert [storage.is_good(path) for path in storage.listed(home(tmp_path))] == [False, True]
+    assert steps(tmp_path) == [6, 5]
+    assert "no checkpoint could be written: " in caplog.text
+    assert "step-000000000006 reads back as something else than was written" in caplog.text
+    trained(tmp_path / "another", Garbles(faults, 4, once=True), on_error="go_on")
+    assert steps(tmp_path / "another") == [6]
 
 
 # At every instant ---------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryConfusionMatrix, MulticlassConfusionMatrix, MultilabelConfusionMatrix
+from torchmetrics.wrappers import ClasswiseWrapper
 
 from hookline import CallbackInterface, Stage, hookimpl, instantiate, nearest
 from hookline.tracking import Table
@@ -80,6 +82,39 @@ def flattened(name: str, value: Any, metric: Metric | None) -> Iterator[tuple[st
 def is_number(value: Any) -> bool:
     """Tell whether a value is one number."""
     return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def mode_of(name: str, metrics: Mapping[str, Any]) -> str | None:
+    """Return "min" or "max", as the metric says itself whose value has a name; None where it does not say so.
+
+    Args:
+        name: of the value, without that of the stage.
+        metrics: metrics by name, one of a single loader with the loader's key in it.
+    """
+    given, _, loader = name.partition("/")
+    for key in (f"{own}/{loader}" for own in _beginnings(given)) if loader else ():
+        if key in metrics:
+            return _mode(given.removeprefix(key.partition("/")[0]), metrics[key])
+    for key in _beginnings(given):
+        if key in metrics:
+            return _mode(given.removeprefix(key), metrics[key])
+    return None
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    """Give a name and what is left of it without its last words, the longest first."""
+    words = name.split("_")
+    return ("_".join(words[:end]) for end in range(len(words), 0, -1))
+
+
+def _mode(rest: str, metric: Metric | MetricCollection) -> str | None:
+    """Return which way a value of a metric is better, by what its name has behind that of the metric."""
+    if isinstance(metric, MetricCollection):
+        return mode_of(rest.removeprefix("_"), dict(metric.items(copy_state=False))) if rest else None
+    wrapped = isinstance(metric, ClasswiseWrapper)
+    if metric.higher_is_better is None or not (not rest or rest[1:].isdecimal() or wrapped):
+        return None
+    return "max" if metric.higher_is_better else "min"
 
 
 # Figures ------------------------------------------------------------------------------
@@ -325,6 +360,16 @@ class ValMetrics(EvaluationMetrics):
     @hookimpl
     def on_end_val_epoch(self, trainer: Trainer) -> None:  # type: ignore[override]
         self.tell(trainer)
+
+    @hookimpl(wrapper=True)
+    def get_mode(self, metric: str) -> Generator[None, str, str]:
+        """Answer what the metric of torchmetrics says itself, whatever it is named."""
+        known = mode_of(metric.removeprefix("val_"), self.metrics) if metric.startswith("val_") else None
+        if known is None:
+            return (yield)
+        with contextlib.suppress(ValueError):  # its name alone says nothing
+            yield
+        return known
 
 
 class TestMetrics(EvaluationMetrics):

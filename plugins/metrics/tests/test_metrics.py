@@ -23,6 +23,7 @@ from torchmetrics.classification import (
     MulticlassROC,
     MultilabelConfusionMatrix,
 )
+from torchmetrics.wrappers import ClasswiseWrapper
 
 from hookline import ModuleInterface, Stage, Trainer, hookimpl
 from hookline.testing import Memory
@@ -32,6 +33,44 @@ from hookline_metrics import Metrics, draw
 CLASSES = 3
 MICRO = {"num_classes": CLASSES, "average": "micro"}
 ACCURACY = {"_target_": "torchmetrics.classification.MulticlassAccuracy", **MICRO}
+
+
+def test_which_way_is_better_is_what_a_metric_says_itself():
+    several = torchmetrics.MetricCollection(
+        {"a_b": torchmetrics.MeanAbsoluteError(), "by_class": MulticlassAccuracy(3, average=None)}, prefix="all_"
+    )
+    metrics = {
+        "score": MulticlassAccuracy(3),
+        "accuracy": torchmetrics.MeanSquaredError(),  # named as something else
+        "accuracy/few": MulticlassAccuracy(3),
+        "of": MulticlassAccuracy(3, average=None),
+        "named": ClasswiseWrapper(MulticlassF1Score(3, average=None), labels=["cat", "dog", "owl"]),
+        "many": several,
+        "gap": 1 - MulticlassAccuracy(3),  # says nothing itself
+        "mean_error": torchmetrics.MeanMetric(),
+    }
+    trainer = Trainer(Classifier(), [Metrics(val=metrics)], device="cpu")
+    found = {}
+    for name in [
+        *("score", "accuracy", "accuracy/few", "of_2", "named_multiclassf1score_cat", "many_all_a_b"),
+        *("many_all_by_class_1", "mean_error", "loss", "score_error"),
+    ]:
+        found[name] = trainer.hook.get_mode(trainer=trainer, metric=f"val_{name}")
+    assert found == {
+        "score": "max",
+        "accuracy": "min",
+        "accuracy/few": "max",
+        "of_2": "max",
+        "named_multiclassf1score_cat": "max",
+        "many_all_a_b": "min",
+        "many_all_by_class_1": "max",
+        "mean_error": "min",
+        "loss": "min",
+        "score_error": "min",
+    }
+    for name in ("val_gap", "score"):
+        with pytest.raises(ValueError, match="nobody knows whether the smallest or the largest"):
+            trainer.hook.get_mode(trainer=trainer, metric=name)
 
 
 class Classifier(ModuleInterface):

@@ -40,7 +40,7 @@ class Scripted(ModuleInterface):
 
     def val_step(self, global_step, batch, device):
         if self.score:
-            self.log(val_score=self.score[global_step - 1])
+            self.log(val_iou=self.score[global_step - 1])
         return torch.tensor(self.valid[global_step - 1] if self.valid else 1.0)
 
     def get_train_dataloader(self, sampler, batch_size):
@@ -101,7 +101,7 @@ def test_contract(tmp_path):
     [
         ("best_valid_loss", [1, 3]),
         ("best_train_loss", [1, 2, 4]),
-        ("best_val_score", [1, 4]),
+        ("best_val_iou", [1, 4]),
         ("best_val_loss", [1, 3]),
         ("always", [1, 2, 3, 4]),
     ],
@@ -114,21 +114,21 @@ def test_each_policy(tmp_path, policy, expected):
 
 def test_several_at_once(tmp_path):
     module = Scripted(valid=[3, 4, 2, 2], train=[9, 8, 8, 7], score=[0.5, 0.4, 0.5, 0.6])
-    saved = steps(tmp_path, module, ModelSaving(["best_valid_loss", "best_train_loss", "best_val_score", "always"]))
+    saved = steps(tmp_path, module, ModelSaving(["best_valid_loss", "best_train_loss", "best_val_iou", "always"]))
     assert saved == {
         "best_valid_loss": [1, 3],
         "best_train_loss": [1, 2, 4],
-        "best_val_score": [1, 4],
+        "best_val_iou": [1, 4],
         "always": [1, 2, 3, 4],
     }
     assert sorted(path.name for path in at(tmp_path).parent.iterdir()) == sorted(saved)
-    found = about(tmp_path, "best_val_score")
+    found = about(tmp_path, "best_val_iou")
     assert found | {"hookline": ""} == {
         "format": "hookline-model/1",
-        "policy": "best_val_score",
+        "policy": "best_val_iou",
         "step": 4,
         "epoch": 4,
-        "metric": "val_score",
+        "metric": "val_iou",
         "value": pytest.approx(0.6),
         "tied": {},
         "hookline": "",
@@ -140,17 +140,17 @@ def test_several_at_once(tmp_path):
     ("options", "expected"),
     [
         ({"mode": "min"}, [1, 2]),
-        ({"mode": {"best_val_score": "min"}}, [1, 2]),
+        ({"mode": {"best_val_iou": "min"}}, [1, 2]),
         ({"mode": "max"}, [1, 4]),
         ({"above": 0.5}, [4]),
         ({"above": 0.5, "below": 0.6}, []),
         ({"mode": "min", "below": 0.5}, [2]),
-        ({"mode": "min", "below": {"best_val_score": 0.25}}, []),
+        ({"mode": "min", "below": {"best_val_iou": 0.25}}, []),
     ],
 )
 def test_modes_and_limits(tmp_path, options, expected):
     module = Scripted(score=[0.5, 0.25, 0.5, 0.75])
-    assert steps(tmp_path, module, ModelSaving("best_val_score", **options)).get("best_val_score", []) == expected
+    assert steps(tmp_path, module, ModelSaving("best_val_iou", **options)).get("best_val_iou", []) == expected
 
 
 def test_the_best_value_is_kept_in_mind_where_it_is_not_saved(tmp_path):
@@ -160,11 +160,11 @@ def test_the_best_value_is_kept_in_mind_where_it_is_not_saved(tmp_path):
 
 def test_what_is_not_finite_is_never_best(tmp_path):
     module = Scripted(valid=[nan, -inf, 3, nan], train=[nan, 2, nan, 1], score=[inf, nan, 1, nan])
-    policies = ["best_valid_loss", "best_train_loss", "best_val_score"]
+    policies = ["best_valid_loss", "best_train_loss", "best_val_iou"]
     assert steps(tmp_path, module, ModelSaving(policies)) == {
         "best_valid_loss": [3],
         "best_train_loss": [2, 4],
-        "best_val_score": [3],
+        "best_val_iou": [3],
     }
 
 
@@ -239,7 +239,7 @@ def test_only_rank_0_writes_and_all_are_asked_for_the_weights(tmp_path):
         ("best_valid_loss", {"validates": False}, {}, "there was no evaluation after a step; give the module get_val"),
         ("always", {"validates": False}, {}, "there was no evaluation after a step"),
         ("best_valid_loss", {"valid": [nan] * 4}, {}, "no evaluation after a step gave a finite val_loss"),
-        ("best_val_score", {"score": [nan] * 4}, {}, "no evaluation after a step gave a finite val_score"),
+        ("best_val_iou", {"score": [nan] * 4}, {}, "no evaluation after a step gave a finite val_iou"),
         ("best_train_loss", {"train": [nan] * 4}, {}, "no epoch came to its end with a finite training loss"),
         ("best_valid_loss", {"valid": [4, 3, 2, 3]}, {"below": 2}, "the best value was 2, and it had to be below 2"),
     ],
@@ -292,9 +292,64 @@ def test_options_of_a_configuration():
     assert plugin.below == {"best_x": 3}
 
 
-def test_a_metric_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match="the evaluation has no metric 'val_scrod'; it has val_score, val_loss"):
-        trained(tmp_path, Scripted(score=[1] * 4), ModelSaving("best_val_scrod"))
+class Logs(Scripted):
+    """Logs values by name, of each evaluation one, and has no loss."""
+
+    def __init__(self, **values):
+        super().__init__()
+        self.values = values
+
+    def val_step(self, global_step, batch, device):
+        self.log(**{name: values[global_step - 1] for name, values in self.values.items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [
+        *((name, 2) for name in ("val_mse", "val_error", "val_perplexity", "val_wer", "val/rmse", "val_nll")),
+        *((name, 3) for name in ("val_accuracy", "val_f1", "top5_acc", "val/mAP50")),
+    ],
+)
+def test_the_best_is_what_the_name_says(tmp_path, name, best):
+    trained(tmp_path, Logs(**{name: [2.0, 1.0, 3.0]}), ModelSaving(f"best_{name}"), epochs=3)
+    assert about(tmp_path, re.sub(r"\W", "_", f"best_{name}"))["step"] == best
+
+
+def test_a_metric_of_which_nobody_knows_asks_for_the_mode_before_any_step(tmp_path):
+    module = Logs(val_score=[2.0, 1.0, 3.0])
+    said = "model_saving.policy='best_val_score': nobody knows whether the smallest or the largest value of 'val_score'"
+    with pytest.raises(ValueError, match=re.escape(said)):
+        trained(tmp_path, module, ModelSaving("best_val_score"), epochs=3)
+    assert module.weight.item() == 0
+    assert steps(tmp_path, module, ModelSaving("best_val_score", mode="min"), epochs=3) == {"best_val_score": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("policy", "has"),
+    [("best_valid_loss", "'val_loss'; it has val_iou"), ("best_acc", "'acc'; it has val_acc")],
+)
+def test_what_no_evaluation_has_ends_the_run_when_its_state_is_saved(tmp_path, policy, has):
+    module, memory = Logs(**{has.split("has ")[1]: [1.0, 2.0, 3.0]}), Memory()
+    said = (
+        f"model_saving.policy={policy!r}: the evaluation has no metric {has} (what a training step logs is not among it"
+        "). Correct the name, or log this value in every evaluation; step 2 is saved, to go on with"
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        trained(tmp_path, module, ModelSaving([policy, "best_train_loss"]), memory, evaluate_every="2 epochs")
+    assert (module.weight.item(), memory.state["module"]["weight"].item()) == (2, 2)
+
+
+@pytest.mark.parametrize("options", [{"sanity_val_steps": 1}, {"eval_when_start": True}])
+def test_what_no_evaluation_has_ends_the_run_before_any_step_where_that_is_known(tmp_path, options):
+    class Before(Scripted):
+        def val_step(self, global_step, batch, device):
+            return torch.tensor(1.0)
+
+    with pytest.raises(ValueError, match="the evaluation has no metric 'val_acc'; it has val_loss"):
+        trained(tmp_path, module := Before(), ModelSaving("best_val_acc"), **options)
+    assert module.weight.item() == 0
+    trained(tmp_path / "right", Before(), ModelSaving("best_val_loss"), **options)
+    assert about(tmp_path / "right", "best_val_loss")["step"] == 1
 
 
 @pytest.mark.parametrize(
@@ -310,7 +365,7 @@ def test_sizes(size_text, expected):
 
 def test_a_resumed_run_knows_its_best(tmp_path):
     losses = {"valid": [3, 1, 2, 0.5], "train": [3, 1, 2, 0.5], "score": [3, 4, 3, 5]}
-    policies = ["best_valid_loss", "best_train_loss", "best_val_score"]
+    policies = ["best_valid_loss", "best_train_loss", "best_val_iou"]
     memory = Memory()
     trained(tmp_path, Scripted(**losses), ModelSaving(policies), memory, epochs=2)
     assert about(tmp_path)["step"] == 2

@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ __all__ = ["Histogram", "Image", "Run", "Table", "Tracker"]
 
 AXES = ("steps", "batches", "samples", "epochs", "seconds")
 WAITING = 1000  # calls that may wait for the thread; more are dropped
-FAILURES_ALLOWED = 3  # in a row, before a tracker is switched off
+FAILURES_ALLOWED = 3  # of one method in a row, before it is switched off
 
 log = logging.getLogger("hookline.tracking")
 
@@ -61,9 +62,9 @@ class Tracker(CallbackInterface):
     """Hands what is logged to a service, in order, by one thread of its own; rank 0 alone does.
 
     Derive from it, and override `start`, `log_metrics` and what else the service can keep. All of these are called in
-    that thread, and may take their time and raise: after one failure of `start`, or three others in a row, the tracker
-    is switched off with one warning, and training goes on. What comes while a thousand calls wait is dropped, with one
-    warning as well.
+    that thread, and may take their time and raise, and training goes on. A failure of `start` switches the tracker off,
+    three in a row of another method that method alone, and what comes while a thousand calls wait is dropped. A warning
+    says so the first time, and one at the end of the run how many calls of which methods were lost.
     """
 
     axis: str = "steps"
@@ -221,7 +222,7 @@ class Tracker(CallbackInterface):
 
     def __tell(self, method: Callable[..., None], *arguments: Any) -> None:
         if self.__clerk is not None:
-            self.__clerk.tell(lambda: method(*arguments))
+            self.__clerk.tell(method.__name__, lambda: method(*arguments))
 
 
 class _Clerk:
@@ -229,9 +230,12 @@ class _Clerk:
 
     def __init__(self, name: str, start: Callable[[], None]) -> None:
         self.name = name
-        self._calls: queue.Queue[Callable[[], None] | None] = queue.Queue(WAITING)  # None is the end
+        # By the name of the method; None is the end.
+        self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(WAITING)
         self._finish: Callable[[], None] | None = None
-        self._full = False
+        self._lost: Counter[str] = Counter()  # calls by method: of the thread, which alone counts here
+        self._dropped: Counter[str] = Counter()  # and where there was no room
+        self._failing: Counter[str] = Counter()  # how many failed in a row
         self._thread = threading.Thread(target=self._work, args=[start], name=f"hookline-{name}", daemon=True)
         self._thread.start()
 
@@ -240,17 +244,17 @@ class _Clerk:
         """How many calls have not begun."""
         return self._calls.qsize()
 
-    def tell(self, call: Callable[[], None]) -> None:
+    def tell(self, what: str, call: Callable[[], None]) -> None:
         """Have something done soon; it is dropped where too much waits."""
         try:
-            self._calls.put_nowait(call)
+            self._calls.put_nowait((what, call))
         except queue.Full:
-            if not self._full:
-                self._full = True
+            if not self._dropped:
                 log.warning(
                     "%s is slower than training, or hangs: %d calls wait for it, and more are dropped until there is "
                     "room", self.name, WAITING,
                 )  # fmt: skip
+            self._dropped[what] += 1
 
     def wait(self, patience: float) -> None:
         """Wait until nothing waits any more, not for ever."""
@@ -264,30 +268,52 @@ class _Clerk:
         with contextlib.suppress(queue.Full):
             self._calls.put(None, timeout=patience)
         self._thread.join(max(deadline - time.monotonic(), 0))
+        lost = Counter(dict(self._lost)) + self._dropped
         if self._thread.is_alive():
             log.warning("%s has not taken all within %g s (close_timeout): the run ends without", self.name, patience)
+            with self._calls.mutex:
+                lost.update(told[0] for told in self._calls.queue if told is not None)
+        if lost:
+            said = ", ".join(f"{count} of {what}" for what, count in lost.items())
+            log.warning("calls of %s failed or were dropped, and may be missing in its run: %s", self.name, said)
 
     def _work(self, start: Callable[[], None]) -> None:
-        failures = 0 if self._try(start, "it could not start") else FAILURES_ALLOWED
-        started = not failures
-        while (call := self._calls.get()) is not None:
-            if failures < FAILURES_ALLOWED:
-                last = failures == FAILURES_ALLOWED - 1
-                why = f"{FAILURES_ALLOWED} failures in a row, the last" if last else None
-                failures = 0 if self._try(call, why) else failures + 1
+        started = self._try(start, "it could not start")
+        while (told := self._calls.get()) is not None:
+            what, call = told
+            if started and self._failing[what] < FAILURES_ALLOWED:
+                self._do(what, call)
+            else:
+                self._lost[what] += 1
             self._calls.task_done()
         if started and self._finish is not None:
             self._try(self._finish, "it could not end its run")
 
-    def _try(self, call: Callable[[], None], why: str | None) -> bool:
-        """Do a call and return whether it has not failed; else say so if there is a reason to."""
+    def _do(self, what: str, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:
-            if why is not None:
+            said = f"{type(error).__name__}: {error}"
+            if not self._lost[what]:
+                log.warning("%s of %s failed, and training goes on: %s", what, self.name, said)
+            self._lost[what] += 1
+            self._failing[what] += 1
+            if self._failing[what] == FAILURES_ALLOWED:
                 log.warning(
-                    "%s is switched off, and training goes on without it: %s: %s: %s",
-                    self.name, why, type(error).__name__, error,
+                    "%s of %s is switched off, and training goes on without it: %d failures in a row, the last: %s",
+                    what, self.name, FAILURES_ALLOWED, said,
                 )  # fmt: skip
+        else:
+            self._failing[what] = 0
+
+    def _try(self, call: Callable[[], None], why: str) -> bool:
+        """Do the first or the last call and return whether it has not failed; else say so."""
+        try:
+            call()
+        except Exception as error:
+            log.warning(
+                "%s is switched off, and training goes on without it: %s: %s: %s",
+                self.name, why, type(error).__name__, error,
+            )  # fmt: skip
             return False
         return True

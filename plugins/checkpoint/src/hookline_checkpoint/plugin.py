@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, Stage, copy_state, hookimpl, seconds
+from hookline import CallbackInterface, Stage, copy_state, hookimpl, require_metrics, seconds
 from hookline import every as cadence
 from hookline_checkpoint import __version__, fingerprint, storage
 from hookline_checkpoint.background import Background
@@ -75,8 +76,8 @@ class Checkpoint(CallbackInterface):
     """How many checkpoints stay as the best by `monitor`."""
     monitor: str = "val_loss"
     """Metric of the evaluation by which they are the best."""
-    mode: str = "min"
-    """Whether the smallest ("min") or the largest ("max") is the best."""
+    mode: str | None = None
+    """Whether the smallest ("min") or the largest ("max") is the best; null: what the verb get_mode answers."""
     strict: bool = False
     """Refuse, instead of warning, to resume a run that cannot go on exactly, or what others may have changed."""
     on_error: str = "stop"
@@ -91,7 +92,9 @@ class Checkpoint(CallbackInterface):
         if self.keep_last is not None and not self.keep_last >= 1:
             raise ValueError(f"checkpoint.keep_last={self.keep_last} must be at least 1, or null to keep all")
         self._retention = self._rules()
-        self._warned = False
+        self._evaluated_at: int | None = None  # the step of an evaluation that waits for its boundary
+        self._monitored = False  # whether an evaluation has had the value of `monitor`
+        self._finite = False  # and whether one had a finite one
         self._prepared: Path | None = None
         self._good: set[Path] = set()
         self._lock: Lock | None = None
@@ -102,6 +105,9 @@ class Checkpoint(CallbackInterface):
         self._background: Background[Path | None] | None = None
         if not self.asynchronous:
             self.run = None  # type: ignore[assignment,method-assign]  # hides the wrapper: nothing is to be waited for
+        if not (self.keep_best and self._cadences):
+            for hook in ("evaluate", "on_begin_train_epoch", "on_end_train"):
+                setattr(self, hook, None)  # hides it
 
     def _rules(self) -> Retention | None:
         kept = None
@@ -114,10 +120,15 @@ class Checkpoint(CallbackInterface):
                 raise ValueError(f"checkpoint.keep_every={self.keep_every!r} counts {kept.unit}; count steps or epochs")
         if self.keep_best < 0:
             raise ValueError(f"checkpoint.keep_best={self.keep_best} must be at least 0, which keeps none as the best")
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"checkpoint.mode={self.mode!r} must be min or max")
+        if self.mode not in ("min", "max", None):
+            raise ValueError(f"checkpoint.mode={self.mode!r} must be min or max, or null")
+        if not self.keep_best and (self.mode is not None or self.monitor != "val_loss"):
+            raise ValueError(
+                f"checkpoint.monitor={self.monitor!r} and mode={self.mode!r} say what is the best, and keep_best=0 "
+                "keeps none as the best; give keep_best a number, or leave them away"
+            )
         if self.keep_last is not None:
-            return Retention(self.keep_last, kept, self.keep_best, self.monitor, self.mode)
+            return Retention(self.keep_last, kept, self.keep_best, self.monitor, self.mode or "min")
         if kept is not None or self.keep_best:
             raise ValueError(
                 "checkpoint.keep_last=null keeps all checkpoints, so keep_every and keep_best would do nothing; "
@@ -230,7 +241,15 @@ class Checkpoint(CallbackInterface):
 
         Raises:
             LockedError: another job saves into this run folder.
+            ValueError: nobody knows which value of `monitor` is the best.
         """
+        if self.keep_best and self.mode is None and self._retention is not None:
+            try:
+                mode = trainer.hook.get_mode(trainer=trainer, metric=self.monitor)
+            except ValueError as error:
+                raise ValueError(f"checkpoint.monitor={self.monitor!r}: {error}") from None
+            self._retention = dataclasses.replace(self._retention, mode=mode)
+        self._finite = math.isfinite(trainer.metrics.get(self.monitor, math.nan))  # of what is resumed
         if self._cadences:
             for name, plugin in trainer.plugins.stateful():
                 tensors, tree = split(plugin.get_state(), f"plugins.{name}")
@@ -262,10 +281,38 @@ class Checkpoint(CallbackInterface):
         if lock is not None:
             lock.release()
 
+    @hookimpl(wrapper=True)
+    def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
+        metrics = yield
+        if trainer.sanity_checking:
+            require_metrics(trainer, metrics, {self.monitor: f"checkpoint.monitor={self.monitor!r}"})
+        else:
+            self._evaluated_at = trainer.global_step
+        return metrics
+
     @hookimpl
-    def on_boundary(self, trainer: Trainer) -> None:
+    def on_begin_train_epoch(self, trainer: Trainer, global_step: int) -> None:  # type: ignore[override]
+        if self._evaluated_at == global_step == 0:  # `eval_when_start`
+            require_metrics(trainer, trainer.metrics, {self.monitor: f"checkpoint.monitor={self.monitor!r}"})
+
+    @hookimpl
+    def on_end_train(self, trainer: Trainer) -> None:  # type: ignore[override]
+        """Say why no checkpoint could be kept as the best."""
+        if not self._finite and trainer.rank == 0:
+            why = f"gave a finite {self.monitor}" if self._monitored else "came after a step"
+            log.warning("checkpoint.keep_best=%d has kept none as the best: no evaluation %s", self.keep_best, why)
+
+    @hookimpl
+    def on_boundary(self, trainer: Trainer, global_step: int) -> None:
         if self._background is not None:
             self._finish(trainer, functools.partial(self._background.take, wait=False))
+        if self._evaluated_at == global_step and trainer.due("eval"):
+            self._evaluated_at = None
+            if not self._monitored:
+                wanted = {self.monitor: f"checkpoint.monitor={self.monitor!r}"}
+                require_metrics(trainer, trainer.metrics, wanted, boundary=True)
+                self._monitored = True
+            self._finite = self._finite or math.isfinite(trainer.metrics.get(self.monitor, math.nan))
         for text in self._cadences:
             if trainer.due(text):
                 trainer.save(f"every {text}")
@@ -302,7 +349,6 @@ class Checkpoint(CallbackInterface):
             if shared:
                 put = functools.partial(sharded().lead, self._group, shared, put)
             write = functools.partial(self._write, put, reason)
-            self._warn_of_no_metric(trainer)
         if background is None:
             return self._finish(trainer, write)
         background.start(write)
@@ -339,16 +385,6 @@ class Checkpoint(CallbackInterface):
         if path is not None:
             trainer.hook.on_checkpoint(trainer=trainer, path=path, kind="checkpoint")
         return True
-
-    def _warn_of_no_metric(self, trainer: Trainer) -> None:
-        """Say once that nothing can be kept as the best, instead of keeping the wrong ones in silence."""
-        if self.keep_best and trainer.metrics and self.monitor not in trainer.metrics and not self._warned:
-            self._warned = True
-            log.warning(
-                "checkpoint.monitor=%r is no metric of the evaluation, so no checkpoint is kept as the best; "
-                "there are %s",
-                self.monitor, ", ".join(sorted(trainer.metrics)),
-            )  # fmt: skip
 
 
 Checkpoint.__module__ = "hookline_checkpoint"  # its public home, by which it is known as that distribution's plugin

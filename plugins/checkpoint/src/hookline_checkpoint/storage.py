@@ -64,7 +64,7 @@ def write(
     part: int = 0,
     shares: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> Path:
-    """Write a checkpoint; return its folder when all of it is on the disk.
+    """Write a checkpoint; return its folder when all of it is on the disk and has been read back.
 
     A good one of the same place stays as it is; a damaged one is replaced.
 
@@ -77,7 +77,7 @@ def write(
         shares: has more files written into a folder, and returns by name what `put` said of each.
 
     Raises:
-        OSError: it could not be written; nothing else has changed.
+        OSError: it could not be written, or what was read back is something else; nothing else has changed.
     """
     final = folder / _name(step, part)
     if os.path.lexists(final):
@@ -104,11 +104,31 @@ def write(
             remove(final)
         temporary.rename(final)
         _sync(folder)
+        _read_back(final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         error.add_note(f"while saving {final}; the checkpoints before it are as they were")
         raise
     return final
+
+
+def _read_back(path: Path) -> None:
+    """Check a checkpoint that was just written: by what the disk gives, where the system lets go of its own copy.
+
+    Raises:
+        OSError: a file is not what was written.
+    """
+    if hasattr(os, "posix_fadvise"):
+        for file in path.iterdir():
+            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
+    try:
+        verify(path)
+    except CheckpointError as error:
+        raise OSError(f"{path} reads back as something else than was written: {error}; look at the disk") from error
 
 
 def _name(step: int, part: int) -> str:

@@ -6,13 +6,13 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hookline
-from hookline import CallbackInterface, hookimpl
+from hookline import CallbackInterface, hookimpl, require_metrics
 from hookline_model_saving import storage
 from hookline_model_saving.weights import Tensors, size, untie, write_pt, write_safetensors
 
@@ -82,7 +82,7 @@ class ModelSaving(CallbackInterface):
     policy: Any = VALID
     """best_valid_loss, best_train_loss, best_<metric>, always, a list of several, or null for none."""
     mode: Any = None
-    """What is best of a best_<metric>: min or max, or a mapping by policy; null: min of losses, max of all others."""
+    """What is best of a best_<metric>: min or max, or a mapping by policy; null: what the verb get_mode answers."""
     below: Any = None
     """Save only values below this one; a number, or a mapping by policy."""
     above: Any = None
@@ -107,20 +107,19 @@ class ModelSaving(CallbackInterface):
             low, high = self._above.get(name, -math.inf), self._below.get(name, math.inf)
             if low >= high:
                 raise ValueError(f"model_saving: no value of {name!r} is above {low} and below {high}")
-        modes = dict.fromkeys(ranked, "min")
-        modes |= {name: "min" if "loss" in name else "max" for name in of_metrics}
-        modes |= by_policy("mode", self.mode, of_metrics)
-        for name, mode in modes.items():
+        self._modes = dict.fromkeys(set(ranked) & {VALID, TRAIN}, "min") | by_policy("mode", self.mode, of_metrics)
+        for name, mode in self._modes.items():
             if mode not in ("min", "max"):
                 raise ValueError(f'model_saving.mode={self.mode!r}: {mode!r} for {name} must be "min" or "max"')
-        self._modes = modes
-        self._best = {name: math.inf if mode == "min" else -math.inf for name, mode in modes.items()}
+        self._best: dict[str, float] = {}  # the best value by policy, where there has been one
         self._saved: dict[str, int] = {}  # the step of the model that was saved last, by policy
-        self._due: dict[str, tuple[str | None, float | None]] = {}
+        self._evaluated_at: int | None = None  # the step of an evaluation that waits for its boundary
+        self._epoch_ended = False  # and whether an epoch has ended, which does as well
+        self._checked = False  # whether the metrics of an evaluation have been found to be there
         if TRAIN not in self._policies:
             self._turn_off("on_end_train_epoch")
         if self._policies in ([], [TRAIN]):
-            self._turn_off("on_end_validation")
+            self._turn_off("on_begin_train_epoch", "evaluate")
         if not self._policies:
             self._turn_off("on_begin_train", "on_boundary", "on_end_train")
 
@@ -130,50 +129,83 @@ class ModelSaving(CallbackInterface):
 
     @hookimpl
     def on_begin_train(self, trainer: Trainer) -> None:
-        if TRAIN in self._best:  # the trainer keeps it, over a resume too
+        """Make ready.
+
+        Raises:
+            ValueError: nobody knows which value of a metric is the best.
+        """
+        for policy in self._policies:
+            if policy not in (ALWAYS, *self._modes):
+                name = policy.removeprefix("best_")
+                try:
+                    self._modes[policy] = trainer.hook.get_mode(trainer=trainer, metric=name)
+                except ValueError as error:
+                    raise ValueError(f"model_saving.policy={self.policy!r}: {error}") from None
+        if TRAIN in self._policies:  # the trainer keeps it, over a resume too
             self._best[TRAIN] = trainer.best.train_loss
         if trainer.rank == 0:
             storage.prepare(trainer.run_dir / FOLDER)
 
-    @hookimpl
-    def on_end_validation(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        for policy in self._policies:
-            if policy == ALWAYS:
-                self._decide(trainer, policy, None, None)
-            elif policy == VALID:
-                name = trainer.options.val_loss_metric_name
-                self._decide(trainer, policy, name, metrics.get(name, math.nan))
-            elif policy != TRAIN:
-                name = policy.removeprefix("best_")
-                if name not in metrics and math.isinf(self._best[policy]):
-                    raise ValueError(
-                        f"model_saving.policy={self.policy!r}: the evaluation has no metric {name!r}; it has "
-                        f"{', '.join(metrics) or 'none'}"
-                    )
-                self._decide(trainer, policy, name, metrics.get(name, math.nan))
+    @hookimpl(wrapper=True)
+    def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
+        metrics = yield
+        if trainer.sanity_checking:
+            require_metrics(trainer, metrics, self._wanted(trainer))
+        else:
+            self._evaluated_at = trainer.global_step
+        return metrics
 
     @hookimpl
-    def on_end_train_epoch(self, trainer: Trainer) -> None:  # type: ignore[override]
-        self._decide(trainer, TRAIN, trainer.options.train_loss_metric_name, trainer.best.train_loss)
+    def on_begin_train_epoch(self, trainer: Trainer, global_step: int) -> None:  # type: ignore[override]
+        if self._evaluated_at == global_step == 0:  # `eval_when_start`
+            require_metrics(trainer, trainer.metrics, self._wanted(trainer))
 
-    def _decide(self, trainer: Trainer, policy: str, metric: str | None, value: float | None) -> None:
-        """Have the model saved at the boundary that comes, if this value is one to save it for."""
-        if not trainer.due("step"):  # evaluated before the first step: at the next boundary the weights are others
-            return
-        if value is not None:
-            best = self._best[policy]
-            if not (math.isfinite(value) and (value < best if self._modes[policy] == "min" else value > best)):
-                return
-            self._best[policy] = value
-            if not self._above.get(policy, -math.inf) < value < self._below.get(policy, math.inf):
-                return
-        self._due[policy] = metric, value
+    def _wanted(self, trainer: Trainer) -> dict[str, str]:
+        """Return by metric which policy looks at it."""
+        metrics = {self._metric(trainer, policy): policy for policy in self._policies if policy not in (TRAIN, ALWAYS)}
+        return {name: f"model_saving.policy={policy!r}" for name, policy in metrics.items()}
+
+    @staticmethod
+    def _metric(trainer: Trainer, policy: str) -> str:
+        return trainer.options.val_loss_metric_name if policy == VALID else policy.removeprefix("best_")
+
+    @hookimpl
+    def on_end_train_epoch(self) -> None:  # type: ignore[override]
+        self._epoch_ended = True
 
     @hookimpl
     def on_boundary(self, trainer: Trainer, global_step: int) -> None:
-        if not self._due:
+        evaluated, ended = self._evaluated_at == global_step, self._epoch_ended
+        if not (evaluated or ended):
             return
-        due, self._due = self._due, {}
+        self._evaluated_at, self._epoch_ended = None, False
+        due: dict[str, tuple[str | None, float | None]] = {}
+        if evaluated and trainer.due("eval"):
+            metrics = trainer.metrics
+            if not self._checked:
+                require_metrics(trainer, metrics, self._wanted(trainer), boundary=True)
+                self._checked = True
+            for policy in self._policies:
+                name = self._metric(trainer, policy)
+                if policy == ALWAYS:
+                    due[policy] = None, None
+                elif policy != TRAIN and self._is_best(policy, metrics.get(name, math.nan)):
+                    due[policy] = name, metrics[name]
+        if ended and self._is_best(TRAIN, trainer.best.train_loss):
+            due[TRAIN] = trainer.options.train_loss_metric_name, trainer.best.train_loss
+        if due:
+            self._save(trainer, global_step, due)
+
+    def _is_best(self, policy: str, value: float) -> bool:
+        """Keep a value that is the best so far in mind; answer whether it is one to save the model for."""
+        best = self._best.get(policy)
+        better = best is None or (value < best if self._modes[policy] == "min" else value > best)
+        if not (better and math.isfinite(value)):
+            return False
+        self._best[policy] = value
+        return bool(self._above.get(policy, -math.inf) < value < self._below.get(policy, math.inf))
+
+    def _save(self, trainer: Trainer, global_step: int, due: Mapping[str, tuple[str | None, float | None]]) -> None:
         weights = trainer.export_model()  # by all ranks, which may have a part of it each
         self._saved |= dict.fromkeys(due, global_step)
         if trainer.rank != 0:
@@ -227,8 +259,7 @@ class ModelSaving(CallbackInterface):
                 "there was no evaluation after a step; give the module get_val_dataloaders, set "
                 f'trainer.evaluate_every, or save "{TRAIN}"'
             )
-        name = trainer.options.val_loss_metric_name if policy == VALID else policy.removeprefix("best_")
-        return f"no evaluation after a step gave a finite {name}"
+        return f"no evaluation after a step gave a finite {self._metric(trainer, policy)}"
 
     def get_state(self) -> dict[str, Any]:
         """Return the best values, and the steps of what was saved."""
@@ -236,6 +267,8 @@ class ModelSaving(CallbackInterface):
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take them back; a policy that has joined since begins anew."""
-        self._due = {}  # after a roll back the weights that were to be saved are gone
+        self._evaluated_at, self._epoch_ended = None, False  # after a roll back the weights of both are gone
         for mine, kept in ((self._best, state["best"]), (self._saved, state["saved"])):
-            mine.update({policy: value for policy, value in kept.items() if policy in self._policies})
+            mine.update(
+                {name: value for name, value in kept.items() if name in self._policies and math.isfinite(value)}
+            )
