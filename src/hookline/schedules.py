@@ -68,18 +68,6 @@ def schedule_all(schedulers: Sequence[Any], val_loss: str = "val_loss") -> list[
     return scheduled
 
 
-def missing_metric(scheduled: Sequence[Scheduled], metrics: Mapping[str, float]) -> str:
-    """Say which metric a scheduler follows that an evaluation does not have; "" where it has all of them."""
-    for scheduler, _, metric in scheduled:
-        if metric is not None and metric not in metrics:
-            return (
-                f"{type(scheduler).__name__} follows {metric!r}, and the evaluation has no such metric; it has "
-                f"{', '.join(metrics) or 'none'}: return the loss first from val_step, log it there, or name another "
-                'in get_optimizers_schedulers: (scheduler, "validation", "val_accuracy")'
-            )
-    return ""
-
-
 # Lengths ------------------------------------------------------------------------------
 
 
@@ -99,16 +87,15 @@ def length_of(scheduler: Any) -> int | None:
     return None
 
 
-def wrong_length(scheduler: Any, ended: bool, refused: int = 0) -> str:
-    """Say that a schedule has been moved past its end, or not to it when training `ended`; "" where all is well.
+def wrong_length(scheduler: Any, planned: int | None) -> str:
+    """Say that a schedule has been moved past its end, or is longer than training was; "" where all is well.
 
     Args:
         scheduler: any.
-        ended: whether training is over by itself.
-        refused: how many updates were refused, and have moved nothing.
+        planned: how many moves there were to be, where training is over by itself; else None.
     """
     length, moves = length_of(scheduler), getattr(scheduler, "last_epoch", 0)
-    if length is None or not (moves > length or (ended and moves + refused < length - 1)):
+    if length is None or not (moves > length or (planned is not None and max(planned, moves) < length - 1)):
         return ""
     what = "has been moved past its end" if moves > length else f"is at move {moves} where training ends"
     return (

@@ -28,11 +28,12 @@ from hookline.idle import untouched
 from hookline.interfaces import Loader, ModuleInterface, Stage, plain_name
 from hookline.logs import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, is_number, to_floats, wide
 from hookline.masking import mask
+from hookline.monitored import require_metrics
 from hookline.options import make_options, run_folder
 from hookline.outputs import Collector, Outputs, WindowCut, as_outputs, collate, detached, kept
 from hookline.plugins import MODULE, PluginManager, build, options_of
 from hookline.schedule import Every, every, seconds
-from hookline.schedules import Scheduled, is_plateau, missing_metric, schedule_all, wrong_length
+from hookline.schedules import Scheduled, is_plateau, schedule_all, wrong_length
 from hookline.state import (
     UNITS,
     Best,
@@ -134,7 +135,7 @@ class Trainer:
         self._losses: list[tuple[torch.Tensor, float]] = []  # and weights of the last steps, summed up at FOLD_AT
         self._rng: Any = None  # the random states of this run, while it is not under way
         self._said: set[str] = set()  # what is said once
-        self._unmonitored = ""
+        self._followed: dict[str, str] = {}  # metrics that schedulers follow, and which
         self._first_loader: Loader | None = None
         self._evaluation_cadence: Every | None = None
         self._evaluates_by_counter = False
@@ -414,6 +415,7 @@ class Trainer:
         if not self.optimizers:
             raise ValueError(f"{type(self.module).__name__}.get_optimizers_schedulers returned no optimizer")
         self.schedulers = schedule_all(schedulers, self.options.val_loss_metric_name)
+        self._followed = {metric: type(one).__name__ for one, _, metric in self.schedulers if metric is not None}
         if self.share:  # what is drawn while training is each rank's own
             set_seed(data.mix(self.options.seed, self.share))
         hook.restore(trainer=self, stage=Stage.TRAIN)
@@ -481,11 +483,6 @@ class Trainer:
             self._said.add(text)
             log.warning("%s", text)
 
-    def compare_length(self, what: str, said: int | None, given: int) -> None:
-        """Say once that a loader has given more or fewer batches than it said."""
-        if said is not None and said != given:
-            self.say_once(f"the {what} says that it has {said} batches, and gave {given}; what was given counts")
-
     def _train_loader(self) -> Loader:
         loaders = self.get_loaders(Stage.TRAIN)
         if list(loaders) != ["default"]:
@@ -514,8 +511,6 @@ class Trainer:
         self._epoch_outputs = Collector(self.plugins.rooms["on_end_train_epoch"])
         complete = hook.train_epoch(trainer=self, batches=batches)
         if complete:
-            if not resumed:
-                self.compare_length("training loader", self.limited(data.length(loader), limit), self.position)
             self._end_epoch()
         self.settle()
 
@@ -640,8 +635,9 @@ class Trainer:
 
     def _compare_schedules(self, ended: bool) -> None:
         """Say of schedules that they are as long as training is not."""
+        planned = {"step": self.totals.steps, "epoch": self.totals.epochs}
         for scheduler, when, _ in self.schedulers:
-            self.say_once(wrong_length(scheduler, ended, self.counters.skipped_steps))
+            self.say_once(wrong_length(scheduler, (planned.get(when) or 0) if ended else None))
             if ended and when == "validation" and not self.counters.evaluations and is_plateau(scheduler):
                 name = type(scheduler).__name__
                 self.say_once(f"{name} has never moved: it follows an evaluation, and there was none")
@@ -716,9 +712,8 @@ class Trainer:
             if self._finished() and self.options.eval_when_finish and not self._preempted():
                 self._evaluate()
             self.hook.on_boundary(trainer=self, global_step=self.counters.global_step)
-            if self._unmonitored:
-                self.hook.save(trainer=self, reason="before an error", state=None)
-                raise ValueError(self._unmonitored)
+            if self._followed and self.due("eval"):
+                require_metrics(self, self.metrics, self._followed, boundary=True)
             back = self.restored_rng  # another state was put back, so the data go on where that one stood
             if back is not None:
                 set_rng_state(back)
@@ -790,7 +785,6 @@ class Trainer:
             self._tell_log(metrics)
             with self._logged_at_once(metrics):
                 self.hook.on_end_validation(trainer=self, global_step=self.global_step, metrics=metrics)
-            self._unmonitored = missing_metric(self.schedulers, metrics)
             self.hook.step_schedulers(trainer=self, when="validation", optimizers=self.optimizers, metrics=metrics)
 
     def _measure(self, stage: Stage, limit: int | None) -> dict[str, float] | None:
@@ -809,9 +803,8 @@ class Trainer:
         try:
             with kept_rng():
                 tried = self._measure(Stage.VAL, self.options.sanity_val_steps)
-            if tried is not None and not self.plugins.heard["on_end_validation"]:  # where more may be logged
-                if missing := missing_metric(self.schedulers, tried):
-                    raise ValueError(missing)
+            if tried is not None:
+                require_metrics(self, tried, self._followed)
         finally:
             self.sanity_checking = False
         self.metrics = metrics
@@ -831,11 +824,8 @@ class Trainer:
                 module.training = training
             self.stage, self._evaluation, self.log_suffix = outer, None, ""
 
-    def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> int:
-        """Take one loader's batches through the model and tell of each; return how many there were.
-
-        The inner loop of `evaluate`.
-        """
+    def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
+        """Take one loader's batches through the model and tell of each: the inner loop of `evaluate`."""
         hook, index = self.hook, -1
         tell = getattr(hook, f"on_end_{stage.value}_step")
         collector = Collector(self.plugins.rooms.get(f"on_end_{stage.value}_epoch", 0))
@@ -859,7 +849,6 @@ class Trainer:
             collated = {f"{stage.value}_step_collated_outputs": outputs}
             ended = getattr(hook, f"on_end_{stage.value}_epoch")
             ended(trainer=self, global_step=self.global_step, key=key, **collated)
-        return index + 1
 
     def _take_loss(self, stage: Stage, outputs: Outputs, weight: float) -> None:
         """Log the loss of an evaluation batch: its first output, where that is one number.

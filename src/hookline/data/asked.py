@@ -86,11 +86,11 @@ class Loaders:
         """Return a loader of the user's as a stage of this run iterates it; the same for the same object."""
         mine = self._private.get((stage, key))
         if mine is None or mine.loader is not loader:
-            mine = self._private[stage, key] = self._make(loader, stage)
+            mine = self._private[stage, key] = self._make(loader, stage, key)
         mine.place()
         return mine
 
-    def _make(self, loader: Any, stage: Stage) -> RunLoader:
+    def _make(self, loader: Any, stage: Stage, key: str) -> RunLoader:
         trainer, training = self.trainer, stage is Stage.TRAIN
         timeout = trainer.options.loader_timeout
         mine = RunLoader(
@@ -102,6 +102,8 @@ class Loaders:
             0 if timeout is None else seconds(timeout),
             self._agree_on_order,
             self.given,
+            trainer.say_once,
+            "training loader" if training else f"{stage.value} loader {key!r}",
         )
         if training and is_stateful(loader) and trainer.plugins.performers("save"):
             mine.states = collections.deque(maxlen=trainer.window_size + 1)

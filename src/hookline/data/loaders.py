@@ -35,6 +35,8 @@ class RunLoader:
         patience: seconds that a batch of loading workers may take, 0 for ever, unless the loader says itself.
         agree: see `Batches`.
         given: is filled with batches and their numbers of samples.
+        say: is told what there is to say of the loader.
+        name: which loader it is, for messages.
     """
 
     def __init__(
@@ -47,9 +49,12 @@ class RunLoader:
         patience: float = 0,
         agree: Agree = list,  # type: ignore[assignment]
         given: collections.deque[Any] | None = None,
+        say: Callable[[str], None] = log.warning,
+        name: str = "loader",
     ) -> None:
         self.loader, self.cursor, self.share = loader, cursor, share
         self.given = collections.deque(maxlen=1) if given is None else given
+        self._say, self._name = say, name
         self.states: collections.deque[tuple[int, Any]] | None = None
         """What a stateful loader said behind each of the last batches; kept where somebody saves."""
         self._private: DataLoader[Any] | None = None
@@ -121,12 +126,21 @@ class RunLoader:
         if self._view is None:
             return self._streamed()
         self._view.epoch.fill_(cursor.epoch)
-        return self._counted(self._private)
+        return self._indexed(self._private)
 
-    def _counted(self, pairs: Any) -> Iterator[Any]:
+    def _indexed(self, pairs: Any) -> Iterator[Any]:
+        begin = place = self.cursor.position
         for samples, batch in pairs:
+            place += 1
             self.given.append((batch, samples))
             yield batch
+        self._compare(begin, place)
+
+    def _compare(self, begin: int, end: int) -> None:
+        """Say that a loader has given more or fewer batches than it says, where all of them were taken."""
+        said = length(self)
+        if begin == 0 and said not in (None, end):
+            self._say(f"the {self._name} says that it has {said} batches, and gave {end}; what it gave counts")
 
     def _streamed(self) -> Iterator[Any]:
         """Give the batches of a stream from the cursor on; what it draws in this process is seeded for each batch."""
@@ -151,7 +165,7 @@ class RunLoader:
                 try:
                     batch = next(iterator)
                 except StopIteration:
-                    return
+                    break
             place += 1
             if self.states is not None:
                 self.states.append((place, self.loader.state_dict()))
@@ -161,6 +175,7 @@ class RunLoader:
                 samples, batch = batch
                 self.given.append((batch, samples))
             yield batch
+        self._compare(skipped, place)
 
 
 class Counted:

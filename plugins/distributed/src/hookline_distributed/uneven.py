@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline import CallbackInterface, Stage, count_samples, hookimpl
+from hookline import CallbackInterface, Stage, hookimpl
 from hookline_distributed.alike import compare, describe_loader
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Uneven(CallbackInterface):
 
     def _agree(self, trainer: Trainer, window: list[Any]) -> list[Any]:
         """Return a window as long as the longest of all ranks; none where all have come to the end."""
-        counts = [count_samples(batch) for batch in window]
+        counts = [trainer.hook.count_samples(trainer=trainer, batch=batch, stage=Stage.TRAIN) for batch in window]
         ranks = trainer.hook.all_gather(trainer=trainer, value=(counts, bool(self._spare)))
         size = max(len(counts) for counts, _ in ranks)
         if not size:
@@ -89,7 +89,9 @@ class Uneven(CallbackInterface):
             self._spare = self._spare or next(filter(None, batches))
         total = max(sum(sum(counts) for counts, _ in ranks), 1)
         trainer.padding = size - len(window)
-        self._factors = [count * trainer.world_size * size / total for count in counts] + [0.0] * trainer.padding
+        weighed = trainer.plugins.heard["get_weight"]  # then the core weighs what is real, over all ranks
+        factors = [1.0 if weighed else count * trainer.world_size * size / total for count in counts]
+        self._factors = factors + [0.0] * trainer.padding
         if trainer.shares > 1:  # else the trainer has counted what there is
             nominal = size * trainer.micro_batch_size * trainer.shares
             self._correction = total * trainer.shares // trainer.world_size - nominal
