@@ -250,7 +250,7 @@ def get_run_state(trainer: Trainer) -> dict[str, Any]:
         "plugins": plugins[False],
         "own_plugins": plugins[True],
         "logs": trainer.get_logs(),
-        "rng": trainer.restored_rng or get_rng_state(),
+        "rng": trainer.restored_rng or trainer.rng_state(),
     }
     if trainer.begun:
         state["window"] = {"outputs": trainer.begun, "gradients": get_gradients(trainer.module)}
@@ -380,7 +380,7 @@ def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Out
     hook = trainer.hook
     batch = hook.prepare_batch(trainer=trainer, batch=batch, stage=TRAIN)
     outputs = with_loss(hook.call_model(trainer=trainer, batch=batch, stage=TRAIN))
-    if trainer.plugins.asking:
+    if trainer.plugins.collecting:
         outputs = (outputs[0], *detached(outputs[1:]))  # before the step writes into what they are parts of
     loss = hook.scale_loss(trainer=trainer, loss=outputs[0], batch=batch, size=size, index=index)
     hook.run_backward(trainer=trainer, loss=loss)

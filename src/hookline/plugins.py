@@ -121,8 +121,8 @@ class PluginManager(pluggy.PluginManager):
         """What the loop calls: one attribute per hook, rebuilt whenever a plugin comes or goes."""
         self.rooms: dict[str, int] = {}
         """How many outputs of each collecting event somebody asks for; 0 if nobody does."""
-        self.logging = self.asking = False
-        """Whether anybody hears of logs; whether anybody may ask for outputs or losses of training steps."""
+        self.logging = self.asking = self.collecting = False
+        """Whether anybody hears of logs; may ask for outputs or losses of training; for outputs besides the loss."""
         self.heard: dict[str, bool] = {}
         """Whether anybody but the core implements a hook."""
         self.cost: dict[str, float] = {}
@@ -272,6 +272,7 @@ class PluginManager(pluggy.PluginManager):
             self.heard[name] = bool(plugged)
         self.rooms = {hook: self._room(hook, outputs) for hook, outputs in COLLECTING.items()}
         self.logging = self.heard["on_log"]
+        self.collecting = max(self.rooms["on_end_train_step"], self.rooms["on_end_train_epoch"]) > 1
         self.asking = any(self.heard[hook] for hook in LISTENING) or any(self.rooms.values())
 
     def _way(self, name: str, caller: HookCaller, plugged: list[HookImpl]) -> Callable[..., Any]:

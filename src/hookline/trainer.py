@@ -1014,6 +1014,10 @@ class Trainer:
             for name, weight in self.module.named_parameters():
                 weight.requires_grad_(name not in frozen)
 
+    def rng_state(self) -> Mapping[str, Any]:
+        """Return the random states of this run, which are not those of the process while it is not under way."""
+        return get_rng_state() if self._rng is None or self.status == "running" else self._rng
+
     def warn_of_lost(self, state: Mapping[str, Any]) -> None:
         """Say what of a run's state nobody takes, because it is of ranks that are not there any more."""
         ranks, plugins = state["trainer"].get("ranks", 1), state.get("own_plugins")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import hookline_progress
-from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
+from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl, sharded
 from hookline.testing import check_plugin
 from hookline_progress import Progress
 from hookline_progress.validation import direction
@@ -67,10 +67,10 @@ class Line(ModuleInterface):
         pass
 
     def get_train_dataloader(self, sampler, batch_size):
-        return Repeated(self.samples // batch_size)
+        return sharded(Repeated(self.samples // batch_size))
 
     def get_val_dataloaders(self, sampler, batch_size):
-        return [torch.zeros(batch_size)] * 3
+        return sharded([torch.zeros(batch_size)] * 3)
 
     get_test_dataloaders = get_predict_dataloaders = get_val_dataloaders
 
