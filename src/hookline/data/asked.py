@@ -10,7 +10,7 @@ import torch
 
 from hookline.data.cursor import Cursor, mix
 from hookline.data.loaders import RunLoader, is_stateful, warn_of_order
-from hookline.data.sampling import Epochs
+from hookline.data.sampling import Epochs, Sharded
 from hookline.data.seeding import mark_of
 from hookline.interfaces import Loader, Stage
 from hookline.schedule import seconds
@@ -85,7 +85,7 @@ class Loaders:
     def prepare(self, loader: Any, stage: Stage, key: str) -> RunLoader:
         """Return a loader of the user's as a stage of this run iterates it; the same for the same object."""
         mine = self._private.get((stage, key))
-        if mine is None or mine.loader is not loader:
+        if mine is None or mine.loader is not (loader.loader if isinstance(loader, Sharded) else loader):
             mine = self._private[stage, key] = self._make(loader, stage, key)
         mine.place()
         return mine
@@ -105,13 +105,13 @@ class Loaders:
             trainer.say_once,
             "training loader" if training else f"{stage.value} loader {key!r}",
         )
-        if training and is_stateful(loader) and trainer.plugins.performers("save"):
+        if training and is_stateful(mine.loader) and trainer.plugins.performers("save"):
             mine.states = collections.deque(maxlen=trainer.window_size + 1)
         if training and mine.own_order and not trainer.cursor.warned:
             trainer.cursor.warned = True
             warn_of_order(mine.own_order)
         if training and trainer.shares > 1:
-            self._compare_samples(getattr(loader, "dataset", None))
+            self._compare_samples(getattr(loader, "dataset", None))  # of a `Sharded` one there is none to compare
         return mine
 
     def _agree_on_order(self, drawn: Sequence[Any]) -> None:

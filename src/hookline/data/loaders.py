@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hookline.data.cursor import Cursor, mix
-from hookline.data.sampling import Agree, Batches, arguments_of, is_shared, length
+from hookline.data.sampling import Agree, Batches, Sharded, arguments_of, is_shared, length
 from hookline.data.seeding import InitWorker, SeededDataset, seeded
 
 log = logging.getLogger("hookline.data")
@@ -52,7 +52,9 @@ class RunLoader:
         say: Callable[[str], None] = log.warning,
         name: str = "loader",
     ) -> None:
-        self.loader, self.cursor, self.share = loader, cursor, share
+        own = isinstance(loader, Sharded)
+        self.loader, self.cursor, self.share = loader.loader if own else loader, cursor, share
+        loader = self.loader
         self.given = collections.deque(maxlen=1) if given is None else given
         self._say, self._name = say, name
         self.states: collections.deque[tuple[int, Any]] | None = None
@@ -63,10 +65,10 @@ class RunLoader:
         self._batches: Batches | None = None
         cursor.draw, cursor.samples = 0, length(getattr(loader, "dataset", None))
         if is_indexed(loader):
-            self._batches = Batches(loader, cursor, share, shares, agree, sampler)
+            self._batches = Batches(loader, cursor, share, shares, agree, sampler, own)
             self._index(loader, self._batches, patience)
             return
-        if shares > 1 and not is_shared(loader, share, shares):
+        if shares > 1 and not own and not is_shared(loader, share, shares):
             raise ValueError(refusal(loader))
         if type(loader) is DataLoader:
             self._stream(loader, patience)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
@@ -58,7 +59,9 @@ def parts(loader: Any) -> list[Any]:
             continue
         found.append(part)
         for name in INNER:
-            inner = getattr(part, name, None)
+            inner = None
+            with contextlib.suppress(Exception):  # of whatever the user's own objects do
+                inner = getattr(part, name, None)
             waiting += inner if isinstance(inner, (list, tuple)) and name == "datasets" else [inner]
     return found
 
@@ -159,6 +162,7 @@ class Batches:
         shares: of how many.
         sampler: the class that was handed out for this loader; of the run's samplers another may stand in the loader.
         agree: is told the first draws of an epoch where ranks take shares of them, and refuses others than theirs.
+        own: each rank has its own data, so nothing is shared.
     """
 
     def __init__(
@@ -169,6 +173,7 @@ class Batches:
         shares: int,
         agree: Agree,
         sampler: type | None = None,
+        own: bool = False,
     ) -> None:
         self.cursor, self.share, self.shares, self.agree = cursor, share, shares, agree
         batches: Any = loader.batch_sampler
@@ -178,18 +183,18 @@ class Batches:
         source: Any = batches.sampler if self.batched else loader.sampler if batches is None else batches
         self.repeatable = is_repeatable(source)
         self.name = type(source).__name__
-        ours = sampler is not None and issubclass(sampler, ResumableSampler)
-        like: Any = sampler if ours else sampler_class(cursor, True, share, shares)
-        if is_exact(source):
-            made = like(source.data_source)
+        given = sampler if sampler is not None and issubclass(sampler, ResumableSampler) else None
+        like: Any = given or sampler_class(cursor, True, share, shares)
+        if isinstance(source, ResumableSampler):
+            source, own = bound(source, like, like.cursor), False
+        elif is_exact(source):
+            made = (sampler_class(cursor, True, 0, 1) if own else like)(source.data_source)
             made.shuffle = like.shuffle and type(source) is RandomSampler
             source = made
-        elif isinstance(source, ResumableSampler):
-            source = bound(source, like, like.cursor)
         self.runs = isinstance(source, ResumableSampler)  # begins at the cursor and shares by itself
-        self.dealt = not self.runs and not is_shared(source, share, shares)
+        self.dealt = not self.runs and not own and not is_shared(source, share, shares)
         self.source = source if self.runs else rebound(source, like)
-        cursor.draw = self.size * (shares if self.runs or self.dealt else 1)
+        cursor.draw = self.size * (shares if self.dealt or (self.runs and not own) else 1)
         self.place()
 
     def place(self) -> None:
