@@ -119,6 +119,15 @@ def run(trainer: Trainer, stage: Stage) -> bool:
 
 
 @verb
+def find_state(trainer: Trainer, stage: Stage) -> Mapping[str, Any]:
+    """Answer the section `trainer` of the state that `restore` will bring back; empty where there is none.
+
+    Asked by `trainer.resuming`, on all ranks: a module can so know before it is built what it will be.
+    """
+    return {}
+
+
+@verb
 def get_window_size(trainer: Trainer) -> int:
     """Answer how many micro-batches make one optimizer step."""
     return 1
@@ -169,49 +178,12 @@ def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Lo
 
 
 @verb
-def count_samples(trainer: Trainer, batch: Any, stage: Stage) -> int:
-    """Answer how many samples a batch holds, as the loader gave it.
-
-    A loader of torch's knows; of a batch from elsewhere it is guessed, and one warning says where that is
-    doubtful. `counters.samples` counts it, and means over batches are weighted by it.
-    """
-    samples, doubt = data.counted(batch, trainer.loaders.given)
-    if doubt:
-        trainer.say_once(
-            f"it is not plain how many samples a batch ({type(batch).__name__}) holds: {doubt}. {samples} is taken, "
-            "and means are weighted by it. Say it by a method count_samples(self, batch) of the module, marked "
-            "@hookimpl, or let a DataLoader of torch make the batches"
-        )
-    return samples
-
-
-@verb
-def get_weight(trainer: Trainer, batch: Any, stage: Stage) -> float:
-    """Answer how much the mean weighs that a step returns for a batch, as the loader gave it: its samples.
-
-    Performed where a loss is a mean over something else, such as tokens or valid pixels. A window of several
-    micro-batches, and all ranks, are then weighted by it in training too: the gradient is that of the mean over
-    all of them. Without a performer each micro-batch of a window weighs the same.
-    """
-    return trainer.hook.count_samples(trainer=trainer, batch=batch, stage=stage)  # type: ignore[no-any-return]
-
-
-@verb
 def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     """Answer (optimizers, schedulers); the model stands, and `trainer.totals` is known."""
     module, totals = trainer.module, trainer.totals
     epochs = totals.epochs if totals.epochs is not None else 1
     optimizers, schedulers = module.get_optimizers_schedulers(totals.steps_per_epoch, epochs)
     return list(optimizers), list(schedulers)
-
-
-@verb
-def find_state(trainer: Trainer, stage: Stage) -> Mapping[str, Any]:
-    """Answer the section `trainer` of the state that `restore` will bring back; empty where there is none.
-
-    Asked by `trainer.resuming`, on all ranks: a module can so know before it is built what it will be.
-    """
-    return {}
 
 
 @verb
@@ -347,6 +319,34 @@ def take_window(trainer: Trainer, batches: Iterator[Any]) -> list[Any]:
     up so that all ranks have as many says so in `trainer.padding`.
     """
     return list(itertools.islice(batches, trainer.window_size))
+
+
+@verb
+def count_samples(trainer: Trainer, batch: Any, stage: Stage) -> int:
+    """Answer how many samples a batch holds, as the loader gave it.
+
+    A loader of torch's knows; of a batch from elsewhere it is guessed, and one warning says where that is
+    doubtful. `counters.samples` counts it, and means over batches are weighted by it.
+    """
+    samples, doubt = data.counted(batch, trainer.loaders.given)
+    if doubt:
+        trainer.say_once(
+            f"it is not plain how many samples a batch ({type(batch).__name__}) holds: {doubt}. {samples} is taken, "
+            "and means are weighted by it. Say it by a method count_samples(self, batch) of the module, marked "
+            "@hookimpl, or let a DataLoader of torch make the batches"
+        )
+    return samples
+
+
+@verb
+def get_weight(trainer: Trainer, batch: Any, stage: Stage) -> float:
+    """Answer how much the mean weighs that a step returns for a batch, as the loader gave it: its samples.
+
+    Performed where a loss is a mean over something else, such as tokens or valid pixels. A window of several
+    micro-batches, and all ranks, are then weighted by it in training too: the gradient is that of the mean over
+    all of them. Without a performer each micro-batch of a window weighs the same.
+    """
+    return trainer.hook.count_samples(trainer=trainer, batch=batch, stage=stage)  # type: ignore[no-any-return]
 
 
 @verb

@@ -606,7 +606,9 @@ class Trainer:
         weights = self.weights if len(self.weights) == len(outputs) else itertools.repeat(1.0)
         for row, weight in zip(real, weights, strict=False):
             if row:
-                self._losses.append((kept(row[0]), weight))
+                loss = row[0]
+                fresh = loss.grad_fn is not None and not loss._is_view()  # `kept`, without a call in each step
+                self._losses.append((loss.detach() if fresh else kept(loss), weight))
         self.weight = 1.0
         if len(self._losses) >= FOLD_AT:
             self._fold_losses()
