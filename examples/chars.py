@@ -105,5 +105,6 @@ class Chars(ModuleInterface):
 
     def get_optimizers_schedulers(self, steps_per_epoch, epochs):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps_per_epoch * epochs)
-        return [optimizer], [scheduler]
+        steps = self.trainer.totals.steps  # None where nobody can know, as with max_time alone
+        schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)] if steps else []
+        return [optimizer], schedulers

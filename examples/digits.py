@@ -57,7 +57,6 @@ class Digits(ModuleInterface):
 
     def get_optimizers_schedulers(self, steps_per_epoch, epochs):
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.learning_rate, epochs=epochs, steps_per_epoch=steps_per_epoch
-        )
-        return [optimizer], [scheduler]
+        steps = self.trainer.totals.steps  # None where nobody can know, as with max_time alone
+        schedulers = [torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, steps)] if steps else []
+        return [optimizer], schedulers

@@ -124,6 +124,18 @@ def test_digits_reach_98_percent():
     assert trainer.best.valid_loss < 0.2  # the labels of training are smoothed
 
 
+@pytest.mark.parametrize(
+    ("limits", "length"), [({"epochs": 1}, 23), ({"max_steps": 5}, 5), ({"epochs": None, "max_time": "1 s"}, None)]
+)
+def test_digits_have_a_schedule_as_long_as_training(limits, length, caplog):
+    options = {"train_batch_size": 64, "val_batch_size": 128, "evaluate_every": None, "eval_when_finish": False}
+    trainer = Trainer(digits.Digits(), **options, **limits)
+    trainer.train()
+    assert [one.scheduler.total_steps for one in trainer.schedulers] == ([] if length is None else [length])
+    assert length in (None, trainer.global_step)
+    assert "OneCycleLR" not in caplog.text
+
+
 def test_digits_by_the_command_line(tmp_path):
     run_cli("fit", "examples/digits.yaml", f"trainer.runs_folder={tmp_path}", "trainer.epochs=2")
     assert metrics_of(tmp_path / "digits-1")["val_accuracy"] > 0.9
@@ -146,6 +158,7 @@ def test_chars_learn_more_than_how_often_each_occurs():
     entropy = -sum(share * math.log(share) for share in shares)
     assert entropy > 3
     assert trainer.metrics["val_loss"] < entropy - 0.7
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 1e-9  # the cosine is at its end, too
 
 
 def test_chars_cover_the_text_and_hold_out_its_tail():

@@ -936,7 +936,7 @@ def test_schedules_by_name_move_each_step_and_are_resumed(name):
     def schedule():
         hps = HyperParameters(optim_kwargs={"lr": 0.1}, scheduler=name, scheduler_kwargs=ARGUMENTS.get(name, {}))
         optimizer = hps.make_optimizer([torch.nn.Parameter(torch.zeros(1))], torch.device("cpu"))
-        return hps.make_scheduler(optimizer, 6, 2), optimizer
+        return hps.make_scheduler(optimizer, 6, 2, 12), optimizer
 
     scheduler, optimizer = schedule()
     first = rates(scheduler, optimizer, 5)
@@ -969,7 +969,47 @@ def test_schedules_are_those_of_hugging_face(name, theirs):
     ours = hps.make_optimizer([torch.nn.Parameter(torch.zeros(1))], torch.device("cpu"))
     other = hps.make_optimizer([torch.nn.Parameter(torch.zeros(1))], torch.device("cpu"))
     scheduler = transformers.get_scheduler(theirs, other, num_warmup_steps=3, num_training_steps=12)
-    assert rates(hps.make_scheduler(ours, 6, 2), ours, 14) == pytest.approx(rates(scheduler, other, 14))
+    assert rates(hps.make_scheduler(ours, 6, 2, 12), ours, 14) == pytest.approx(rates(scheduler, other, 14))
+
+
+@pytest.mark.parametrize("scheduler", [{"type": "OneCycleLR", "max_lr": 0.1}, {"type": "LinearWithWarmup"}])
+@pytest.mark.parametrize(("limits", "steps"), [({"epochs": 2}, 10), ({"max_steps": 7}, 7)])
+def test_a_schedule_over_the_whole_run_ends_where_training_does(scheduler, limits, steps, caplog):
+    given = {"num_warmup_steps": 2} if "max_lr" not in scheduler else {}
+    hps = {"batch_size": 8, "optim": {"type": "SGD", "lr": 0.1}, "scheduler": {**scheduler, **given}}
+    accmt, used = Accmt(hps=hps), []
+    accmt.use(train_dataset=points())
+
+    class Watching(CallbackInterface):
+        @hookimpl
+        def on_begin_optimizer_step(self, optimizers):
+            used.append(optimizers[0].param_groups[0]["lr"])
+
+    core = hookline.Trainer(ExampleModule(), {"accmt": accmt, "watching": Watching()}, **limits)
+    core.train()
+    assert len(used) == steps
+    assert min(used[-1], core.optimizers[0].param_groups[0]["lr"]) < 1e-6  # torch's is at its end in the last step
+    assert "moves" not in caplog.text
+
+
+class Frozen(ExampleModule):
+    """Has a norm that its user has put into eval mode, and says in which mode a step finds it."""
+
+    def __init__(self):
+        self.model = torch.nn.Sequential(torch.nn.BatchNorm1d(6), network()).eval()
+        self.modes, self.seen = [], []
+
+    def training_step(self, batch):
+        self.modes.append(self.model[0].training)
+        self.model[0].eval()
+        return super().training_step(batch, {})
+
+
+def test_a_model_is_in_train_mode_at_each_epoch_and_after_each_evaluation(caplog):
+    module = Frozen()
+    trained(module, evaluate_every_n_steps=3, hps={"batch_size": 8, "epochs": 2})
+    assert module.modes == [True, False, False, True, False, True, True, False, False, True]
+    assert "eval mode" not in caplog.text
 
 
 @pytest.mark.parametrize("name", [*Optimizer])
@@ -1142,8 +1182,11 @@ class Stream(torch.utils.data.IterableDataset):
 def test_a_stream_trains():
     core = trained(train=Stream(), hps={"batch_size": 5, "epochs": 2})
     assert core.global_step == 16
-    with pytest.raises(ValueError, match="scheduler LinearWithWarmup: a loader without a length has no part of its"):
+    with pytest.raises(ValueError, match="scheduler LinearWithWarmup: warmup_ratio is a part of all steps, and nob"):
         trained(train=Stream())
+    once = {"scheduler": {"type": "OneCycleLR", "max_lr": 0.1}, "optim": "SGD"}
+    with pytest.raises(ValueError, match="scheduler OneCycleLR: give total_steps, since nobody knows it: the loader"):
+        trained(train=Stream(), hps=once)
 
 
 def test_samplers_that_cannot_be():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader
 
-from hookline import CallbackInterface, ModuleInterface, hookimpl, nearest
+from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl, nearest
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -147,6 +147,18 @@ class HfModule(ModuleInterface):
         self.generate = None if generate is None else dict(generate)
         self.num_workers = num_workers
 
+    # Modes ----------------------------------------------------------------------------
+
+    @hookimpl
+    def on_begin_run(self, stage: Stage) -> None:
+        if stage is Stage.TRAIN:
+            self.train()
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def train_epoch(self) -> Generator[None, bool, bool]:
+        self.train()  # `from_pretrained` gives a model in eval mode, and the Trainer of transformers does so, too
+        return (yield)
+
     # Steps ----------------------------------------------------------------------------
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> torch.Tensor:
@@ -216,8 +228,9 @@ class HfModule(ModuleInterface):
         steps = self.trainer.totals.steps
         if steps is None and (self.warmup_ratio or self.scheduler != "constant"):
             raise ValueError(
-                f"scheduler={self.scheduler!r} needs to know how many steps there will be, and the loader has no "
-                'length: set trainer.max_steps, or scheduler="constant" without warmup_ratio'
+                f"scheduler={self.scheduler!r} needs to know how many steps there will be, and nobody knows: the "
+                "loader has no length, or the time alone ends the run. Set trainer.max_steps, or "
+                'scheduler="constant" without warmup_ratio'
             )
         warmup = round(self.warmup_ratio * (steps or 0))
         scheduler = transformers.get_scheduler(self.scheduler, optimizer, warmup, steps)

@@ -279,8 +279,25 @@ def test_a_schedule_needs_to_know_how_many_steps():
         train(Streaming(GPT))
     assert train(Streaming(GPT, scheduler="constant"), epochs=1).global_step == 2
     assert train(Streaming(GPT), epochs=None, max_steps=3).global_step == 3
+    with pytest.raises(ValueError, match="nobody knows: the loader has no length, or the time alone ends the run"):
+        train(make(), epochs=None, max_time="1 h")
 
 
 def test_a_module_without_a_model_of_transformers_is_told_of(caplog):
     train(TinyModule(), [Hf()])
     assert "hf has nothing to keep: a TinyModule has no `model` of transformers" in caplog.text
+
+
+def test_a_schedule_ends_where_training_does_and_a_loaded_model_is_in_train_mode(tmp_path, caplog):
+    class Modes(HfModule):
+        def train_step(self, global_step, batch, device):
+            modes.append(all(module.training for module in self.modules()))
+            return super().train_step(global_step, batch, device)
+
+    make().model.save_pretrained(tmp_path / "kept")
+    modes, module = [], Modes(str(tmp_path / "kept"), train_data=Counting(), val_data=Counting(8))
+    assert not module.model.training  # `from_pretrained` gives it so
+    trainer = train(module, epochs=None, max_steps=7)
+    assert modes == [True] * 7
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0
+    assert "eval mode" not in caplog.text

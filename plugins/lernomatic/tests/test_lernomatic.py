@@ -278,13 +278,60 @@ def test_several_models_and_optimizers_with_epochs_of_the_users_own():
     assert ours.core.global_step == 10
     assert ours.get_loss_history()[-5:].mean() < ours.get_loss_history()[:5].mean()
     assert len(ours.get_val_loss_history()) == 6
-    assert ours.core.metrics["val_loss"] == pytest.approx(ours.val_loss_history[3:].mean().item())
+    losses, sizes = ours.val_loss_history[3:], torch.tensor([8.0, 8.0, 4.0])
+    assert ours.core.metrics["val_loss"] == pytest.approx((losses * sizes).sum().item() / 20)
     assert set(dict(ours.core.module.named_parameters())) == {
         f"nets.{name}.{part}" for name in ("encoder", "decoder") for part in ("weight", "bias")
     }
     again = make(Autoencoder, Layer(6, 3), decoder=Layer(3, 6))
     again.load_model_checkpoint("checkpoint/ck_epoch_2_iter_10.pkl")
     assert digest(again.decoder.get_net_state_dict()) == digest(ours.decoder.get_net_state_dict())
+
+
+class Short(Autoencoder):
+    """Trains on a short last batch, too."""
+
+    def __init__(self, encoder, **kwargs):
+        super().__init__(encoder, train_dataset=points(20), drop_last=False, **kwargs)
+
+
+def test_a_loss_of_an_epoch_of_the_users_own_is_a_mean_over_samples():
+    ours = Short(Layer(6, 3), decoder=Layer(3, 6), num_epochs=1, batch_size=8)
+    ours.train()
+    losses, sizes = ours.loss_history, torch.tensor([8.0, 8.0, 4.0])
+    (row,) = [row for row in read_run(ours.core.run_dir).rows if "train_loss_epoch" in row]
+    assert row["train_loss_epoch"] == pytest.approx((losses * sizes).sum().item() / 20)
+    assert ours.core.counters.samples == 20
+
+
+class Modes(trainer.Trainer):
+    """Says in which mode a batch finds the model."""
+
+    def __init__(self, model, **kwargs):
+        self.modes = []
+        super().__init__(model, **kwargs)
+
+    def batch_loss(self, batch):
+        self.modes.append(self.model.net.training)
+        return super().batch_loss(batch)
+
+
+class OwnModes(Modes):
+    def train_epoch(self):
+        for batch in self.train_loader:
+            self.optimizer.zero_grad()
+            self.batch_loss(batch)[0].backward()
+            self.optimizer.step()
+
+
+@pytest.mark.parametrize(("kind", "trains"), [(Modes, True), (OwnModes, False)])
+def test_train_epoch_of_the_base_is_in_train_mode_and_one_of_the_users_own_as_its_user_says(kind, trains, caplog):
+    model = Small()
+    model.net.eval()
+    ours = make(kind, model, num_epochs=2, val_dataset=None)
+    ours.train()
+    assert ours.modes == [trains] * 10
+    assert ("stay in it in training" in caplog.text) is not trains
 
 
 class OwnLoop(trainer.Trainer):

@@ -437,3 +437,29 @@ def test_freezing():
     assert not any(parameter.requires_grad for parameter in module.parameters())
     module.unfreeze()
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+class Frozen(Pair):
+    """Its user has put it into eval mode; says in which mode a step finds it, and puts it there again."""
+
+    def __init__(self):
+        super().__init__()
+        self.modes = []
+        self.eval()
+
+    def training_step(self, data_batch, batch_nb):
+        self.modes.append((self.training, self.generator.training))
+        self.generator.eval()
+        return super().training_step(data_batch, batch_nb)
+
+    def validation_step(self, data_batch, batch_nb):
+        return {"val_loss": Pair.training_step(self, data_batch, batch_nb)}
+
+
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_all_is_in_train_mode_at_the_beginning_and_after_each_validation(sanity, caplog):
+    module = Frozen()
+    options = {"epochs": 1, "evaluate_every": "2 steps", "sanity_val_steps": sanity}
+    hookline.Trainer(module, {"lightning": {}}, **options).train()
+    assert module.modes == [(True, True), (True, False)] * 2 + [(True, True)]
+    assert "eval mode" not in caplog.text

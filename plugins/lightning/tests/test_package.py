@@ -265,3 +265,38 @@ def test_what_of_it_is_not_here_says_what_is():
         hookline_lightning.Trainer(callbacks=[LearningRateMonitor()], **QUIET).fit(BoringModel())
     with pytest.raises(ValueError, match=r"logger=CSVLogger\(…\): loggers are plugins .*; here it is 'csv'"):
         hookline_lightning.Trainer(logger=CSVLogger("."))
+
+
+class Means(BoringModel):
+    """Logs what its batches are, 0 to 9 in batches of 4, 4 and 2, and has a frozen norm."""
+
+    def __init__(self, batch_size):
+        super().__init__()
+        self.size, self.norm, self.modes = batch_size, torch.nn.BatchNorm1d(32).requires_grad_(False).eval(), []
+
+    def values(self, batch, batch_idx, name):
+        given = {} if self.size is None else {"batch_size": self.size[batch_idx]}
+        self.log(name, batch[1].mean(), on_step=False, on_epoch=True, **given)
+
+    def training_step(self, batch, batch_idx):
+        self.modes.append((self.training, self.norm.training))
+        self.values(batch, batch_idx, "in_step")
+        return self.layer(self.norm(batch[0])).square().mean()
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.values(batch, batch_idx, "behind_step")
+
+    def validation_step(self, batch, batch_idx):
+        self.values(batch, batch_idx, "val")
+
+
+@pytest.mark.parametrize("batch_size", [None, [1, 1, 1], [1, 2, 7]], ids=["samples", "alike", "given"])
+def test_means_and_modes_are_those_of_the_package(batch_size):
+    numbers = TensorDataset(torch.zeros(10, 32), torch.arange(10.0))
+    seen = []
+    for kind, options in ((pl.Trainer, REAL), (hookline_lightning.Trainer, QUIET)):
+        module, trainer = Means(batch_size), kind(max_epochs=2, **options)
+        trainer.fit(module, DataLoader(numbers, 4), DataLoader(numbers, 4))
+        values = {name: trainer.callback_metrics[name].item() for name in ("in_step", "behind_step", "val")}
+        seen.append(({name: round(value, 5) for name, value in values.items()}, module.modes))
+    assert seen[0] == seen[1]

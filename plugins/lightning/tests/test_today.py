@@ -1,5 +1,6 @@
 """Programs for today's Lightning run here without its package: as hand-ported, cut and gone on with, on two ranks."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import hookline
 from hookline import CallbackInterface, ModuleInterface, hookimpl
+from hookline.data import sharded
 from hookline.records import read_run
 from hookline.testing import calls_per_step, check_plugin, digest, hand_written_loop, run_ranks
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
@@ -414,8 +416,9 @@ def test_two_ranks_train_one_model_and_go_on_after_a_kill(name, monkeypatch):
     assert whole[0].value[0] == whole[1].value[0]
     if name == "classifier":
         (first, second) = (outcome.value[1] for outcome in whole)
-        assert first["both"] == second["both"] == pytest.approx((first["loss"] + second["loss"]) / 2)
-        assert first["loss"] != second["loss"]
+        mean = pytest.approx((first["train_loss_step"] + second["train_loss_step"]) / 2)
+        assert first["both"] == second["both"] == mean == first["loss"] == second["loss"]
+        assert first["train_loss_step"] != second["train_loss_step"]  # without sync_dist each has its own
     assert all(outcome.code != 0 for outcome in run_ranks(two_ranks_until_killed, 2, name))
     cut = run_ranks(two_ranks, 2, name, "cut", "last")
     assert [outcome.code for outcome in cut] == [0, 0], cut[0].output
@@ -1214,3 +1217,223 @@ def test_what_one_rank_cannot_do_ends_all_of_them():
     assert "OSError: no disk" in first.output
     assert "prepare_data failed on rank 0: OSError('no disk')" in second.output
     assert "with several processes one would skip and others not" in run_ranks(skips, 2)[0].output
+
+
+# Modes, means and loaders -------------------------------------------------------------------
+
+
+class Modes(Line):
+    """A frozen norm beside dropout: says in which modes its steps find them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.drop, self.seen = nn.BatchNorm1d(8), nn.Dropout(0.5), []
+        self.norm.requires_grad_(False).eval()
+
+    def training_step(self, batch):
+        self.seen.append((self.training, self.norm.training, self.drop.training))
+        return self.net(self.drop(self.norm(batch[0]))).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        assert not any(one.training for one in self.modules())
+
+
+def test_modes_are_the_users_as_in_todays_lightning(caplog):
+    module = Modes()
+    trainer = Trainer(max_epochs=2, val_check_interval=2, enable_progress_bar=False, logger=False)
+    trainer.fit(module, DataLoader(points(), 8), DataLoader(points(), 8))
+    assert module.seen == [(True, False, True)] * 12
+    assert module.norm.running_mean.eq(0).all()
+    assert module.norm.running_var.eq(1).all()
+    assert "eval mode" not in caplog.text  # nothing that trains is in it
+
+
+class Means(Line):
+    """Logs what its batches are: 0 to 9 in batches of 4, 4 and 2."""
+
+    def __init__(self, batch_size=None, manual=False):
+        super().__init__()
+        self.size, self.automatic_optimization = batch_size, not manual
+
+    def values(self, batch, batch_idx, name):
+        given = {} if self.size is None else {"batch_size": self.size[batch_idx]}
+        self.log(name, batch[1].mean(), on_step=False, on_epoch=True, **given)
+
+    def training_step(self, batch, batch_idx):
+        self.values(batch, batch_idx, "in_step")
+        loss = self.net(batch[0]).square().mean()
+        return loss if self.automatic_optimization else None
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.values(batch, batch_idx, "behind_step")
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.values(batch, batch_idx, "before_step")
+
+    def validation_step(self, batch, batch_idx):
+        self.values(batch, batch_idx, "val")
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx):
+        self.values(batch, batch_idx, "behind_val")
+
+
+@pytest.mark.parametrize(("manual", "window"), [(False, 1), (False, 2), (True, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "mean"),
+    [(None, 4.5), ([1, 1, 1], 15.5 / 3), ([1, 2, 7], (1.5 + 2 * 5.5 + 7 * 8.5) / 10)],
+    ids=["samples", "alike", "given"],
+)
+def test_means_over_an_epoch_weigh_as_in_lightning(manual, window, batch_size, mean):
+    numbers = TensorDataset(torch.zeros(10, 8), torch.arange(10.0))
+    trainer = Trainer(max_epochs=1, accumulate_grad_batches=window, **QUIET)
+    trainer.fit(Means(batch_size, manual), DataLoader(numbers, 4), DataLoader(numbers, 4))
+    values = trainer.callback_metrics
+    for name in ("before_step", "in_step", "behind_step", "val", "behind_val"):
+        assert values[name].item() == pytest.approx(mean), name
+
+
+@pytest.mark.parametrize(
+    ("on_epoch", "expected"),
+    [(False, {"loss": 8.5}), (True, {"loss_step": 8.5, "loss_epoch": 4.5, "loss": 4.5})],
+)
+def test_a_value_under_the_name_of_the_loss_takes_its_place(on_epoch, expected):
+    class Named(Line):
+        def training_step(self, batch, batch_idx):
+            self.log("loss", batch[1].mean(), on_step=True, on_epoch=on_epoch)
+            return self.net(batch[0]).square().mean()
+
+    numbers = TensorDataset(torch.zeros(10, 8), torch.arange(10.0))
+    trainer = Trainer(max_epochs=1, log_every_n_steps=1, **QUIET)
+    trainer.fit(Named(), DataLoader(numbers, 4))
+    assert {name: trainer.callback_metrics[name].item() for name in expected} == expected
+    assert trainer.core.best.train_loss < 1  # of the loss itself
+
+
+def test_values_of_the_ends_are_known_and_those_that_would_be_lost_are_refused():
+    class Ends(Line):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def on_validation_epoch_end(self):
+            self.log("of_validation", float(self.current_epoch))
+
+        def on_train_epoch_end(self):
+            self.log("of_epoch", float(self.current_epoch))
+
+        def on_train_end(self):
+            self.log("of_training", 7.0)
+
+    trainer = Trainer(max_epochs=2, **QUIET)
+    trainer.fit(Ends(), DataLoader(points(), 8), DataLoader(points(), 8))
+    ends = {"of_validation": 1.0, "of_epoch": 1.0, "of_training": 7.0}
+    assert {name: value.item() for name, value in trainer.callback_metrics.items() if name in ends} == ends
+    assert trainer.core.metrics == {"of_validation": 1.0}
+
+    Ends.on_validation_end = lambda self: self.log("late", 1.0)
+    with pytest.raises(
+        ValueError, match=r"self.log\('late'\) in on_validation_end: .* log it in on_validation_epoch_end"
+    ):
+        Trainer(max_epochs=1, **QUIET).fit(Ends(), DataLoader(points(), 8), DataLoader(points(), 8))
+
+
+def test_a_scheduler_may_look_at_what_shall_grow_and_what_is_not_of_a_validation(caplog):
+    class Grows(Line):
+        def training_step(self, batch):
+            self.log("grown", float(self.current_epoch // 2), on_step=False, on_epoch=True)
+            return super().training_step(batch)
+
+    def answer(optimizer):
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "grown"}}
+
+    watching = Rates()
+    Trainer(max_epochs=4, callbacks=watching, **QUIET).fit(Grows(answer))
+    assert watching.rates[::6] == [1.0, 1.0, 0.5, 0.5]  # 0, 0, 1, 1: the second and the fourth are no better
+    assert "has never moved" not in caplog.text
+
+
+@pytest.mark.parametrize(("given", "steps"), [({"max_epochs": 2}, 12), ({"max_steps": 8}, 8)])
+def test_a_schedule_over_the_whole_run_ends_where_training_does(given, steps, caplog):
+    class Scheduled(Line):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            steps = self.trainer.estimated_stepping_batches
+            schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    trainer = Trainer(**given, **QUIET)
+    trainer.fit(Scheduled(), DataLoader(points(), 8))
+    assert trainer.core.global_step == steps
+    assert trainer.core.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+    assert "LinearLR" not in caplog.text
+
+
+class Sees(Line):
+    """Keeps which samples it is given; the second of a pair is the sample's number."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"train": [], "val": []}
+
+    def training_step(self, batch, batch_idx):
+        self.seen["train"] += batch[1].tolist()
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.seen["val"] += (10 * dataloader_idx + batch[1]).tolist()
+
+
+def numbered(number=10):
+    return TensorDataset(torch.zeros(number, 8), torch.arange(number))
+
+
+def test_a_sampler_with_a_generator_of_its_own_draws_as_in_a_loop_by_hand():
+    def loader():
+        return DataLoader(numbered(), 2, shuffle=True, generator=torch.Generator().manual_seed(4))
+
+    module, by_hand = Sees(), loader()
+    expected = [sample for _ in range(3) for _, samples in by_hand for sample in samples.tolist()]
+    with pytest.warns(UserWarning, match="draws its order from a sampler of its own"):
+        Trainer(max_epochs=3, **QUIET).fit(module, loader())
+    assert module.seen["train"] == expected
+    assert expected[:10] != expected[10:20]
+
+
+class Combined:
+    """Gives the batches of several loaders in turn, as `CombinedLoader` does."""
+
+    def __init__(self, *loaders):
+        self.loaders = loaders
+
+    def __iter__(self):
+        for loader in self.loaders:
+            yield from loader
+
+
+def fit_numbers(name):
+    torch.set_num_threads(1)
+    whole = DataLoader(numbered(), 2)
+    mine = DataLoader(numbered(), 2, sampler=range(int(os.environ["RANK"]), 10, 2))
+    train, val = {
+        "lists": (DataLoader(numbered(), 2, shuffle=True), [whole, DataLoader(numbered(6), 2)]),
+        "combined": (Combined(whole, whole), None),
+        "validation": (whole, [whole, Combined(whole)]),
+        "said": (sharded(Combined(mine)), None),
+    }[name]
+    module = Sees()
+    Trainer(max_epochs=1, enable_checkpointing=False, strategy="ddp", **QUIET).fit(module, train, val)
+    return module.seen
+
+
+@pytest.mark.xdist_group("ranks")
+def test_loaders_of_any_kind_are_shared_between_ranks_or_refused():
+    whole = run_ranks(fit_numbers, 2, "lists")
+    assert [outcome.code for outcome in whole] == [0, 0], whole[0].output
+    first, second = (outcome.value for outcome in whole)
+    assert sorted(first["train"] + second["train"]) == [*range(10)]
+    assert sorted(first["val"] + second["val"]) == [*range(10), *range(10, 16)]
+    for name in ("combined", "validation"):
+        for outcome in run_ranks(fit_numbers, 2, name):
+            assert "ranks would all be given the same batches: this loader (Combined) is a stream" in outcome.output
+    first, second = (outcome.value for outcome in run_ranks(fit_numbers, 2, "said"))
+    assert (first["train"], second["train"]) == ([0, 2, 4, 6, 8], [1, 3, 5, 7, 9])

@@ -545,3 +545,27 @@ def test_a_yaml_that_cannot_be(parse):
     Path("list.yaml").write_text("[1]")
     with pytest.raises(ValueError, match="'list.yaml' must hold keys and values"):
         parse(["--config_path", "list.yaml"])
+
+
+class Frozen(Classifier):
+    """Its user has put it into eval mode, and does so again where an epoch begins and in each step."""
+
+    def __init__(self):
+        super().__init__(Data())
+        self.modes = []
+        self.eval()
+
+    def on_begin_train_epoch(self, global_step, epoch):
+        self.net.eval()
+
+    def train_step(self, global_step, batch, device):
+        self.modes.append(self.net.training)
+        self.net.eval()
+        return super().train_step(global_step, batch, device)
+
+
+def test_a_module_is_in_train_mode_at_the_beginning_of_each_epoch(caplog):
+    module = Frozen()
+    Trainer(module, arguments(epochs=2)).train()
+    assert module.modes == [True, False, False, False] * 2
+    assert "eval mode" not in caplog.text

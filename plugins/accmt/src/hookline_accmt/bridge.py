@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline import ModuleInterface, Stage, Trainer, hookimpl, with_sampler
+from hookline import ModuleInterface, Stage, Trainer, hookimpl
 from hookline_accmt import data
 from hookline_accmt.module import AcceleratorModule, check, step_of
 from hookline_accmt.status import StatusDict
@@ -129,7 +129,7 @@ class Bridge(ModuleInterface):
 
     def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
         """Return the module's own loader, or one of the dataset."""
-        given, accmt = self._own_loader("get_train_dataloader", sampler), self.accmt
+        given, accmt = self._own_loader("get_train_dataloader"), self.accmt
         dataset, samplers = accmt.made["train_dataset"], accmt.made["sampler"]
         if given is not None:
             return given
@@ -137,18 +137,18 @@ class Bridge(ModuleInterface):
 
     def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
         """Return the module's own loader, or one of the dataset; None where there is neither."""
-        given, dataset = self._own_loader("get_validation_dataloader", sampler), self.accmt.made["val_dataset"]
+        given, dataset = self._own_loader("get_validation_dataloader"), self.accmt.made["val_dataset"]
         if given is not None or dataset is None:
             return given
         return data.loader(dataset, batch_size, sampler, self.accmt.shuffle_validation, **self._loading())
 
-    def _own_loader(self, name: str, sampler: Any) -> Any:
+    def _own_loader(self, name: str) -> Any:
         """Return what a method of the module gives, which is asked once."""
         if not hasattr(self.user, name):
             return None
         if name not in self._loaders:
             self._loaders[name] = getattr(self.user, name)()
-        return with_sampler(self._loaders[name], sampler)
+        return self._loaders[name]
 
     def _loading(self) -> dict[str, Any]:
         accmt = self.accmt
@@ -174,13 +174,32 @@ class Bridge(ModuleInterface):
         if hasattr(user, "get_scheduler"):
             scheduler = user.get_scheduler(optimizer, estimated_global_steps_per_epoch, epochs)
         if scheduler is None and hps is not None:
-            scheduler = hps.make_scheduler(optimizer, estimated_global_steps_per_epoch, epochs)
+            scheduler = hps.make_scheduler(
+                optimizer, estimated_global_steps_per_epoch, epochs, self.trainer.totals.steps
+            )
         if not self.accmt.set_to_none:
             clear = optimizer.zero_grad
             optimizer.zero_grad = lambda set_to_none=False: clear(set_to_none=set_to_none)  # type: ignore[method-assign]
         return [optimizer], [] if scheduler is None else [scheduler]
 
     # What is heard --------------------------------------------------------------------
+
+    @hookimpl
+    def on_begin_run(self, stage: Stage) -> None:
+        if stage is Stage.TRAIN:
+            self.model.train()
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def train_epoch(self) -> Generator[None, bool, bool]:
+        self.model.train()  # as ACCMT does at each epoch and after each evaluation, whatever the modes were
+        return (yield)
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
+        metrics = yield
+        if trainer.stage is Stage.TRAIN:
+            self.model.train()
+        return metrics
 
     @hookimpl
     def on_begin_train(self, trainer: Trainer) -> None:

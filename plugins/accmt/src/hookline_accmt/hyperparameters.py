@@ -67,7 +67,7 @@ class HyperParameters:
         optim_kwargs: its arguments; texts that are numbers ("1e-3") are read as such.
         scheduler: name of a schedule, see `Scheduler`; None for a constant learning rate.
         scheduler_kwargs: its arguments, and `warmup_ratio`, the part of all steps that `num_warmup_steps` shall be.
-            `steps_per_epoch`, `epochs` and `num_training_steps` are filled in where they are left out.
+            `num_training_steps` and `total_steps` are filled in where they are left out.
 
     Raises:
         TypeError: an argument that is none, with the nearest that is.
@@ -154,31 +154,43 @@ class HyperParameters:
             kwargs["fused"] = True
         return made(kind, f"optim {self.optim}", parameters, **kwargs)  # type: ignore[no-any-return]
 
-    def make_scheduler(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int | None, epochs: int) -> Any:
+    def make_scheduler(
+        self, optimizer: torch.optim.Optimizer, steps_per_epoch: int | None, epochs: int, total: int | None
+    ) -> Any:
         """Return the schedule, which moves after each step of the optimizer; None where none is named.
 
+        Args:
+            optimizer: whose learning rate it sets.
+            steps_per_epoch: of the optimizer, None where nobody knows; so is the next.
+            epochs: to train.
+            total: steps of the whole run.
+
         Raises:
-            ValueError: it needs the number of steps, which a loader without a length leaves unknown.
+            ValueError: it needs the number of steps, which nobody knows.
         """
         if self.scheduler is None:
             return None
         schedule, kwargs = self._schedule(self.scheduler), dict(self.scheduler_kwargs)
-        total = None if steps_per_epoch is None else steps_per_epoch * epochs
         warmup = kwargs.pop(WARMUP, kwargs.get("num_warmup_steps"))
         if isinstance(warmup, float):
             if total is None:
-                raise ValueError(f"scheduler {self.scheduler}: a loader without a length has no part of its steps")
+                raise ValueError(
+                    f"scheduler {self.scheduler}: warmup_ratio is a part of all steps, and nobody knows how many: the "
+                    "loader has no length, or the time alone ends the run; give num_warmup_steps"
+                )
             kwargs["num_warmup_steps"] = round(total * warmup) if warmup <= 1 else count("num_warmup_steps", warmup)
         offered = arguments_of(schedule)
-        filled = {"num_training_steps": total, "steps_per_epoch": steps_per_epoch, "epochs": epochs}
-        if kwargs.get("total_steps") is None:
-            for name, value in filled.items():
-                if name in offered and name not in kwargs:
-                    if value is None:
-                        raise ValueError(
-                            f"scheduler {self.scheduler}: give {name}, since the loader has no length to tell it from"
-                        )
-                    kwargs[name] = value
+        filled: dict[str, int | None] = {"num_training_steps": total, "total_steps": total}
+        if {"steps_per_epoch", "epochs"} & {*kwargs}:  # the length is said in these
+            filled = {"steps_per_epoch": steps_per_epoch, "epochs": epochs}
+        for name, value in filled.items():
+            if name in offered and name not in kwargs:
+                if value is None:
+                    raise ValueError(
+                        f"scheduler {self.scheduler}: give {name}, since nobody knows it: the loader has no length, or "
+                        "the time alone ends the run"
+                    )
+                kwargs[name] = value
         return made(schedule, f"scheduler {self.scheduler}", optimizer, **kwargs)
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, ModuleInterface, Stage, count_samples, hookimpl, hookspecs, with_sampler
+from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl, hookspecs
 
 
 class _Stop(BaseException):
@@ -56,16 +57,16 @@ class Bridge(ModuleInterface):
     test_step = val_step
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
-        """Return the trainer's loader, its order the run's."""
-        return with_sampler(self.facade.train_loader, sampler)
+        """Return the trainer's loader."""
+        return self.facade.train_loader
 
     def get_val_dataloaders(self, sampler: type, batch_size: int) -> Any:
-        """Return the trainer's loader, its order the run's."""
-        return with_sampler(self.facade.val_loader, sampler)
+        """Return the trainer's loader."""
+        return self.facade.val_loader
 
     def get_test_dataloaders(self, sampler: type, batch_size: int) -> Any:
-        """Return the trainer's loader, its order the run's."""
-        return with_sampler(self.facade.test_loader, sampler)
+        """Return the trainer's loader."""
+        return self.facade.test_loader
 
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int | None, epochs: int
@@ -75,16 +76,26 @@ class Bridge(ModuleInterface):
 
 
 class _Drawn:
-    """A loader that gives the batches of this epoch that are left, and knows how large the last was."""
+    """A loader that gives the batches of this epoch that are left, and knows how large they were."""
 
-    def __init__(self, loader: Any, batches: Iterator[Any]) -> None:
+    def __init__(self, loader: Any, batches: Iterator[Any], trainer: hookline.Trainer, stage: Stage) -> None:
         self._loader, self._batches = loader, batches
-        self.samples = 0
+        self._count = functools.partial(trainer.hook.count_samples, trainer=trainer, stage=stage)
+        self.samples: list[int] = []
+        """Of each batch that was drawn."""
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:
-            self.samples = count_samples(batch)
+            self.samples.append(self._count(batch=batch))
             yield batch
+
+    def mean(self, losses: torch.Tensor) -> tuple[Any, int]:
+        """Return the mean of a history over samples, and how many; over its entries where these are not the batches."""
+        counts = self.samples[: len(losses)]  # a stop may come behind a step whose loss is not kept yet
+        if not len(counts) == len(losses) >= len(self.samples) - 1:
+            return losses.mean(), sum(self.samples)
+        samples = torch.tensor(counts, dtype=losses.dtype, device=losses.device)
+        return (losses * samples).sum() / samples.sum(), sum(counts)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -103,12 +114,12 @@ class OwnEpoch(CallbackInterface):
     def train_epoch(self, trainer: hookline.Trainer, batches: Iterator[Any]) -> bool:
         facade, counters = self.facade, trainer.counters
         loader, before = facade.train_loader, facade.loss_iter
-        facade.train_loader = drawn = _Drawn(loader, batches)
+        facade.train_loader = drawn = _Drawn(loader, batches, trainer, Stage.TRAIN)
 
         def step(*_: Any) -> None:
             counters.global_step += 1
             counters.batches += 1
-            counters.samples += drawn.samples * trainer.shares
+            counters.samples += drawn.samples[-1] * trainer.shares
             trainer.position += 1
             self.plugin.schedule(trainer)
             if not trainer.settle(counted=True):
@@ -123,8 +134,9 @@ class OwnEpoch(CallbackInterface):
             handle.remove()
             facade.train_loader = loader
             if facade.loss_iter > before:
-                mean = facade.loss_history[before : facade.loss_iter].mean()
-                trainer.log(over="epoch", **{f"{trainer.options.train_loss_metric_name}_epoch": mean})
+                mean, samples = drawn.mean(facade.loss_history[before : facade.loss_iter])
+                name = f"{trainer.options.train_loss_metric_name}_epoch"
+                trainer.log(over="epoch", weighted_by=samples, **{name: mean})
         return True
 
 
@@ -142,15 +154,16 @@ class OwnValidation(CallbackInterface):
             return hookspecs.evaluate(trainer, stage, loaders, limit)
         facade = self.facade
         loader, losses, accuracies = facade.val_loader, facade.val_loss_iter, facade.acc_iter
-        facade.val_loader = _Drawn(loader, itertools.islice(loaders["default"], limit))
+        facade.val_loader = drawn = _Drawn(loader, itertools.islice(loaders["default"], limit), trainer, stage)
         try:
             with trainer.evaluating(stage):
                 facade.val_epoch()
                 if facade.val_loss_iter > losses:
-                    mean = facade.val_loss_history[losses : facade.val_loss_iter].mean()
-                    trainer.log(**{trainer.options.val_loss_metric_name: mean})
+                    mean, samples = drawn.mean(facade.val_loss_history[losses : facade.val_loss_iter])
+                    trainer.log(weighted_by=samples, **{trainer.options.val_loss_metric_name: mean})
                 if facade.acc_iter > accuracies:
-                    trainer.log(val_acc=facade.acc_history[facade.acc_iter - 1])
+                    accuracy = facade.acc_history[facade.acc_iter - 1]
+                    trainer.log(weighted_by=sum(drawn.samples), val_acc=accuracy)
                 return trainer.collect_metrics()
         finally:
             facade.val_loader = loader
@@ -238,10 +251,20 @@ class Following(CallbackInterface):
         Path(facade.checkpoint_dir).mkdir(parents=True, exist_ok=True)
 
     @hookimpl
+    def on_begin_run(self, trainer: hookline.Trainer, stage: Stage) -> None:
+        if stage is Stage.TRAIN:
+            self._set_train(trainer)
+
+    @hookimpl
     def on_begin_train_epoch(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
         self.facade.cur_epoch = trainer.epoch
-        for model in self.facade.models().values():
-            model.set_train()
+        self._set_train(trainer)
+
+    def _set_train(self, trainer: hookline.Trainer) -> None:
+        """Do what the original does at the beginning of its `train_epoch`; one of the user's does it itself."""
+        if trainer.plugins.get_plugin("lernomatic.train_epoch") is None:
+            for model in self.facade.models().values():
+                model.set_train()
 
     @hookimpl
     def on_end_train_step(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]

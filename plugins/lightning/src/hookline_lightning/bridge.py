@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import hookline
-from hookline import ModuleInterface, Stage, with_sampler
+from hookline import ModuleInterface, Stage
 from hookline_lightning.configure import SchedulerConfig, read_optimizers
 from hookline_lightning.module import DOORS, Doors, LightningModule
 from hookline_lightning.view import View
@@ -28,7 +28,8 @@ BASES = (  # what stands in classes of these modules is nobody's override
 )  # fmt: skip
 WORDS = {Stage.TRAIN: "fit", Stage.VAL: "validate", Stage.TEST: "test", Stage.PREDICT: "predict"}
 LONG = {Stage.TRAIN: "train", Stage.VAL: "validation", Stage.TEST: "test", Stage.PREDICT: "predict"}
-OWN_WORDS = ("over", "reduce", "sync", "prog")  # keywords of Trainer.log
+INSTEAD = "loss of the module"  # under which a value waits that is told in the place of the run's own mean loss
+OWN_WORDS = ("over", "reduce", "sync", "prog", "weighted_by")  # keywords of Trainer.log
 
 
 def overridden(thing: Any, name: str) -> Callable[..., Any] | None:
@@ -95,11 +96,12 @@ class Bridge(ModuleInterface):
         self.batch_idx = self.loader_idx = 0
         self.skipped = False
         self.between = False  # whether a hook of a beginning or an end is called, where self.log is of the epoch
+        self.known = ""  # the event under way that comes when the metrics of an evaluation are known
         self.lossless = False  # whether a manual optimisation tells no loss
         self.forked: set[str] = set()  # names of an epoch, of what is logged of steps and of the epoch
         self.hidden: set[str] = set()
         self.epoch_metrics: dict[str, Any] = {}  # objects of torchmetrics that were logged
-        self.window: list[tuple[Any, Any, int]] = []
+        self.window: list[tuple[Any, Any, int, float]] = []  # of the step: outputs, batches, indices, samples
         self.listeners: dict[str, list[Callable[..., Any]]] = {}
         self._wrapped: list[LightningOptimizer] = []
         self._toggled: dict[torch.nn.Parameter, bool] | None = None
@@ -140,7 +142,7 @@ class Bridge(ModuleInterface):
                 )
         returned = call(self.module.training_step, batch, index)
         if "on_train_batch_end" in self.listeners:
-            self.window.append((without_graph(returned), batch, index))
+            self.window.append((without_graph(returned), batch, index, self.trainer.weight))
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if self.manual:
             return () if loss is None else loss
@@ -194,7 +196,7 @@ class Bridge(ModuleInterface):
         return self.loaders[stage]
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
-        """Return the user's loader, its order the run's."""
+        """Return the user's loader."""
         loader = self.ask_for_loaders(Stage.TRAIN)
         if loader is None:
             raise ValueError(
@@ -205,9 +207,9 @@ class Bridge(ModuleInterface):
                 f"train_dataloader() returned a {type(loader).__name__} of loaders, and one is wanted: put them into "
                 "one data set, or return one iterable over all of them (lightning's CombinedLoader is one)"
             )
-        return with_sampler(loader, sampler)
+        return loader
 
-    def _evaluation_loaders(self, stage: Stage, sampler: type) -> Any:
+    def _evaluation_loaders(self, stage: Stage) -> Any:
         asked = self.ask_for_loaders(stage)
         if asked is None:
             return None
@@ -217,19 +219,19 @@ class Bridge(ModuleInterface):
             asked = {"default": asked}
         elif len(asked) == 1:
             asked = {"default": next(iter(asked.values()))}
-        return {key: with_sampler(loader, sampler) for key, loader in asked.items()}
+        return asked
 
     def get_val_dataloaders(self, sampler: type, batch_size: int) -> Any:
         """Return the user's loaders."""
-        return self._evaluation_loaders(Stage.VAL, sampler)
+        return self._evaluation_loaders(Stage.VAL)
 
     def get_test_dataloaders(self, sampler: type, batch_size: int) -> Any:
         """Return the user's loaders."""
-        return self._evaluation_loaders(Stage.TEST, sampler)
+        return self._evaluation_loaders(Stage.TEST)
 
     def get_predict_dataloaders(self, sampler: type, batch_size: int) -> Any:
         """Return the user's loaders."""
-        return self._evaluation_loaders(Stage.PREDICT, sampler)
+        return self._evaluation_loaders(Stage.PREDICT)
 
     # Optimizers -----------------------------------------------------------------------
 
@@ -246,8 +248,12 @@ class Bridge(ModuleInterface):
                 "steps when: set self.automatic_optimization = False in __init__ and step them in training_step"
             )
         self._wrapped = [LightningOptimizer(one, self) for one in optimizers]
-        plain = [(one.scheduler, one.interval) for one in self.configs if not one.reduce_on_plateau]
-        return optimizers, plain + [(one.scheduler, "validation") for one in self.configs if one.reduce_on_plateau]
+        # what a scheduler looks at need not be of an evaluation: `Schedules` gives it the value, not the run
+        told = [
+            (one.scheduler, "epoch", None) if one.reduce_on_plateau else (one.scheduler, one.interval)
+            for one in self.configs
+        ]
+        return optimizers, told
 
     def wrapped(self) -> list[LightningOptimizer]:
         """Return the optimizers as `self.optimizers()` shows them."""
@@ -303,12 +309,25 @@ class Bridge(ModuleInterface):
         finally:
             self.between = False
 
+    def tell_known(self, event: str) -> None:
+        """Tell an event that comes when the metrics of an evaluation are known: nothing can be logged in it."""
+        self.known = event
+        try:
+            self.tell(event)
+        finally:
+            self.known = ""
+
     def take(
         self, name: str, value: Any, *, prog_bar: bool, logger: bool | None, on_step: bool | None,
-        on_epoch: bool | None, reduce_fx: Any, sync: bool, with_key: bool, first_rank: bool,
+        on_epoch: bool | None, reduce_fx: Any, sync: bool, with_key: bool, first_rank: bool, batch_size: int | None,
     ) -> None:  # fmt: skip
         """Log a value as `self.log` means it."""
         core = self.trainer
+        if self.known:
+            raise ValueError(
+                f"self.log({name!r}) in {self.known}: the metrics of this evaluation are known by then, so the value "
+                f"would belong to none; log it in {self.known.removesuffix('end')}epoch_end"
+            )
         if first_rank and core.rank:
             return
         reduce = getattr(reduce_fx, "__name__", reduce_fx)
@@ -324,19 +343,19 @@ class Bridge(ModuleInterface):
             self.forked.add(names[1])
         if logger is False and not prog_bar:
             self.hidden.update(names)
-        options: dict[str, Any] = {"prog": prog_bar, "sync": sync}
+        options: dict[str, Any] = {"prog": prog_bar, "sync": sync, "weighted_by": batch_size}
         if not training:
             if on_step or on_epoch:
                 with self.without_key() if not with_key else nullcontext():
                     self._take_over_epoch(names[bool(on_epoch)], value, reduce, options)
             return
-        own = core.options.train_loss_metric_name  # the run logs the loss itself under this name
-        if on_step and names[0] != own:
+        if on_step:
             shown = getattr(value, "_forward_cache", None) if is_metric(value) else value
             if shown is not None:
                 core.log(**options, **{names[0]: shown})
-        if on_epoch and names[1] != f"{own}_epoch":
-            self._take_over_epoch(names[1], value, reduce, options)
+        if on_epoch:
+            of_run = names[1] == f"{core.options.train_loss_metric_name}_epoch"  # which the run logs itself
+            self._take_over_epoch(INSTEAD if of_run else names[1], value, reduce, options)
 
     def _take_over_epoch(self, name: str, value: Any, reduce: str, options: dict[str, Any]) -> None:
         if is_metric(value):

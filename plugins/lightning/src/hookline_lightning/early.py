@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, ModuleInterface, Stage, copy_state, hookimpl, with_sampler
+from hookline import CallbackInterface, ModuleInterface, Stage, copy_state, hookimpl
 from hookline_lightning.bridge import overridden
 
 LOADERS = {Stage.TRAIN: "tng_dataloader", Stage.VAL: "val_dataloader", Stage.TEST: "test_dataloader"}
@@ -191,16 +191,16 @@ class Bridge(ModuleInterface):
         return self._loaders[stage]
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
-        """Return the module's loader, its order the run's."""
-        return with_sampler(self.ask_for_loaders(Stage.TRAIN), sampler)
+        """Return the module's loader."""
+        return self.ask_for_loaders(Stage.TRAIN)
 
     def get_val_dataloaders(self, sampler: type, batch_size: int) -> Any:
-        """Return the module's loader, its order the run's."""
-        return with_sampler(self.ask_for_loaders(Stage.VAL), sampler)
+        """Return the module's loader."""
+        return self.ask_for_loaders(Stage.VAL)
 
     def get_test_dataloaders(self, sampler: type, batch_size: int) -> Any:
-        """Return the module's loader, its order the run's."""
-        return with_sampler(self.ask_for_loaders(Stage.TEST), sampler)
+        """Return the module's loader."""
+        return self.ask_for_loaders(Stage.TEST)
 
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int | None, epochs: int) -> Any:
         """Return the module's optimizers; after one backward each of them steps."""
@@ -231,6 +231,18 @@ class Following(CallbackInterface):
 
     def __init__(self, bridge: Bridge) -> None:
         self.bridge = bridge
+
+    @hookimpl
+    def on_begin_run(self, stage: Stage) -> None:
+        if stage is Stage.TRAIN:  # as after the sanity check of the first year
+            self.bridge.train()
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def evaluate(self, trainer: hookline.Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
+        metrics = yield
+        if trainer.stage is Stage.TRAIN:  # the first year did so, whatever the modes were
+            self.bridge.train()
+        return metrics
 
     @hookimpl
     def on_begin_train(self, trainer: hookline.Trainer) -> None:

@@ -53,7 +53,7 @@ class Doors:
             sync_dist: over all ranks (an evaluation always is).
             sync_dist_group: has no meaning here.
             add_dataloader_idx: append the key of the loader where there are several.
-            batch_size: has no meaning here, samples are counted by the run.
+            batch_size: how much the value weighs in a mean; the samples of the batch unless given.
             metric_attribute: has no meaning here.
             rank_zero_only: only rank 0 logs it.
 
@@ -62,7 +62,7 @@ class Doors:
         """
         connected(self).bridge.take(
             name, value, prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch, reduce_fx=reduce_fx,
-            sync=sync_dist, with_key=add_dataloader_idx, first_rank=rank_zero_only,
+            sync=sync_dist, with_key=add_dataloader_idx, first_rank=rank_zero_only, batch_size=batch_size,
         )  # fmt: skip
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **options: Any) -> None:

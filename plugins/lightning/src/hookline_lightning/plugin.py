@@ -11,7 +11,7 @@ import torch
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl, hookspecs, instantiate, kept_rng, set_seed
 from hookline_lightning import early
-from hookline_lightning.bridge import LONG, WORDS, Bridge, call, is_metric, overridden
+from hookline_lightning.bridge import INSTEAD, LONG, WORDS, Bridge, call, is_metric, overridden
 from hookline_lightning.configure import SchedulerConfig
 from hookline_lightning.events import LONG_STEPS, listeners, refuse_unheard
 
@@ -287,7 +287,7 @@ class Following(CallbackInterface):
             self._take(bridge.view.values, metrics)
         if f"on_{word}_end" in bridge.listeners:
             with trainer.evaluating(stage):
-                bridge.tell(f"on_{word}_end")
+                bridge.tell_known(f"on_{word}_end")
         if trainer.sanity_checking:
             bridge.tell("on_sanity_check_end")
         return metrics
@@ -361,8 +361,11 @@ class Following(CallbackInterface):
     @hookimpl(wrapper=True)
     def filter_log(self, trainer: hookline.Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
         metrics, hidden = (yield), self.bridge.hidden
+        own = f"{trainer.options.train_loss_metric_name}_epoch"
         if self.bridge.lossless:  # several ranks have a mean of it all the same
-            metrics.pop(f"{trainer.options.train_loss_metric_name}_epoch", None)
+            metrics.pop(own, None)
+        if INSTEAD in metrics:
+            metrics[own] = metrics.pop(INSTEAD)
         if not hidden:
             return metrics
         kept = {name: one for name, one in metrics.items() if name.split("/dataloader_idx_")[0] not in hidden}
@@ -425,8 +428,10 @@ class Steps(CallbackInterface):
     @hookimpl
     def on_end_train_step(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
         window, self.bridge.window = self.bridge.window, []
-        for outputs, batch, index in window:
+        for outputs, batch, index, samples in window:
+            trainer.weight = samples
             self.bridge.tell("on_train_batch_end", outputs, batch, index)
+        trainer.weight = 1.0
 
 
 # What a module may do in the run's place ------------------------------------------------
@@ -571,7 +576,7 @@ class Manual(CallbackInterface):
                 "keep them company; let distributed.uneven be drop"
             )
         bridge, hook = self.bridge, trainer.hook
-        bridge.index = 0
+        bridge.index, trainer.weight = 0, trainer.weights[0]
         for name, gradient in self._gradients.items():
             parameter = bridge.get_parameter(name)
             parameter.grad = gradient.to(parameter.device, copy=True)

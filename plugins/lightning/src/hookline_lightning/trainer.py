@@ -37,7 +37,7 @@ NOT_HONOURED = {
     "deterministic": "call torch.use_deterministic_algorithms(True) yourself",
     "benchmark": "set torch.backends.cudnn.benchmark yourself",
     "inference_mode": "evaluations are under torch.no_grad",
-    "use_distributed_sampler": "loaders are shared between ranks unless they have a sampler of their own",
+    "use_distributed_sampler": "loaders are shared between ranks, unless their sampler or hookline.sharded says so",
     "profiler": "wrap the run in torch.profiler, or see `hookline` plugins monitor and progress",
     "detect_anomaly": "call torch.autograd.set_detect_anomaly(True) yourself",
     "barebones": "leave plugins out by logger=False, enable_checkpointing=False, enable_progress_bar=False",

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import hookline
-from hookline import CallbackInterface, hookimpl, tracking
+from hookline import CallbackInterface, Stage, hookimpl, tracking
 from hookline_pymarlin.stats import Writer, global_stats
 
 
 @dataclass(eq=False)
 class Pymarlin(CallbackInterface):
-    """Lead PyMarlin's `global_stats` to the run that is under way."""
+    """Lead PyMarlin's `global_stats` to the run that is under way, and train in train mode."""
 
     @hookimpl(tryfirst=True)
-    def on_begin_run(self, trainer: hookline.Trainer) -> None:
+    def on_begin_run(self, trainer: hookline.Trainer, stage: Stage) -> None:
         global_stats._trainers.append(trainer)
+        if stage is Stage.TRAIN:
+            trainer.module.train()
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def train_epoch(self, trainer: hookline.Trainer) -> Generator[None, bool, bool]:
+        trainer.module.train()  # as PyMarlin does at each epoch, whatever the modes were
+        return (yield)
 
     @hookimpl(trylast=True)
     def on_end_run(self, trainer: hookline.Trainer) -> None:
