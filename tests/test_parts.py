@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-from hookline import data, every, with_sampler
+from hookline import data, every
 from hookline.logs import FOLD_AT, LogBuffer, Reduction, as_number, to_floats
 from hookline.outputs import Collector, as_outputs, collate, with_loss
 from hookline.schedule import seconds
@@ -275,34 +275,6 @@ def test_a_loader_in_order_skips_without_loading():
     assert [batch.tolist() for batch in loader] == [[8, 9]]
     assert loaded == [8, 9]
     assert len(loader) == 5
-
-
-def test_a_loader_that_knows_of_no_run_draws_as_the_run_does():
-    dataset = TensorDataset(torch.arange(10))
-    sampler = data.sampler_class(data.Cursor(seed=3), True, 1, 2)  # the second of two ranks
-    loader = DataLoader(dataset, 2, shuffle=True, drop_last=True, collate_fn=lambda items: [int(x) for (x,) in items])
-    drawn_by_the_run = drawn(10, data.Cursor(seed=3), 1, 2)
-    assert list(with_sampler(loader, sampler)) == [drawn_by_the_run[:2], drawn_by_the_run[2:4]]
-    in_order = with_sampler(DataLoader(dataset, 5), sampler)
-    assert [batch.tolist() for (batch,) in in_order] == [[1, 3, 5, 7, 9]]
-    alone = with_sampler(DataLoader(dataset, None, shuffle=True), sampler)
-    assert [int(x) for (x,) in alone] == drawn_by_the_run
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: [1, 2],
-        lambda: DataLoader(Stream(), None),
-        lambda: DataLoader(range(4), sampler=[3, 1]),
-        lambda: DataLoader(range(4), batch_sampler=[[3], [1]]),
-        lambda: DataLoader(range(4), sampler=RandomSampler(range(4), replacement=True)),
-        lambda: DataLoader(range(4), sampler=RandomSampler(range(4), num_samples=2)),
-    ],
-)
-def test_a_loader_that_draws_in_a_way_of_its_own_stays_as_it_is(make):
-    loader = make()
-    assert with_sampler(loader, data.sampler_class(data.Cursor(), True, 0, 1)) is loader
 
 
 @pytest.mark.parametrize("make", [lambda: [1, 2, 3], lambda: iter([1, 2, 3]), lambda: DataLoader(Stream(), None)])

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from hookline.data import count_samples as count_samples
     from hookline.data import shard as shard
     from hookline.data import sharded as sharded
-    from hookline.data import with_sampler as with_sampler
     from hookline.installed import nearest as nearest
     from hookline.interfaces import CallbackInterface as CallbackInterface
     from hookline.interfaces import ModuleInterface as ModuleInterface
@@ -55,7 +54,6 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "sharded": "data",
     "tracking": "tracking",
     "verb": "marks",
-    "with_sampler": "data",
 }
 __all__ = [*_HOMES]
 

@@ -130,8 +130,13 @@ class Trainer:
         """What an evaluation of several loaders appends to the names of logged values."""
         self._told_at_once: LogBuffer | None = None  # of what is logged where something ends
         self._train_loss = self.options.train_loss_metric_name
-        self._own_names = {self._train_loss, self.options.val_loss_metric_name, "test_loss"}
-        self._logged_by_user: set[str] = set()  # of these names: then it is the user's value that counts
+        self._own_names = {
+            self._train_loss,
+            f"{self._train_loss}_epoch",
+            self.options.val_loss_metric_name,
+            "test_loss",
+        }
+        self._logged_by_user: set[tuple[Stage, str]] = set()  # of these names: then it is the user's value that counts
         self._losses: list[tuple[torch.Tensor, float]] = []  # and weights of the last steps, summed up at FOLD_AT
         self._rng: Any = None  # the random states of this run, while it is not under way
         self._said: set[str] = set()  # what is said once
@@ -559,6 +564,7 @@ class Trainer:
             assert self.stop_reason is not None
             hook.save(trainer=self, reason=self.stop_reason, state=None)
             return False
+        self.weight = 1.0
         counters.global_step += 1
         counters.batches += size
         cursor.position += size
@@ -609,7 +615,6 @@ class Trainer:
                 loss = row[0]
                 fresh = loss.grad_fn is not None and not loss._is_view()  # `kept`, without a call in each step
                 self._losses.append((loss.detach() if fresh else kept(loss), weight))
-        self.weight = 1.0
         if len(self._losses) >= FOLD_AT:
             self._fold_losses()
         if self._epoch_outputs.room:
@@ -628,11 +633,12 @@ class Trainer:
         losses, weights = zip(*self._losses, strict=True)
         values = wide(torch.stack([loss.reshape(()) for loss in losses]))
         total, weight = (values * torch.tensor(weights, dtype=values.dtype, device=values.device)).sum(), sum(weights)
-        if self._train_loss not in self._logged_by_user:
+        if (Stage.TRAIN, self._train_loss) not in self._logged_by_user:
             interval = self._interval.reduction(self._train_loss)
             interval.sync = True
             interval.add_sum(total, weight)
-        self._epoch.reduction(f"{self._train_loss}_epoch").add_sum(total, weight)
+        if (Stage.TRAIN, f"{self._train_loss}_epoch") not in self._logged_by_user:
+            self._epoch.reduction(f"{self._train_loss}_epoch").add_sum(total, weight)
         self._losses = []
 
     def _compare_schedules(self, ended: bool) -> None:
@@ -868,11 +874,12 @@ class Trainer:
                     f"for the loss ({name}). Return the loss as a tensor of shape (), and what is no loss behind it"
                 )
             names = dict.fromkeys((name, name + self.log_suffix))  # of all loaders together, and of each
-            for full_name in names if name not in self._logged_by_user else ():
+            by_user = (stage, name) in self._logged_by_user
+            for full_name in names if not by_user else ():
                 reduction = self._evaluation.reduction(full_name)
                 reduction.sync = True
                 reduction.add(loss, weight)
-            if self._in_training and not self.options.report_loss_after_eval and name not in self._logged_by_user:
+            if self._in_training and not self.options.report_loss_after_eval and not by_user:
                 batch = self.counters.evaluation_batches = self.counters.evaluation_batches + 1
                 if batch % every(self.options.log_every).number == 0 and self.plugins.heard["on_log"]:
                     mean = Reduction.from_state(reduction.get_state()).value().item()
@@ -925,7 +932,7 @@ class Trainer:
         if buffer is None:
             buffer = self._epoch if over == "epoch" else self._interval
         weight = self.weight if weighted_by is None else float(weighted_by)
-        self._logged_by_user |= values.keys() & self._own_names
+        self._logged_by_user |= {(self.stage, name) for name in values.keys() & self._own_names}
         for name, value in values.items():
             both = (name, name + suffix) if suffix and name in self._own_names else (name + suffix,)
             for full_name in both:  # the loss counts over all loaders, too

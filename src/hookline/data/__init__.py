@@ -4,7 +4,7 @@ from hookline.data.asked import Loaders
 from hookline.data.batches import count_samples, counted, to_device
 from hookline.data.cursor import Cursor, ResumableSampler, mix, sampler_class
 from hookline.data.loaders import RunLoader
-from hookline.data.sampling import length, shard, sharded, with_sampler
+from hookline.data.sampling import length, shard, sharded
 
 __all__ = [
     "Cursor",
@@ -19,5 +19,4 @@ __all__ = [
     "shard",
     "sharded",
     "to_device",
-    "with_sampler",
 ]

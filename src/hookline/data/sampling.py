@@ -12,9 +12,7 @@ import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    IterableDataset,
     RandomSampler,
-    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
@@ -311,19 +309,3 @@ class Whole:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cursor, name)
-
-
-def with_sampler(loader: Any, sampler: type[Sampler[Any]]) -> Any:
-    """Return a loader that was made without knowing of the run, drawing by the sampler class that the run hands out.
-
-    For adapters of interfaces that are not handed a sampler. A `DataLoader` that goes through its data in their order
-    does so here too, one that shuffles does as the run does; each rank then takes its share. What draws in another
-    way (a sampler, a generator or a loader of the user's own, an iterable) is returned as it is.
-    """
-    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
-        return loader
-    own, batches = loader.sampler, loader.batch_sampler
-    if not is_exact(own) or type(batches) not in (BatchSampler, type(None)):
-        return loader
-    drawn = sampler if type(own) is RandomSampler else type(sampler.__name__, (sampler,), {"shuffle": False})
-    return DataLoader(loader.dataset, sampler=drawn(loader.dataset), **arguments_of(loader))

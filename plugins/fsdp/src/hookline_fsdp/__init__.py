@@ -152,6 +152,13 @@ class Fsdp(CallbackInterface):
         blocks = [block for block in find_blocks(trainer, model, "fsdp.wrap", self.wrap).values() if block is not model]
         return [block for block in reversed(blocks) if size_of(block) >= self.min_parameters]
 
+    @hookimpl(wrapper=True, optionalhook=True)  # of distributed
+    def get_replicated(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        tensors = yield
+        if self.broadcast_buffers:
+            return tensors
+        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+
     # The step -------------------------------------------------------------------------
 
     @hookimpl(wrapper=True)
