@@ -172,20 +172,20 @@ class Batches:
     ) -> None:
         self.cursor, self.share, self.shares, self.agree = cursor, share, shares, agree
         batches: Any = loader.batch_sampler
-        self.batched = type(batches) is BatchSampler  # torch's own, which does nothing but cut
+        self.batched = type(batches) is BatchSampler or is_of_torchdata(batches, "BatchSampler")  # which only cut
         self.size = (batches.batch_size or 1) if self.batched else 1
         self.drop_last = self.batched and batches.drop_last
         source: Any = batches.sampler if self.batched else loader.sampler if batches is None else batches
-        self.repeatable = is_repeatable(source)
         self.name = type(source).__name__
         ours = sampler is not None and issubclass(sampler, ResumableSampler)
         like: Any = sampler if ours else sampler_class(cursor, True, share, shares)
-        if is_exact(source):
+        if is_exact(source) and (type(source) in PLAIN or loader.generator is None):
             made = like(source.data_source)
-            made.shuffle = like.shuffle and type(source) is RandomSampler
+            made.shuffle = like.shuffle and type(source) is not SequentialSampler
             source = made
         elif isinstance(source, ResumableSampler):
             source = bound(source, like, like.cursor)
+        self.repeatable = is_repeatable(source)
         self.runs = isinstance(source, ResumableSampler)  # begins at the cursor and shares by itself
         self.dealt = not self.runs and not is_shared(source, share, shares)
         self.source = source if self.runs else rebound(source, like)
@@ -257,12 +257,16 @@ def is_exact(sampler: Any) -> bool:
     """Tell whether a sampler goes through the whole data set once, in order or shuffled by the global random state."""
     if type(sampler) is SequentialSampler:
         return True
-    return (
-        type(sampler) is RandomSampler
-        and not sampler.replacement
-        and sampler.generator is None
-        and sampler.num_samples == len(sampler.data_source)
-    )
+    shuffles = type(sampler) is RandomSampler and sampler.generator is None
+    if not shuffles and not is_of_torchdata(sampler, "RandomSampler"):  # whose generator is its own, seeded globally
+        return False
+    return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+
+
+def is_of_torchdata(sampler: Any, name: str) -> bool:
+    """Tell whether a sampler is the one of this name that torchdata's loader makes in the place of torch's own."""
+    kind = type(sampler)
+    return kind.__module__ == "torchdata.stateful_dataloader.sampler" and kind.__name__ == name
 
 
 def is_repeatable(sampler: Any) -> bool:
@@ -320,5 +324,5 @@ def with_sampler(loader: Any, sampler: type[Sampler[Any]]) -> Any:
     own, batches = loader.sampler, loader.batch_sampler
     if not is_exact(own) or type(batches) not in (BatchSampler, type(None)):
         return loader
-    drawn = sampler if type(own) is RandomSampler else type(sampler.__name__, (sampler,), {"shuffle": False})
+    drawn = type(sampler.__name__, (sampler,), {"shuffle": False}) if type(own) is SequentialSampler else sampler
     return DataLoader(loader.dataset, sampler=drawn(loader.dataset), **arguments_of(loader))
