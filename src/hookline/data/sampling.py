@@ -149,7 +149,8 @@ def is_shared(loader: Any, share: int, shares: int) -> bool:
 class Batches:
     """The batches of a map-style loader: their places in the epoch, with the indices that its samplers draw.
 
-    Begins at the cursor. What the user's sampler draws at random is a function of (seed, epoch), and each rank takes
+    A place is that of a batch's first sample, so no two are alike, whatever batch size and number of ranks were before
+    a resume. Begins at the cursor. What the user's sampler draws is a function of (seed, epoch), and each rank takes
     its share of it, unless the sampler has shared already. `__len__` is that of a whole epoch on this rank.
 
     Args:
@@ -207,12 +208,14 @@ class Batches:
         return items // self.size if self.drop_last else -(-items // self.size)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        place = self.cursor.position * self.shares + self.share
+        place, further = self.cursor.consumed + self.share, self.cursor.draw  # which sample of the epoch is its first
+        if not self.runs and not self.dealt:  # those of ranks have places of their own
+            place, further = self.cursor.consumed * self.shares + self.share, further * self.shares
         for drawn in self._of_the_run() if self.runs else self._of_the_user():
             if not drawn or (self.drop_last and len(drawn) < self.size):
                 return
             yield place, drawn if self.batched else drawn[0]
-            place += self.shares
+            place += further
 
     def _of_the_run(self) -> Iterator[list[Any]]:
         source = iter(self.source)
