@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from hookline.data.cursor import Cursor, ResumableSampler, mix, sampler_class
-from hookline.data.seeding import seeded
+from hookline.data.seeding import States
 
 Agree = Callable[[list[Any]], None]
 
@@ -223,13 +223,11 @@ class Batches:
             yield drawn
 
     def _of_the_user(self) -> Iterator[list[Any]]:
-        """Give what is drawn for one batch of this rank, from the cursor on; what lies before it is drawn as ever."""
+        """Give what is drawn for one batch of this rank, from the cursor on; what lies before it is drawn too."""
         shares = self.shares if self.dealt else 1
         number = self.size * shares
-        draws = Draws(self.source, mix(self.cursor.seed, self.cursor.epoch))
-        for _ in range(self.cursor.consumed // number):
-            draws.take(number)
-        draws.take(self.cursor.consumed % number)
+        draws = Draws(self.source, mix(self.cursor.seed, self.cursor.epoch, "sampler"))
+        draws.take(self.cursor.consumed)
         drawn = draws.take(number)
         if self.dealt and shares > 1:
             self.agree(drawn)
@@ -239,18 +237,17 @@ class Batches:
 
 
 class Draws:
-    """What a sampler draws, under random states of its own, whatever else is drawn between two batches."""
+    """What a sampler draws, under random states of its own, whatever is drawn in between and however many at a time."""
 
     def __init__(self, source: Any, seed: int) -> None:
-        self.source, self.seed, self.number = source, seed, 0
+        self.source, self.states = source, States(seed)
         self.items: Iterator[Any] | None = None
 
     def take(self, number: int) -> list[Any]:
         """Draw some more."""
         if not number:
             return []
-        self.number += 1
-        with seeded(mix(self.seed, "sampler", self.number)):
+        with self.states.under_way():
             if self.items is None:
                 self.items = iter(self.source)
             return list(itertools.islice(self.items, number))
