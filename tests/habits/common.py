@@ -38,7 +38,8 @@ class Stream(IterableDataset):
 class Seen(ModuleInterface):
     """Trains and validates on whatever its loaders give, and keeps it: `seen` by epoch, `validated` by evaluation.
 
-    The loss is the mean of the ids, so that of a validation is known beforehand.
+    `gathered` has the ids of all ranks, as an evaluation collates them. The loss is the mean of the ids, so that of a
+    validation is known beforehand.
 
     Args:
         train: makes the training loader of sampler and batch size, or is it.
@@ -49,7 +50,7 @@ class Seen(ModuleInterface):
         super().__init__()
         self.net = torch.nn.Linear(1, 1)
         self.loaders = train, val
-        self.seen, self.draws, self.validated = {}, [], []
+        self.seen, self.draws, self.validated, self.gathered = {}, [], [], []
 
     def ids(self, batch):
         ids = batch[0] if isinstance(batch, (list, tuple)) else batch
@@ -62,7 +63,10 @@ class Seen(ModuleInterface):
 
     def val_step(self, global_step, batch, device):
         self.validated[-1].append(self.ids(batch).int().tolist())
-        return self.ids(batch).double().mean()
+        return self.ids(batch).double().mean(), self.ids(batch)
+
+    def on_end_val_epoch(self, global_step, losses, ids=None, key="default"):
+        self.gathered = ids.int().tolist() if isinstance(ids, torch.Tensor) else []
 
     @hookimpl
     def on_begin_val_epoch(self):

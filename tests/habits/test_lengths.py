@@ -248,7 +248,7 @@ def test_a_run_of_the_same_length_goes_on_as_ever(kind, caplog):
 
 
 class Unfrozen(TinyModule):
-    """Its first layer joins the optimizer in the third epoch, its last has a schedule."""
+    """Its first layer joins the optimizer, and the schedule, in the second epoch."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ class Unfrozen(TinyModule):
         return [optimizer], [lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.totals.steps)]
 
     def on_begin_train_epoch(self, global_step, epoch):
-        if epoch == 2 and self.trainer.position == 0:
+        if epoch == 1 and self.trainer.position == 0:
             self.net[0].requires_grad_(True)
             late = {"params": list(self.net[0].parameters()), "lr": 1e-3, "initial_lr": 1e-3}
             self.trainer.optimizers[0].add_param_group(late)
@@ -268,11 +268,11 @@ class Unfrozen(TinyModule):
 
 def test_a_run_that_unfreezes_resumes_at_every_step():
     memory = Memory(every="1 steps")
-    whole = tiny_trainer([memory], Unfrozen(), epochs=4)
+    whole = tiny_trainer([memory], Unfrozen(), epochs=3)
     whole.train()
     assert not torch.equal(whole.module.net[0].weight, Unfrozen().net[0].weight)
     for at, state in memory.states.items():
-        resumed = tiny_trainer([Memory(state)], Unfrozen(), epochs=4)
+        resumed = tiny_trainer([Memory(state)], Unfrozen(), epochs=3)
         resumed.train()
         assert digest(resumed.module.state_dict()) == digest(whole.module.state_dict()), at
         assert len(resumed.optimizers[0].param_groups) == 2, at

@@ -181,6 +181,9 @@ LOADERS = {
     "a stream by epoch": (lambda size: DataLoader(ShuffledStream(N), size), "own", "refused"),
     "a list of batches": (lambda size: [torch.arange(4.0), torch.arange(4.0, 6.0)], "own", "refused"),
 }
+OUT_OF_ORDER = (  # on two ranks, which are dealt whole batches: what they give is put together sample by sample
+    "own batch sampler", "lists of batches as batch sampler", "a data set of batches",
+)  # fmt: skip
 EPOCHS = 3
 
 
@@ -191,7 +194,8 @@ def program(name):
     module = Seen(kept, val)
     trainer = train(module, {"ddp": {}} if data_ranks() > 1 else {}, epochs=EPOCHS, keep_loaders=name == "workers")
     same = (attributes(kept), attributes(val)) == before
-    return module.seen, module.validated, trainer.metrics["val_loss"], same, len(set(module.draws)), trainer.global_step
+    logged = trainer.metrics["val_loss"], len(set(module.draws)), trainer.global_step
+    return module.seen, module.validated, same, module.gathered, *logged
 
 
 def data_ranks():
@@ -205,7 +209,7 @@ def data_ranks():
 @pytest.mark.parametrize("name", LOADERS)
 def test_a_kept_loader_gives_what_the_users_own_loop_gets(name):
     make, order, _ = LOADERS[name]
-    seen, validated, val_loss, same, draws, steps = program(name)
+    seen, validated, same, gathered, val_loss, draws, steps = program(name)
     hand = own_loop(make(4), EPOCHS)
     assert same
     assert steps == sum(map(len, hand.values()))
@@ -220,6 +224,7 @@ def test_a_kept_loader_gives_what_the_users_own_loop_gets(name):
         assert all(flat(seen[epoch]) == flat(hand[epoch]) for epoch in hand)
         assert flat(validated[-1]) == flat(hand[0])
     samples = flat(validated[-1])
+    assert gathered == [*itertools.chain(*validated[-1])]
     assert val_loss == pytest.approx(sum(samples) / len(samples), abs=1e-12)
     if draws:  # no two loads were given the same random numbers
         assert draws == sum(len(flat(batches)) for batches in seen.values())
@@ -248,14 +253,17 @@ def test_two_ranks_share_what_the_users_own_loop_gets(subtests):
             alone = tried(program, name) if order == "drawn" else None
             hand = own_loop(make(4), EPOCHS) if alone is None else alone[0]
             validated = flat(hand[0] if alone is None else alone[1][-1])
-            assert all(same for *_, same, _, _ in found)
+            assert all(rank[2] for rank in found)
             for epoch in range(EPOCHS):
                 batches = [rank[0].get(epoch, []) for rank in found]
                 assert flat(itertools.chain(*batches)) == flat(hand[epoch])
                 assert batches[0] != batches[1]
             assert flat(itertools.chain(*(rank[1][-1] for rank in found))) == validated
             for rank in found:
-                assert rank[2] == pytest.approx(sum(validated) / len(validated), abs=1e-12)
+                in_order = rank[3] == ([*itertools.chain(*hand[0])] if order == "own" else found[0][3])
+                assert in_order == (name not in OUT_OF_ORDER)
+                assert sorted(rank[3]) == validated
+                assert rank[4] == pytest.approx(sum(validated) / len(validated), abs=1e-12)
 
 
 # Kept loaders -------------------------------------------------------------------------

@@ -186,7 +186,7 @@ class Split(Line):
     def __init__(self, once, how="torch"):
         super().__init__()
         self.once, self.how, self.kept = once, how, None
-        self.trained, self.validated = [], []
+        self.trained, self.validated, self.noise = [], [], []
 
     def parts(self):
         if self.kept is None or not self.once:
@@ -207,6 +207,7 @@ class Split(Line):
 
     def train_step(self, global_step, batch, device):
         self.trained += batch[2].tolist()
+        self.noise += draws()
         return super().train_step(global_step, batch, device)
 
     def val_step(self, global_step, batch, device):
@@ -218,15 +219,15 @@ SPLITS = [(once, how) for once in (True, False) for how in ("torch", "python", "
 
 
 def split(once, how, plugins=()):
-    """Train three epochs on a split; return what was trained and validated on."""
+    """Train three epochs on a split; return what was trained and validated on, and what was drawn."""
     module = Split(once, how)
     train(module, plugins, train_batch_size=8, val_batch_size=4, epochs=3)
-    return module.trained, module.validated
+    return module.trained, module.validated, module.noise
 
 
 @pytest.mark.parametrize(("once", "how"), SPLITS)
 def test_a_split_where_loaders_are_made_is_one_split(once, how):
-    trained, validated = split(once, how)
+    trained, validated, _ = split(once, how)
     assert len(trained) == 96
     assert sorted(set(trained) | set(validated)) == [*range(40)]
     assert not set(trained) & set(validated)
@@ -239,7 +240,7 @@ def splits():
 
 @pytest.mark.plugins
 @pytest.mark.xdist_group("ranks")
-def test_a_split_is_the_same_on_all_ranks(subtests):
+def test_ranks_share_a_split_and_draw_for_themselves(subtests):
     for of_ranks, (once, how) in zip(zip(*two(splits), strict=True), SPLITS, strict=True):
         with subtests.test(once=once, how=how):
             trained = of_ranks[0][0] + of_ranks[1][0]
@@ -247,6 +248,7 @@ def test_a_split_is_the_same_on_all_ranks(subtests):
             assert len(trained) == 96
             assert len(validated) == 24
             assert (len(set(trained)), len(set(validated))) == (32, 8)
+            assert not set(of_ranks[0][2]) & set(of_ranks[1][2])  # what is drawn while training is each rank's own
             assert not set(trained) & set(validated)
 
 
