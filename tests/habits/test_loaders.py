@@ -22,6 +22,7 @@ from torch.utils.data import (
 )
 
 from hookline import data
+from hookline.testing import Memory
 
 N = 22  # no multiple of 4
 
@@ -541,3 +542,22 @@ def test_a_stateful_loader_of_torchdata(kind):
     assert attributes(loader) == before
     if kind != "shuffled":
         assert module.seen == hand
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("kind", ["in order", "shuffled", "stream by epoch", "the run's sampler"])
+def test_a_stateful_loader_of_torchdata_resumes_at_every_step(kind):
+    stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+
+    def loader(sampler, batch_size):
+        dataset = ShuffledStream(N) if kind == "stream by epoch" else Ids(N)
+        drawn = {"sampler": sampler(dataset)} if kind == "the run's sampler" else {"shuffle": kind == "shuffled"}
+        return stateful.StatefulDataLoader(dataset, batch_size, **drawn)
+
+    memory = Memory(every="1 steps")
+    whole = train(Seen(loader), [memory], epochs=2)
+    for at in range(1, 12):
+        resumed = train(Seen(loader), [Memory(memory.states[at])], epochs=2)
+        batches = [batch for epoch in sorted(resumed.module.seen) for batch in resumed.module.seen[epoch]]
+        assert batches == [*whole.module.seen[0], *whole.module.seen[1]][at:], at
+        assert resumed.module.draws == whole.module.draws[-len(resumed.module.draws) :], at
