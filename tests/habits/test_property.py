@@ -137,6 +137,8 @@ class Ranks:
                 assert not doubt
                 rows.append((batch[0].reshape(-1).tolist(), batch[1].reshape(-1).tolist(), samples))
             assert attributes(user) == before
+            if batches is None and not cursor.consumed:
+                assert len(loader) == len(rows)
             mine.position += len(rows)
             mine.consumed += len(rows) * mine.draw
             taken.append(rows)
@@ -228,6 +230,24 @@ def test_streams_that_are_shared(length, size, shares, cut):
         draws += [draw for batch in whole for draw in batch[1].tolist()]
     assert flat(seen) == [*range(length)]
     assert len(set(draws)) == length
+
+
+@quick
+@given(st.booleans(), st.integers(1, 40), st.integers(1, 6), st.integers(1, 4), st.integers(0, 4))
+def test_the_last_dropped(shuffle, length, size, shares, cut):
+    seen = []
+    for share in range(shares):
+        user = DataLoader(Ids(length), size, shuffle=shuffle, drop_last=True)
+        loader = data.RunLoader(user, data.Cursor(), share, shares)
+        whole = [batch[0].tolist() for batch in loader]
+        assert len(whole) == len(loader) == len(range(share, length, shares)) // size
+        assert all(len(batch) == size for batch in whole)
+        rest = data.RunLoader(user, data.Cursor(position=cut), share, shares)
+        assert [batch[0].tolist() for batch in rest] == whole[cut:]
+        seen += whole
+    assert len(set(flat(seen))) == len(flat(seen))
+    if shares == 1 and not shuffle:
+        assert seen == own_loop(user)[0]
 
 
 # Whole runs ---------------------------------------------------------------------------
