@@ -122,7 +122,7 @@ def flat(batches):
 
 def attributes(loader):
     """Return all that a loader and what it draws from have, but the epoch, which the user has asked to be told."""
-    found = {"loader": loader}
+    found = {"itself": loader}
     for name in ("sampler", "batch_sampler", "dataset", "loader"):
         found[name] = getattr(loader, name, None)
     return {

@@ -196,6 +196,20 @@ def test_doubt_is_said_once(second, caplog):
     assert len(said) == 1
 
 
+def test_a_sample_of_two_numbers_is_doubted(caplog):
+    loader = DataLoader([(torch.tensor(float(i)), torch.tensor(0.5)) for i in range(10)], batch_size=None)
+    assert train(Seen(loader), train_batch_size=1).counters.samples == 20
+    (said,) = [record.getMessage() for record in caplog.records if "it is not plain" in record.getMessage()]
+    assert "its 2 numbers may be as many samples, or one. 2 is taken" in said
+
+    class Pairs(Seen):
+        @hookimpl
+        def count_samples(self, batch):
+            return 1
+
+    assert train(Pairs(loader), train_batch_size=1).counters.samples == 10
+
+
 def test_a_value_is_weighted_by_what_is_said_where_it_is_logged():
     class Scores(Seen):
         def val_step(self, global_step, batch, device):
