@@ -97,7 +97,8 @@ def guess(batch: Any) -> tuple[int, str]:
         return guess(values[0])
     lengths = {len(value) for value in lists}
     if len(lists) < len(values) or len(lengths) > 1:
-        return len(values), ""  # of samples, or of numbers
+        fields = all(isinstance(value, (int, float)) or getattr(value, "ndim", 1) == 0 for value in values)
+        return len(values), f"its {len(values)} numbers may be as many samples, or one" if fields else ""
     alike = all(len({type(item) for item in value}) == 1 for value in lists)
     rows, width = len(values), lengths.pop()
     doubt = f"it has {rows} lists of {width} items, each of one kind" if alike and rows != width else ""

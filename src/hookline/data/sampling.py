@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from hookline.data.cursor import Cursor, ResumableSampler, mix, sampler_class
-from hookline.data.seeding import seeded
+from hookline.data.seeding import States
 
 Agree = Callable[[list[Any]], None]
 
@@ -150,7 +150,8 @@ def is_shared(loader: Any, share: int, shares: int) -> bool:
 class Batches:
     """The batches of a map-style loader: their places in the epoch, with the indices that its samplers draw.
 
-    Begins at the cursor. What the user's sampler draws at random is a function of (seed, epoch), and each rank takes
+    A place is that of a batch's first sample, so no two are alike, whatever batch size and number of ranks were before
+    a resume. Begins at the cursor. What the user's sampler draws is a function of (seed, epoch), and each rank takes
     its share of it, unless the sampler has shared already. `__len__` is that of a whole epoch on this rank.
 
     Args:
@@ -175,20 +176,20 @@ class Batches:
     ) -> None:
         self.cursor, self.share, self.shares, self.agree = cursor, share, shares, agree
         batches: Any = loader.batch_sampler
-        self.batched = type(batches) is BatchSampler  # torch's own, which does nothing but cut
+        self.batched = type(batches) is BatchSampler or is_of_torchdata(batches, "BatchSampler")  # which only cut
         self.size = (batches.batch_size or 1) if self.batched else 1
         self.drop_last = self.batched and batches.drop_last
         source: Any = batches.sampler if self.batched else loader.sampler if batches is None else batches
-        self.repeatable = is_repeatable(source)
         self.name = type(source).__name__
         given = sampler if sampler is not None and issubclass(sampler, ResumableSampler) else None
         like: Any = given or sampler_class(cursor, True, share, shares)
         if isinstance(source, ResumableSampler):
             source, own = bound(source, like, like.cursor), False
-        elif is_exact(source):
+        elif is_exact(source) and (type(source) in PLAIN or loader.generator is None):
             made = (sampler_class(cursor, True, 0, 1) if own else like)(source.data_source)
-            made.shuffle = like.shuffle and type(source) is RandomSampler
+            made.shuffle = like.shuffle and type(source) is not SequentialSampler
             source = made
+        self.repeatable = is_repeatable(source)
         self.runs = isinstance(source, ResumableSampler)  # begins at the cursor and shares by itself
         self.dealt = not self.runs and not own and not is_shared(source, share, shares)
         self.source = source if self.runs else rebound(source, like)
@@ -210,12 +211,14 @@ class Batches:
         return items // self.size if self.drop_last else -(-items // self.size)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        place = self.cursor.position * self.shares + self.share
+        place, further = self.cursor.consumed + self.share, self.cursor.draw  # which sample of the epoch is its first
+        if not self.runs and not self.dealt:  # those of ranks have places of their own
+            place, further = self.cursor.consumed * self.shares + self.share, further * self.shares
         for drawn in self._of_the_run() if self.runs else self._of_the_user():
             if not drawn or (self.drop_last and len(drawn) < self.size):
                 return
             yield place, drawn if self.batched else drawn[0]
-            place += self.shares
+            place += further
 
     def _of_the_run(self) -> Iterator[list[Any]]:
         source = iter(self.source)
@@ -223,13 +226,11 @@ class Batches:
             yield drawn
 
     def _of_the_user(self) -> Iterator[list[Any]]:
-        """Give what is drawn for one batch of this rank, from the cursor on; what lies before it is drawn as ever."""
+        """Give what is drawn for one batch of this rank, from the cursor on; what lies before it is drawn too."""
         shares = self.shares if self.dealt else 1
         number = self.size * shares
-        draws = Draws(self.source, mix(self.cursor.seed, self.cursor.epoch))
-        for _ in range(self.cursor.consumed // number):
-            draws.take(number)
-        draws.take(self.cursor.consumed % number)
+        draws = Draws(self.source, mix(self.cursor.seed, self.cursor.epoch, "sampler"))
+        draws.take(self.cursor.consumed)
         drawn = draws.take(number)
         if self.dealt and shares > 1:
             self.agree(drawn)
@@ -239,18 +240,17 @@ class Batches:
 
 
 class Draws:
-    """What a sampler draws, under random states of its own, whatever else is drawn between two batches."""
+    """What a sampler draws, under random states of its own, whatever is drawn in between and however many at a time."""
 
     def __init__(self, source: Any, seed: int) -> None:
-        self.source, self.seed, self.number = source, seed, 0
+        self.source, self.states = source, States(seed)
         self.items: Iterator[Any] | None = None
 
     def take(self, number: int) -> list[Any]:
         """Draw some more."""
         if not number:
             return []
-        self.number += 1
-        with seeded(mix(self.seed, "sampler", self.number)):
+        with self.states.under_way():
             if self.items is None:
                 self.items = iter(self.source)
             return list(itertools.islice(self.items, number))
@@ -260,12 +260,16 @@ def is_exact(sampler: Any) -> bool:
     """Tell whether a sampler goes through the whole data set once, in order or shuffled by the global random state."""
     if type(sampler) is SequentialSampler:
         return True
-    return (
-        type(sampler) is RandomSampler
-        and not sampler.replacement
-        and sampler.generator is None
-        and sampler.num_samples == len(sampler.data_source)
-    )
+    shuffles = type(sampler) is RandomSampler and sampler.generator is None
+    if not shuffles and not is_of_torchdata(sampler, "RandomSampler"):  # whose generator is its own, seeded globally
+        return False
+    return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+
+
+def is_of_torchdata(sampler: Any, name: str) -> bool:
+    """Tell whether a sampler is the one of this name that torchdata's loader makes in the place of torch's own."""
+    kind = type(sampler)
+    return kind.__module__ == "torchdata.stateful_dataloader.sampler" and kind.__name__ == name
 
 
 def is_repeatable(sampler: Any) -> bool:

@@ -51,6 +51,28 @@ def _bits_of_loading(numpy: Any) -> Any:
     return numpy.random.MT19937()
 
 
+class States:
+    """Random states that begin with a seed, and go on where they were left; about 100 us each time."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._left: tuple[Any, Any, Any] | None = None
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Have torch's CPU generator, Python and numpy be in them for a while."""
+        with seeded(self.seed):
+            numpy = sys.modules.get("numpy")
+            if self._left is not None:
+                torch.default_generator.set_state(self._left[0])
+                random.setstate(self._left[1])
+                if numpy and self._left[2] is not None:
+                    numpy.random.set_state(self._left[2])
+            yield
+            bits = numpy.random.get_state() if numpy else None
+            self._left = torch.default_generator.get_state(), random.getstate(), bits
+
+
 class SeededDataset:
     """A map-style data set as the run's own loader sees it: loads and collates each batch under a seed of its own.
 
