@@ -333,7 +333,8 @@ def count_samples(trainer: Trainer, batch: Any, stage: Stage) -> int:
         trainer.say_once(
             f"it is not plain how many samples a batch ({type(batch).__name__}) holds: {doubt}. {samples} is taken, "
             "and means are weighted by it. Say it by a method count_samples(self, batch) of the module, marked "
-            "@hookimpl, or let a DataLoader of torch make the batches"
+            "@hookimpl, or let a DataLoader of torch make the batches",
+            about=f"samples of {type(batch).__name__}",
         )
     return samples
 

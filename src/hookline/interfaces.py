@@ -103,7 +103,8 @@ class CallbackInterface(ABC):
         Args:
             global_step: optimizer steps completed.
             val_step_collated_outputs: what `val_step` returned, collated over the loader,
-                of all ranks, in the order of the data set.
+                of all ranks, in the order of the data set; where a batch sampler of the user's makes
+                batches, ranks' batches are interleaved sample by sample.
             key: the loader's key in the dictionary that `get_val_dataloaders` returned.
         """
 

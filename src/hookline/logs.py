@@ -57,6 +57,9 @@ class Reduction:
         self._weight += weight
 
     def _fold(self) -> None:
+        if self.reduce == "mean":  # the mean of nothing, a NaN, weighs nothing
+            self._pending = [value for value, weight in zip(self._pending, self._weights, strict=True) if weight]
+            self._weights = [weight for weight in self._weights if weight]
         if not self._pending:
             return
         tensors = [v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64) for v in self._pending]

@@ -482,10 +482,15 @@ class Trainer:
         """
         return self.loaders.get(stage)
 
-    def say_once(self, text: str) -> None:
-        """Warn in the log, once in the life of this trainer; "" says nothing."""
-        if text and text not in self._said:
-            self._said.add(text)
+    def say_once(self, text: str, about: str = "") -> None:
+        """Warn in the log, once in the life of this trainer; "" says nothing.
+
+        Args:
+            text: what there is to say.
+            about: what it is about, where the text differs from time to time.
+        """
+        if text and (about or text) not in self._said:
+            self._said.add(about or text)
             log.warning("%s", text)
 
     def _train_loader(self) -> Loader:
@@ -628,9 +633,10 @@ class Trainer:
 
     def _fold_losses(self) -> None:
         """Hand the losses of the last steps to the log buffers."""
-        if not self._losses:
+        kept_losses, self._losses = [pair for pair in self._losses if pair[1]], []  # without means of nothing
+        if not kept_losses:
             return
-        losses, weights = zip(*self._losses, strict=True)
+        losses, weights = zip(*kept_losses, strict=True)
         values = wide(torch.stack([loss.reshape(()) for loss in losses]))
         total, weight = (values * torch.tensor(weights, dtype=values.dtype, device=values.device)).sum(), sum(weights)
         if (Stage.TRAIN, self._train_loss) not in self._logged_by_user:
@@ -639,7 +645,6 @@ class Trainer:
             interval.add_sum(total, weight)
         if (Stage.TRAIN, f"{self._train_loss}_epoch") not in self._logged_by_user:
             self._epoch.reduction(f"{self._train_loss}_epoch").add_sum(total, weight)
-        self._losses = []
 
     def _compare_schedules(self, ended: bool) -> None:
         """Say of schedules that they are as long as training is not."""

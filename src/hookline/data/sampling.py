@@ -193,7 +193,8 @@ class Batches:
         self.runs = isinstance(source, ResumableSampler)  # begins at the cursor and shares by itself
         self.dealt = not self.runs and not own and not is_shared(source, share, shares)
         self.source = source if self.runs else rebound(source, like)
-        cursor.draw = self.size * (shares if self.dealt or (self.runs and not own) else 1)
+        self.shared = self.dealt or (self.runs and not own)  # what is drawn is drawn for all ranks
+        cursor.draw = self.size * (shares if self.shared else 1)
         self.place()
 
     def place(self) -> None:
@@ -212,7 +213,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         place, further = self.cursor.consumed + self.share, self.cursor.draw  # which sample of the epoch is its first
-        if not self.runs and not self.dealt:  # those of ranks have places of their own
+        if not self.shared:  # those of ranks have places of their own
             place, further = self.cursor.consumed * self.shares + self.share, further * self.shares
         for drawn in self._of_the_run() if self.runs else self._of_the_user():
             if not drawn or (self.drop_last and len(drawn) < self.size):
