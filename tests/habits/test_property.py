@@ -18,6 +18,7 @@ from torch.utils.data import (
 )
 
 from hookline import data
+from hookline.data.sampling import Epochs
 from hookline.testing import Memory
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=60)
@@ -126,7 +127,7 @@ class Ranks:
             mine = dataclasses.replace(cursor)
             sampler = data.sampler_class(mine, True, share, shares)
             user = self.loader(sampler)
-            data.Epochs().tell(user, self.epoch)
+            Epochs().tell(user, self.epoch)
             before = attributes(user)
             loader = data.RunLoader(user, mine, share, shares, sampler)
             loader.place()
@@ -154,7 +155,7 @@ class Ranks:
         if self.kind in RANDOM:
             return flat([ids for ids, _, _ in self.go(1, self.begun())[0][0]])
         user = self.loader(data.sampler_class(self.begun(), True, 0, 1))
-        data.Epochs().tell(user, self.epoch)
+        Epochs().tell(user, self.epoch)
         return flat(own_loop_of(user))
 
 

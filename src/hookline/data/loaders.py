@@ -142,7 +142,7 @@ class RunLoader:
         """Say that a loader has given more or fewer batches than it says, where all of them were taken."""
         said = length(self)
         if begin == 0 and said not in (None, end):
-            self._say(f"the {self._name} says that it has {said} batches, and gave {end}; what it gave counts")
+            self._say(f"the {self._name} says that it has {said} batches, and gave {end}; what was given counts")
 
     def _streamed(self) -> Iterator[Any]:
         """Give the batches of a stream from the cursor on; what it draws in this process is seeded for each batch."""
