@@ -67,9 +67,12 @@ class Module(TinyModule):
         trainer.log_object("note", "a text")
         trainer.export_model()
         trainer.hook.vote(trainer=trainer, asked=False, seconds=0.0)
-        for brought in ("get_mesh_shape", "shadow"):
+        trainer.hook.find_state(trainer=trainer, stage=trainer.stage)
+        with trainer.rank_zero_first():
+            pass
+        for brought, given in {"get_mesh_shape": {}, "shadow": {}, "get_replicated": {"buffers": True}}.items():
             if brought in trainer.plugins.heard:
-                getattr(trainer.hook, brought)(trainer=trainer)
+                getattr(trainer.hook, brought)(trainer=trainer, **given)
 
     @hookimpl
     def on_end_predict_step(self): ...

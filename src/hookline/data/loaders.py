@@ -95,6 +95,7 @@ class RunLoader:
         arguments = arguments_of(loader, "batch_size", "drop_last")
         if loader.num_workers and not loader.timeout:
             arguments["timeout"] = patience
+        self.timeout = arguments["timeout"]
         if self._generator is not None:  # else `iter(loader)` would draw from the global random state
             arguments["generator"] = self._generator
         return arguments

@@ -77,12 +77,10 @@ class TinyModule(ModuleInterface):
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int | None, epochs: int
     ) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-        """Return Adam and a cosine over the whole run, where it is known how long that is."""
+        """Return Adam and a cosine over the whole run."""
         optimizer = torch.optim.Adam(self.parameters(), self.lr)
-        by_hand = self._trainer is None  # a loop by hand says all there is to know
-        steps = (estimated_global_steps_per_epoch or 1) * epochs if by_hand else self.trainer.totals.steps
-        schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)] if steps else []
-        return [optimizer], schedulers
+        steps = (estimated_global_steps_per_epoch or 1) * epochs
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)]
 
 
 def tiny_trainer(
