@@ -160,7 +160,10 @@ def measure(plugins):
     [
         ({"ddp": {}}, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
         ({"ddp": {}, "accumulate": {"steps": 2}}, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
-        ({"fsdp": {"wrap": ["Linear"]}}, {"all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}),
+        (
+            {"fsdp": {"wrap": ["Linear"]}},
+            {"broadcast": "broadcast_", "all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"},
+        ),
     ],
     ids=["ddp", "ddp in windows", "fsdp"],
 )
