@@ -71,12 +71,14 @@ def trained(names, folder):
             return "they are refused together"  # in words that name the first of them first
         return f"{type(error).__name__}: {error}"
     counters = dataclasses.asdict(trainer.counters) | {"seconds": 0}
+    exported, weights = trainer.export_model(), dict(trainer.module.named_parameters())
     return {
-        "weights": digest(trainer.export_model()),
+        "weights": digest({name: tensor for name, tensor in exported.items() if name in weights}),
+        "buffers": digest(exported),  # an average of them is each rank's own, and that of rank 0 counts
         "optimizers": digest([here(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers]),
         "metrics": trainer.metrics,
         "counters": counters,
-        "random": digest(torch.get_rng_state()),
+        "random": digest(trainer.rng_state()),
     }
 
 

@@ -1045,7 +1045,7 @@ class Trainer:
         """Return what has been logged and not told yet, by this rank."""
         return {
             "losses": torch.stack([loss.reshape(()) for loss, _ in self._losses]) if self._losses else None,
-            "weights": [weight for _, weight in self._losses],
+            "weights": torch.tensor([weight for _, weight in self._losses], dtype=torch.float64),
             "interval": self._interval.get_state(),
             "epoch": self._epoch.get_state(),
         }
@@ -1053,7 +1053,8 @@ class Trainer:
     def update_logs(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         losses = [] if state.get("losses") is None else list(state["losses"].unbind())
-        self._losses = list(zip(losses, state.get("weights") or [1.0] * len(losses), strict=True))
+        weights = state["weights"].tolist() if "weights" in state else [1.0] * len(losses)
+        self._losses = list(zip(losses, weights, strict=True))
         self._interval.update_state(state.get("interval", {}))
         self._epoch.update_state(state.get("epoch", {}))
 

@@ -37,8 +37,10 @@ FILES = {
 class Line(ModuleInterface):
     def __init__(self) -> None:
         super().__init__()
-        self.a = torch.nn.Linear(3, 3)
-        self.b = torch.nn.Linear(3, 3)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.a = torch.nn.Linear(3, 3)
+            self.b = torch.nn.Linear(3, 3)
         self.b.weight = self.a.weight  # tied
 
     def train_step(self, global_step, batch, device):

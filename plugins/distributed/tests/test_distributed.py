@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from hookline import CallbackInterface, Trainer, hookimpl
+from hookline import CallbackInterface, Trainer, hookimpl, sharded
 from hookline.testing import Memory, TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
 from hookline_distributed import Distributed, as_text, interleaved, leave
@@ -285,12 +285,12 @@ class Stream(IterableDataset):
 
 class Streams(TinyModule):
     def get_train_dataloader(self, sampler, batch_size):
-        return DataLoader(Stream(), batch_size=None)
+        return sharded(DataLoader(Stream(), batch_size=None))
 
 
 class Mixed(TinyModule):
     def get_train_dataloader(self, sampler, batch_size):
-        return DataLoader(list(Stream()) if rank() else Stream(), batch_size=None)
+        return sharded(DataLoader(list(Stream()) if rank() else Stream(), batch_size=None))
 
 
 def window_of(size):
@@ -548,7 +548,7 @@ class Loaders(TinyModule):
         dataset = TensorDataset(self.inputs, self.targets, torch.arange(50))
         dataset = torch.utils.data.Subset(dataset, range(40)) if way == "data" else dataset
         loader = DataLoader(dataset, batch_size, sampler=sampler(dataset))
-        loader = list(loader) if way == "class" else loader
+        loader = sharded(list(loader)) if way == "class" else loader
         return {"other" if way == "key" else "default": loader}
 
     def get_train_dataloader(self, sampler, batch_size):
@@ -612,9 +612,9 @@ def test_ranks_that_differ_are_refused_on_all_of_them():
         "order",
         f"{begin}buffers.seen_so_far is float32[2] instead of float32[1]{end}",
         f"rank 1 has another training loader than rank 0: loader.samples is 40 instead of 50{end}",
-        f"rank 1 has another training loader than rank 0: loader.class is list instead of DataLoader{end}",
+        f"rank 1 has another training loader than rank 0: loader.class is Sharded instead of DataLoader{end}",
         f"rank 1 has another val loader than rank 0: loader.samples is 40 instead of 50{end}",
-        f"rank 1 has another val loader than rank 0: loader.class is list instead of DataLoader{end}",
+        f"rank 1 has another val loader than rank 0: loader.class is Sharded instead of DataLoader{end}",
         f"rank 1 has another val loader than rank 0: loader.key is other instead of default{end}",
         None,
     ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hookline import CallbackInterface, ModuleInterface, hookimpl
+from hookline import CallbackInterface, ModuleInterface, hookimpl, sharded
 from hookline.testing import Memory, TinyModule, digest, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED
 from hookline_distributed import Distributed
@@ -139,7 +139,7 @@ class Sum(ModuleInterface):
         self.sizes.append(len(batch))
 
     def get_train_dataloader(self, sampler, batch_size):
-        return DataLoader(Stream(self.of_ranks[rank()]), batch_size=None)
+        return sharded(DataLoader(Stream(self.of_ranks[rank()]), batch_size=None))
 
     def get_val_dataloaders(self, sampler, batch_size):
         return None
@@ -160,7 +160,7 @@ class Listed(Sum):
     """Says how many batches there are, and not how large each is."""
 
     def get_train_dataloader(self, sampler, batch_size):
-        return [torch.tensor(batch) for batch in self.of_ranks[rank()]]
+        return sharded([torch.tensor(batch) for batch in self.of_ranks[rank()]])
 
 
 class Windows(CallbackInterface):

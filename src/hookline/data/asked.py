@@ -93,26 +93,52 @@ class Loaders:
     def _make(self, loader: Any, stage: Stage, key: str) -> RunLoader:
         trainer, training = self.trainer, stage is Stage.TRAIN
         timeout = trainer.options.loader_timeout
-        mine = RunLoader(
-            loader,
-            trainer.cursor if training else Cursor(seed=trainer.options.seed),
-            trainer.share,
-            trainer.shares,
-            self._samplers.get(stage),
-            0 if timeout is None else seconds(timeout),
-            self._agree_on_order,
-            self.given,
-            trainer.say_once,
-            "training loader" if training else f"{stage.value} loader {key!r}",
-        )
+        mine, refused = None, ""
+        try:
+            mine = RunLoader(
+                loader,
+                trainer.cursor if training else Cursor(seed=trainer.options.seed),
+                trainer.share,
+                trainer.shares,
+                self._samplers.get(stage),
+                0 if timeout is None else seconds(timeout),
+                self._agree_on_order,
+                self.given,
+                trainer.say_once,
+                "training loader" if training else f"{stage.value} loader {key!r}",
+            )
+        except ValueError as error:
+            refused = str(error)
+        if trainer.shares > 1:
+            refused = self._agree_on_loader(refused, getattr(loader, "dataset", None) if training else None)
+        if mine is None or refused:
+            raise ValueError(refused)
         if training and is_stateful(mine.loader) and trainer.plugins.performers("save"):
             mine.states = collections.deque(maxlen=trainer.window_size + 1)
         if training and mine.own_order and not trainer.cursor.warned:
             trainer.cursor.warned = True
             warn_of_order(mine.own_order)
-        if training and trainer.shares > 1:
-            self._compare_samples(getattr(loader, "dataset", None))  # of a `Sharded` one there is none to compare
         return mine
+
+    def _agree_on_loader(self, refused: str, dataset: Any) -> str:
+        """Return why a rank refuses its loader, on all of them; say once where their data sets are other ones.
+
+        Looked at are the first and the last sample.
+        """
+        trainer = self.trainer
+        said = refused, None if dataset is None else mark_of(dataset, trainer.options.seed)
+        ranks = trainer.hook.all_gather(trainer=trainer, value=said)
+        marks = [mark for _, mark in ranks if isinstance(mark, str)]
+        if any(mark != marks[0] for mark in marks) and trainer.rank == 0:
+            trainer.say_once(
+                "the first or the last sample of the training data set is another one on other ranks. If their data "
+                "sets are in another order, some samples are trained on twice and others never: seed alike on all "
+                "ranks what orders or splits them, or do it in get_train_dataloader, asked under one random state"
+            )
+        texts = [text if isinstance(text, str) else "" for text, _ in ranks]
+        if len({*texts}) == 1:
+            return texts[0]
+        return next(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
 
     def _agree_on_order(self, drawn: Sequence[Any]) -> None:
         """Refuse ranks that take shares of different orders."""
@@ -124,18 +150,6 @@ class Loaders:
                     f"({ranks[0][:60]} …), so their shares would overlap: pass `sampler=sampler(dataset)`, or seed the "
                     "sampler alike on all ranks"
                 )
-
-    def _compare_samples(self, dataset: Any) -> None:
-        """Say once where ranks do not have the same sample in the same place of their data sets."""
-        trainer = self.trainer
-        marks = trainer.hook.all_gather(trainer=trainer, value=mark_of(dataset, trainer.options.seed))
-        known = [mark for mark in marks if mark is not None]
-        if any(mark != known[0] for mark in known) and trainer.rank == 0:
-            trainer.say_once(
-                "the first or the last sample of the training data set is another one on other ranks. If their data "
-                "sets are in another order, some samples are trained on twice and others never: seed alike on all "
-                "ranks what orders or splits them, or do it in get_train_dataloader, asked under one random state"
-            )
 
     def state(self) -> Any:
         """Return what a stateful training loader said behind the batches that were trained on; None for others."""
