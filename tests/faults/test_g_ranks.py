@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hookline import sharded
 from hookline.testing import TinyModule, digest, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, at_file, at_hook, failing, kill, run
 from hookline.testing.ranks import Ranks
@@ -259,7 +260,7 @@ class Uneven(TinyModule):
 
     def get_train_dataloader(self, sampler, batch_size):
         batches = {"0": 3, "1": 5}[os.environ["RANK"]]
-        return [(self.inputs[:4], self.targets[:4], torch.arange(4))] * batches
+        return sharded([(self.inputs[:4], self.targets[:4], torch.arange(4))] * batches)
 
 
 def train_unevenly(folder, uneven):

@@ -121,7 +121,7 @@ def test_i4_names_of_metrics_stay_names(tmp_path, monkeypatch):
     monkeypatch.chdir(folder := prepared(tmp_path / "here"))
     odd = ["..", "../x", "a\0b", "/absolute", "~", "~/x", "C:\\x", ".hidden", "\u202eb"]
     policies = [f"best_{name}" for name in odd]
-    plugins = {"jsonl": {}, "checkpoint": {}, "model_saving": {"policy": policies}}
+    plugins = {"jsonl": {}, "checkpoint": {}, "model_saving": {"policy": policies, "mode": "max"}}
     trainer = tiny_trainer(plugins, Logging(), max_steps=2, evaluate_every="1 steps", log_every="1 steps")
     trainer.train()
     found = everything(tmp_path)

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 
-from hookline import CallbackInterface, ModuleInterface, Stage, Trainer, hookimpl
+from hookline import CallbackInterface, ModuleInterface, Stage, Trainer, hookimpl, sharded
 from hookline.testing import Memory, TinyModule, check_plugin, digest, tiny_trainer
 from hookline_model_saving import ModelSaving
 from hookline_model_saving.weights import size
@@ -44,10 +44,10 @@ class Scripted(ModuleInterface):
         return torch.tensor(self.valid[global_step - 1] if self.valid else 1.0)
 
     def get_train_dataloader(self, sampler, batch_size):
-        return [torch.zeros(1)]
+        return sharded([torch.zeros(1)])
 
     def get_val_dataloaders(self, sampler, batch_size):
-        return [torch.zeros(1)] if self.validates else None
+        return sharded([torch.zeros(1)]) if self.validates else None
 
     def get_optimizers_schedulers(self, steps, epochs):
         return [torch.optim.SGD([self.weight], 1.0)], []
