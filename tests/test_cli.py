@@ -309,7 +309,7 @@ def test_help_shows_examples_and_is_quick(folder):
         done = process(folder, "--help")
         return time.perf_counter() - begin, done.stdout
 
-    times = [once() for _ in range(3)]
+    times = [once() for _ in range(5)]  # the least: others may be at work here
     assert "hookline fit examples/digits.yaml" in times[0][1]
     assert min(seconds for seconds, _ in times) < 0.3
 
@@ -321,7 +321,7 @@ def test_importing_hookline_costs_little_beyond_torch(folder):
     )
     costs = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(3)
+        for _ in range(5)
     ]
     assert min(costs) < 0.15
 
