@@ -545,7 +545,7 @@ def test_an_observer_that_fails_at_the_beginning_or_the_end_ends_no_run_and_is_r
     with caplog.at_level(logging.WARNING, logger="hookline"):
         trainer.train()
     assert trainer.status == "finished"
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "hookline.plugins"] == [
         "plugin 'frail' failed in on_begin_run, and the run goes on: OSError: read-only",
         "plugin 'frail' failed in on_end_run, and the run goes on: OSError: still read-only",
         "plugin 'frail' lost 1 call(s) of on_begin_run",
