@@ -265,6 +265,10 @@ class Trainer:
         if saving["policy"] == "best_valid_loss" and not validates:
             log.info("there are no validation data, so the model is saved by its best loss of training")
             saving["policy"] = "best_train_loss"
+        given = saving["policy"]
+        names = given if isinstance(given, (list, tuple)) else [given]
+        grow = [name for name in names if isinstance(name, str) and name.startswith("best_") and "loss" not in name]
+        saving["mode"] = dict.fromkeys(grow, "max") or None  # as in ACCMT, whatever the metric
         plugins = {**self._plugins, "model_saving": saving}
         if has_metrics:
             plugins["metrics"] = {}
