@@ -310,6 +310,7 @@ class Trainer:
         outside = get_rng_state()  # what a run draws does not leak out of it
         if self._rng is not None:
             set_rng_state(self._rng)
+            self._rng = None
         try:
             self._raise(self.plugins.tell_each("on_begin_run", trainer=self, stage=stage, config=self.config))
             self.hook.run(trainer=self, stage=stage)
@@ -1030,7 +1031,7 @@ class Trainer:
 
     def rng_state(self) -> Mapping[str, Any]:
         """Return the random states of this run, which are not those of the process while it is not under way."""
-        return get_rng_state() if self._rng is None or self.status == "running" else self._rng
+        return self._rng or get_rng_state()
 
     def warn_of_lost(self, state: Mapping[str, Any]) -> None:
         """Say what of a run's state nobody takes, because it is of ranks that are not there any more."""
