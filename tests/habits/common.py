@@ -1,9 +1,10 @@
 """What the programs of these tests share: modules that keep what they are given, and ranks that run many programs."""
 
+import random
 import warnings
 
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
 from hookline.testing import run_ranks
@@ -149,3 +150,32 @@ def tried(program, *args):
             return program(*args)
         except (ValueError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
+
+
+class ByEpoch(torch.utils.data.Sampler):
+    """A sampler of the user's, whose order is by epoch."""
+
+    def __init__(self, length):
+        self.length, self.epoch = length, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(random.Random(self.epoch).sample(range(self.length), self.length))
+
+    def __len__(self):
+        return self.length
+
+
+class Regression(ModuleInterface):
+    """What is to be learned are the sums of three numbers, of 40 samples; the steps are others' to write."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(40, 3, generator=generator)
+        self.data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net = torch.nn.Linear(3, 1)

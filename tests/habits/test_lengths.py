@@ -4,25 +4,18 @@ import warnings
 
 import pytest
 import torch
-from tests.habits.common import train, two
+from tests.habits.common import Regression, train, two
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from hookline import ModuleInterface
 from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 
 
-class Line(ModuleInterface):
+class Line(Regression):
     """A regression on 40 samples of three numbers, of which each rate of learning is kept."""
 
     def __init__(self):
         super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        inputs = torch.randn(40, 3, generator=generator)
-        self.data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.net = torch.nn.Linear(3, 1)
         self.rates = []
 
     def train_step(self, global_step, batch, device):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tests.habits.common import Ids, Seen, Stream, attributes, flat, own_loop, train, tried, two
+from tests.habits.common import ByEpoch, Ids, Seen, Stream, attributes, flat, own_loop, train, tried, two
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -42,22 +42,6 @@ class Buckets(Sampler):
 
     def __len__(self):
         return -(-self.length // self.size)
-
-
-class ByEpoch(Sampler):
-    """The same, of single samples."""
-
-    def __init__(self, length):
-        self.length, self.epoch = length, 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        return iter(random.Random(self.epoch).sample(range(self.length), self.length))
-
-    def __len__(self):
-        return self.length
 
 
 class EvenFirst(Sampler):

@@ -5,23 +5,14 @@ import math
 import numpy
 import pytest
 import torch
-from tests.habits.common import Keep, train, two
-from torch.utils.data import DataLoader, TensorDataset
+from tests.habits.common import Keep, Regression, train, two
+from torch.utils.data import DataLoader
 
-from hookline import CallbackInterface, ModuleInterface, hookimpl
+from hookline import CallbackInterface, hookimpl
 
 
-class Line(ModuleInterface):
+class Line(Regression):
     """A regression on 40 samples of three numbers, with a validation."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        inputs = torch.randn(40, 3, generator=generator)
-        self.data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.net = torch.nn.Linear(3, 1)
 
     def train_step(self, global_step, batch, device):
         return (self.net(batch[0]) - batch[1]).square().mean()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.habits.common import Ids, Seen, Stream, attributes, flat, own_loop, train
+from tests.habits.common import ByEpoch, Ids, Seen, Stream, attributes, flat, own_loop, train
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,22 +22,6 @@ from hookline.data.sampling import Epochs
 from hookline.testing import Memory
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=60)
-
-
-class ByEpoch(torch.utils.data.Sampler):
-    """A sampler of the user's, whose order is by epoch."""
-
-    def __init__(self, length):
-        self.length, self.epoch = length, 0
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __iter__(self):
-        return iter(random.Random(self.epoch).sample(range(self.length), self.length))
-
-    def __len__(self):
-        return self.length
 
 
 def with_run(made):
