@@ -7,3 +7,13 @@ between processes, which sum in the same order only with the same number of thre
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, here and in processes that tests start
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def no_dispatch_mode_is_left():
+    """Fail a test that leaves a mode behind, which would see and slow every operation of the tests after it."""
+    yield
+    assert torch._C._len_torch_dispatch_stack() == 0

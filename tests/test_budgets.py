@@ -99,7 +99,7 @@ def test_the_benchmark_runs():
     command = [sys.executable, str(ROOT / "benchmarks" / "step_overhead.py"), "--json", "--repeats", "1"]
     figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert figures["microseconds_per_step"].keys() == {"plain", "contract", "hookline", "by_hand", "standard"}
-    assert 0.8 < figures["hookline_over_contract"] < 1.6  # what it is exactly, a busy machine cannot tell
+    assert 0.5 < figures["hookline_over_contract"] < 3  # what it is exactly, a busy machine cannot tell
 
 
 @pytest.mark.plugins

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -60,8 +59,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def process(folder, *arguments):
-    command = [sys.executable, "-m", "hookline", *arguments]
+def process(folder, *arguments, python=()):
+    command = [sys.executable, *python, "-m", "hookline", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
 
 
@@ -304,26 +303,23 @@ assert "torch" not in sys.modules
 
 
 def test_help_shows_examples_and_is_quick(folder):
-    def once():
-        begin = time.perf_counter()
-        done = process(folder, "--help")
-        return time.perf_counter() - begin, done.stdout
-
-    times = [once() for _ in range(5)]  # the least: others may be at work here
-    assert "hookline fit examples/digits.yaml" in times[0][1]
-    assert min(seconds for seconds, _ in times) < 0.3
+    done = process(folder, "--help", python=("-X", "importtime"))
+    assert "hookline fit examples/digits.yaml" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"torch", "numpy", "omegaconf", "rich", "torchmetrics"}
 
 
 def test_importing_hookline_costs_little_beyond_torch(folder):
     code = (
-        "import time, torch; a = time.perf_counter(); import hookline; hookline.Trainer; b = time.perf_counter(); "
-        "print(b - a)"
+        "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); "
+        "import hookline; hookline.Trainer; c = time.perf_counter(); print((c - b) / (b - a))"
     )
-    costs = [
+    shares = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for _ in range(5)
     ]
-    assert min(costs) < 0.15
+    assert min(shares) < 0.1
 
 
 def test_the_command_is_installed():

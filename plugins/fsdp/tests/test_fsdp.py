@@ -537,14 +537,14 @@ class Peak(TorchDispatchMode):
 
 
 class Until(CallbackInterface):
-    """Measures until training begins."""
+    """Measures until training begins, and keeps the weights that it begins with."""
 
-    def __init__(self, peak):
-        self.peak, self.begun = peak, None
+    def __init__(self, measuring):
+        self.measuring, self.begun = measuring, None
 
     @hookimpl(tryfirst=True)
     def on_begin_train(self, trainer):
-        self.peak.__exit__(None, None, None)
+        self.measuring.close()
         tensors = {**trainer.module.state_dict(), **dict(trainer.module.named_buffers())}
         self.begun = {name: whole_of(tensor) for name, tensor in tensors.items()}
 
@@ -556,13 +556,14 @@ def whole_of(tensor):
 def train_meta(meta=True, module=Large, others=None, replicas=1, **options):
     torch.set_num_threads(1)
     peak = Peak()
-    until = Until(peak)
-    plugins = {"fsdp": Fsdp(meta=meta, wrap=["Layer"], replicas=replicas), "until": until, **(others or {})}
-    peak.__enter__()
-    trainer = tiny_trainer(
-        plugins, functools.partial(module) if meta else module(), **{"train_batch_size": 12, "epochs": 1, **options}
-    )
-    trainer.train()
+    with contextlib.ExitStack() as measuring:  # also where the run fails: a mode left on slows every later test
+        measuring.enter_context(peak)
+        until = Until(measuring)
+        plugins = {"fsdp": Fsdp(meta=meta, wrap=["Layer"], replicas=replicas), "until": until, **(others or {})}
+        trainer = tiny_trainer(
+            plugins, functools.partial(module) if meta else module(), **{"train_batch_size": 12, "epochs": 1, **options}
+        )
+        trainer.train()
     size = sum(weight.numel() * weight.element_size() for weight in trainer.module.parameters())
     return {
         "begun": until.begun,
@@ -629,7 +630,7 @@ class Split(TinyModule):
 
 def begin_split(others):
     torch.set_num_threads(1)
-    until = Until(contextlib.nullcontext())
+    until = Until(contextlib.ExitStack())
     plugins = {"fsdp": Fsdp(wrap=["Sequential"], meta=True), "until": until, **others}
     trainer = tiny_trainer(plugins, functools.partial(Split), train_batch_size=12, epochs=1)
     trainer.train()

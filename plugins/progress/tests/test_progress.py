@@ -199,7 +199,7 @@ class Until:
         return self.length
 
     def __iter__(self):
-        stderr, end = sys.stderr.rich_proxied_file, time.monotonic() + 20
+        stderr, end = sys.stderr.rich_proxied_file, time.monotonic() + 60
         while not re.search(self.pattern, uncoloured(stderr.getvalue())):
             assert time.monotonic() < end, f"{self.pattern} was never written"
             yield torch.zeros(1)
