@@ -78,7 +78,7 @@ def trained(names, folder):
         "optimizers": digest([here(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers]),
         "metrics": trainer.metrics,
         "counters": counters,
-        "random": digest(trainer.rng_state()),
+        "random": digest(trainer.randomness.get_state()),
     }
 
 

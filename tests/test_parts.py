@@ -13,17 +13,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from hookline import data, every
-from hookline.logs import FOLD_AT, LogBuffer, Reduction, as_number, to_floats
+from hookline.counters import Cursor
+from hookline.loop.reductions import FOLD_AT, LogBuffer, Reduction, as_number, to_floats
 from hookline.outputs import Collector, as_outputs, collate, with_loss
+from hookline.randomness import get_rng_state, set_rng_state, set_seed
 from hookline.schedule import seconds
 from hookline.schedules import schedule_all
-from hookline.state import (
-    get_optimizer_state,
-    get_rng_state,
-    set_optimizer_state,
-    set_rng_state,
-    set_seed,
-)
+from hookline.state import get_optimizer_state, set_optimizer_state
 from hookline.testing import digest
 
 # Outputs ------------------------------------------------------------------------------
@@ -200,18 +196,18 @@ def drawn(length, cursor, rank=0, world=1, shuffle=True):
 @given(st.integers(1, 200), st.integers(0, 3), st.integers(1, 4), st.integers(0, 9))
 @settings(deadline=None)
 def test_ranks_share_one_order_and_a_resume_goes_on_in_it(length, epoch, world, batches):
-    whole = drawn(length, data.Cursor(seed=1, epoch=epoch))
+    whole = drawn(length, Cursor(seed=1, epoch=epoch))
     assert sorted(whole) == list(range(length))
     consumed = min(batches * world, length)
-    shares = [drawn(length, data.Cursor(seed=1, epoch=epoch, consumed=consumed), rank, world) for rank in range(world)]
+    shares = [drawn(length, Cursor(seed=1, epoch=epoch, consumed=consumed), rank, world) for rank in range(world)]
     assert sorted(sum(shares, whole[:consumed])) == list(range(length))
     assert shares[0] == whole[consumed::world]
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = [drawn(50, data.Cursor(seed=s, epoch=e)) for s in range(2) for e in range(2)]
+    orders = [drawn(50, Cursor(seed=s, epoch=e)) for s in range(2) for e in range(2)]
     assert len({tuple(order) for order in orders}) == 4
-    assert drawn(50, data.Cursor(), shuffle=False) == list(range(50))
+    assert drawn(50, Cursor(), shuffle=False) == list(range(50))
 
 
 class Noisy(Dataset):
@@ -249,13 +245,13 @@ def noisy_batches(workers, cursor, persistent=False, epochs=1):
 def test_randomness_of_loading_depends_on_seed_epoch_and_index_alone():
     set_seed(0)
     before = digest(get_rng_state())
-    alone = noisy_batches(0, data.Cursor(seed=3), epochs=2)
+    alone = noisy_batches(0, Cursor(seed=3), epochs=2)
     assert digest(get_rng_state()) == before  # loading does not disturb the run
     set_seed(1)
-    with_workers = noisy_batches(2, data.Cursor(seed=3), persistent=True, epochs=2)
+    with_workers = noisy_batches(2, Cursor(seed=3), persistent=True, epochs=2)
     assert torch.equal(alone, with_workers)
     assert not torch.equal(alone[0].sort().values, alone[1].sort().values)
-    rest = data.Cursor(seed=3, consumed=8)
+    rest = Cursor(seed=3, consumed=8)
     assert torch.equal(noisy_batches(0, rest)[0], alone[0, 8:])
     assert rest.position == 2
 
@@ -271,7 +267,7 @@ def test_a_loader_in_order_skips_without_loading():
             loaded.append(index)
             return index
 
-    loader = data.RunLoader(DataLoader(Counting(), 2), data.Cursor(position=4))
+    loader = data.RunLoader(DataLoader(Counting(), 2), Cursor(position=4))
     assert [batch.tolist() for batch in loader] == [[8, 9]]
     assert loaded == [8, 9]
     assert len(loader) == 5
@@ -279,7 +275,7 @@ def test_a_loader_in_order_skips_without_loading():
 
 @pytest.mark.parametrize("make", [lambda: [1, 2, 3], lambda: iter([1, 2, 3]), lambda: DataLoader(Stream(), None)])
 def test_other_iterables_are_begun_at_the_cursor_by_dropping(make):
-    assert [int(batch) for batch in data.RunLoader(make(), data.Cursor(position=1))] == [2, 3]
+    assert [int(batch) for batch in data.RunLoader(make(), Cursor(position=1))] == [2, 3]
 
 
 class Stream(torch.utils.data.IterableDataset):

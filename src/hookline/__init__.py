@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from hookline.marks import hookimpl as hookimpl
     from hookline.marks import verb as verb
     from hookline.monitored import require_metrics as require_metrics
+    from hookline.randomness import kept_rng as kept_rng
+    from hookline.randomness import set_seed as set_seed
     from hookline.schedule import every as every
     from hookline.schedule import seconds as seconds
     from hookline.state import copy_state as copy_state
-    from hookline.state import kept_rng as kept_rng
-    from hookline.state import set_seed as set_seed
     from hookline.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -44,12 +44,12 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "hookimpl": "marks",
     "hookspecs": "hookspecs",
     "instantiate": "config",
-    "kept_rng": "state",
+    "kept_rng": "randomness",
     "nearest": "installed",
     "records": "records",
     "require_metrics": "monitored",
     "seconds": "schedule",
-    "set_seed": "state",
+    "set_seed": "randomness",
     "shard": "data",
     "sharded": "data",
     "tracking": "tracking",

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from hookline.installed import load, load_path, nearest
 from hookline.masking import MASK, mask
 from hookline.options import Options
-from hookline.state import set_seed
+from hookline.randomness import set_seed
 from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline import data
+from hookline.counters import Cursor, lesser
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
 from hookline.monitored import mode_of
@@ -35,8 +36,8 @@ from hookline.state import (
     get_gradients,
     get_named,
     get_optimizer_state,
-    get_rng_state,
     join_late_groups,
+    lost_with_ranks,
     set_gradients,
     set_optimizer_state,
     take_shares,
@@ -109,9 +110,9 @@ def run(trainer: Trainer, stage: Stage) -> bool:
     profilers.
     """
     if stage is Stage.TRAIN:
-        trainer.run_training()
+        trainer.training.train()
     else:
-        trainer.run_evaluation(stage)
+        trainer.evaluation.evaluate(stage)
     return True
 
 
@@ -164,7 +165,7 @@ def shard_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
 @verb
 def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler[Any]]:
     """Answer the sampler class that the module's `get_*_dataloader` of this stage receives."""
-    cursor = trainer.cursor if stage is Stage.TRAIN else data.Cursor(seed=trainer.options.seed)
+    cursor = trainer.cursor if stage is Stage.TRAIN else Cursor(seed=trainer.options.seed)
     return data.sampler_class(cursor, stage is Stage.TRAIN, trainer.share, trainer.shares)
 
 
@@ -215,17 +216,17 @@ def get_run_state(trainer: Trainer) -> dict[str, Any]:
     for name, plugin, kept in trainer.plugins.states():
         plugins[getattr(plugin, "state_of_rank", False)][name] = kept
     state = {
-        "trainer": trainer.get_state(),
+        "trainer": trainer.training.get_state(),
         "module": trainer.module.get_state(),
         "optimizers": [get_optimizer_state(optimizer, names) for optimizer in trainer.optimizers],
         "schedulers": [scheduled.scheduler.state_dict() for scheduled in trainer.schedulers],
         "plugins": plugins[False],
         "own_plugins": plugins[True],
-        "logs": trainer.get_logs(),
-        "rng": trainer.restored_rng or trainer.rng_state(),
+        "logs": trainer.logs.get_state(),
+        "rng": trainer.randomness.get_state(),
     }
-    if trainer.begun:
-        state["window"] = {"outputs": trainer.begun, "gradients": get_gradients(trainer.module)}
+    if trainer.window.begun:
+        state["window"] = {"outputs": trainer.window.begun, "gradients": get_gradients(trainer.module)}
     if (said := trainer.loaders.state()) is not None:
         state["loader"] = said
     return state
@@ -242,7 +243,7 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
     trainer.plugins.receive({**state["plugins"], **state.get("own_plugins", {})})
     if stage is not Stage.TRAIN:
         return True
-    trainer.update_state(state["trainer"])
+    trainer.training.update_state(state["trainer"])
     if not trainer.options.reset_optimizers_schedulers:
         as_built = trainer.options.schedulers == "as_built"
         moved = list(go_on(trainer.schedulers, state["schedulers"], as_built))
@@ -253,12 +254,13 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
         for replayed in moved:
             replayed.tell()
     window = state.get("window", {"outputs": [], "gradients": {}})
-    trainer.begun = data.to_device(window["outputs"], trainer.device)
+    trainer.window.cut(data.to_device(window["outputs"], trainer.device))
     set_gradients(trainer.module, window["gradients"])
-    trainer.cursor.loader_state = state.get("loader")
-    trainer.warn_of_lost(state)
-    trainer.update_logs(state.get("logs", {}))  # a rank that was not there before has neither these
-    trainer.restored_rng = state.get("rng") or get_rng_state()  # nor this
+    trainer.cursor.keep_loader_state(state.get("loader"))
+    if trainer.rank == 0:
+        trainer.say_once(lost_with_ranks(state, trainer.world_size))
+    trainer.logs.update_state(state.get("logs", {}))  # a rank that was not there before has neither these
+    trainer.randomness.update_state(state.get("rng"))  # nor this
     return True
 
 
@@ -301,7 +303,7 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
     """
     hook = trainer.hook
     while window := hook.take_window(trainer=trainer, batches=batches):
-        if not trainer.advance(window):
+        if not trainer.training.advance(window):
             return False
     if trainer.position == 0:
         raise ValueError(
@@ -316,9 +318,9 @@ def take_window(trainer: Trainer, batches: Iterator[Any]) -> list[Any]:
     """Answer the micro-batches of one optimizer step, none at the end; they stay where they are.
 
     The last window of an epoch may be short, and is known to be before its first backward. Who fills a window
-    up so that all ranks have as many says so in `trainer.padding`.
+    up so that all ranks have as many says so by `trainer.window.pad`.
     """
-    return list(itertools.islice(batches, trainer.window_size))
+    return list(itertools.islice(batches, trainer.window.size))
 
 
 @verb
@@ -366,11 +368,12 @@ def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
 def run_window(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
     """Take the micro-batches of a window forward and backward; answer their outputs."""
     hook, size = trainer.hook, len(window)
-    outputs, trainer.begun = trainer.begun, []  # what a run has of its window that was cut within it
+    outputs = trainer.window.go_on() if trainer.window.begun else []  # of a run that was cut within this window
     for index in range(len(outputs), size):
-        trainer.weight = trainer.weights[index] if index < len(trainer.weights) else 1.0
+        if index:
+            trainer.window.begin_micro_batch(index)
         outputs.append(hook.forward_backward(trainer=trainer, batch=window[index], index=index, size=size))
-        if index + 1 < size and trainer.cutting:
+        if index + 1 < size and trainer.ends.cutting:
             raise WindowCut(outputs)
     return outputs
 
@@ -408,9 +411,9 @@ def scale_loss(trainer: Trainer, loss: torch.Tensor, batch: Any, size: int, inde
 
     Where somebody performs `get_weight` it is the mean by these weights, over the window and over all ranks.
     """
-    if trainer.parts is None:
+    if trainer.window.parts is None:
         return loss if size == 1 else loss / size
-    part = trainer.parts[index]
+    part = trainer.window.parts[index]
     return loss * part if part else loss.nan_to_num() * 0  # the mean of nothing is no number
 
 
@@ -486,13 +489,13 @@ def evaluate(trainer: Trainer, stage: Stage, loaders: Mapping[str, Loader], limi
     Wrapped by whoever evaluates other weights than it trains.
     """
     hook, word = trainer.hook, stage.value
-    totals = {key: trainer.limited(data.length(loader), limit) for key, loader in loaders.items()}
+    totals = {key: lesser(data.length(loader), limit) for key, loader in loaders.items()}
     hook.on_begin_evaluation(trainer=trainer, stage=stage, totals=totals)
     with trainer.evaluating(stage):
         for key, loader in loaders.items():
-            trainer.log_suffix = f"/{key}" if len(loaders) > 1 else ""
-            getattr(hook, f"on_begin_{word}_epoch")(trainer=trainer, key=key)
-            trainer.evaluate_batches(stage, key, itertools.islice(loader, limit))
+            with trainer.logs.suffixed(f"/{key}" if len(loaders) > 1 else ""):
+                getattr(hook, f"on_begin_{word}_epoch")(trainer=trainer, key=key)
+                trainer.evaluate_batches(stage, key, itertools.islice(loader, limit))
         return trainer.collect_metrics()
 
 

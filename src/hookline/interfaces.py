@@ -363,3 +363,8 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     def _unwritten(self, step: str, loaders: str) -> str:
         name = type(self).__name__
         return f"{name}.{loaders}() gave data, but {name} has no {step}(global_step, batch, device)"
+
+
+def join(module: ModuleInterface, trainer: Trainer) -> None:
+    """Have a module be with a trainer, which it does not keep alive."""
+    module._trainer = weakref.ref(trainer)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hookline.trainer import Trainer
+    from hookline.run import Run
 
 MIN = {
     "loss", "losses", "error", "errors", "err", "cost", "regret", "nll", "ce", "bce", "xent", "crossentropy",
@@ -71,7 +71,7 @@ def words_of(name: str) -> set[str]:
 
 
 def require_metrics(
-    trainer: Trainer, metrics: Mapping[str, float], wanted: Mapping[str, str], *, boundary: bool = False
+    trainer: Run, metrics: Mapping[str, float], wanted: Mapping[str, str], *, boundary: bool = False
 ) -> None:
     """Refuse to go on where an evaluation has not what somebody looks at.
 
@@ -99,7 +99,7 @@ def require_metrics(
     )
 
 
-def _complete(trainer: Trainer) -> bool:
+def _complete(trainer: Run) -> bool:
     """Tell whether all that an evaluation logs is there when it is over: nobody logs when he hears so."""
     hearers = next(row["done_by"] for row in trainer.plugins.plan() if row["hook"] == "on_end_validation")
     return all(getattr(trainer.plugins.get_plugin(name), "observer", False) is True for name in hearers)

@@ -1,137 +1,17 @@
-"""What a run is, as data: counters, best values, random states, optimizer states by name."""
+"""State of a run as data: copies of it, shares of it, the state of optimizers by the names of parameters."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import math
-import operator
-import random
-import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from hookline.interfaces import plain_name
 
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """How far a run is. All of them only grow."""
-
-    global_step: int = 0
-    """Optimizer steps completed; an update that was refused counts too."""
-    batches: int = 0
-    """Micro-batches trained on, by each rank."""
-    epochs: int = 0
-    """Epochs completed; while one is under way this is its index."""
-    evaluations: int = 0
-    evaluation_batches: int = 0
-    """Batches of these validations, on this rank."""
-    samples: int = 0
-    """Samples trained on, over all ranks; with several, each batch counts as a full one, so that they agree."""
-    skipped_steps: int = 0
-    """Updates that left the weights as they were."""
-    seconds: float = 0.0
-    """Time spent in training, over all sessions of the run."""
-
-
-UNITS = ("steps", "batches", "epochs", "evaluations", "samples", "seconds")
-"""What cadences count, in the order of `snapshot`."""
-snapshot = operator.attrgetter("global_step", *UNITS[1:])
-"""Return a run's counters as a tuple: taken every step, hence by a function that is not Python."""
-
-
-@dataclasses.dataclass
-class Best:
-    """The best losses so far; of training only where somebody listens, to whom losses are worth keeping."""
-
-    train_loss: float = math.inf
-    valid_loss: float = math.inf
-
-    def take(self, name: str, value: float) -> bool:
-        """Keep a value if it is lower than the best; NaN never is."""
-        better: bool = value < getattr(self, name)
-        if better:
-            setattr(self, name, value)
-        return better
-
-
-class Totals(NamedTuple):
-    """How long the run will be; None where nobody can know."""
-
-    batches_per_epoch: int | None
-    steps_per_epoch: int | None
-    steps: int | None
-    epochs: int | None
-
-
-# Randomness ---------------------------------------------------------------------------
-
-
-def set_seed(seed: int) -> None:
-    """Seed torch (every device), Python and, where it is loaded, numpy."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-
-
-def get_rng_state() -> dict[str, Any]:
-    """Return this process's random states as tensors and plain data."""
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
-        state["numpy"] = {
-            "kind": kind,
-            "words": torch.tensor(keys.tolist()),
-            "position": position,
-            "has_gauss": has_gauss,
-            "cached": cached,
-        }
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put this process's random states back."""
-    torch.set_rng_state(state["torch"])
-    python = state["python"]
-    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state:
-        import numpy
-
-        numpy.random.set_state(
-            (
-                state["numpy"]["kind"],
-                state["numpy"]["words"].numpy().astype("uint32"),
-                state["numpy"]["position"],
-                state["numpy"]["has_gauss"],
-                state["numpy"]["cached"],
-            )
-        )
-
-
-@contextlib.contextmanager
-def kept_rng() -> Iterator[None]:
-    """Have this process's random states afterwards what they were, whatever is drawn within."""
-    state = get_rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
-# The host ----------------------------------------------------------------------------
+# Copies and shares --------------------------------------------------------------------
 
 
 def copy_state(state: Any) -> Any:
@@ -279,3 +159,14 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, st
 def _names_in(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> list[str]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return [names.get(id(parameter), f"parameter {number}") for number, parameter in enumerate(parameters)]
+
+
+def lost_with_ranks(state: Mapping[str, Any], world_size: int) -> str:
+    """Say what of a run's state nobody takes, because it is of ranks that are not there any more; "" for nothing."""
+    ranks, plugins = state["trainer"].get("ranks", 1), state.get("own_plugins")
+    if ranks <= world_size or not plugins:
+        return ""
+    return (
+        f"this run has {world_size} rank(s), and had {ranks} before: what ranks from {world_size} on kept for "
+        f"themselves ({', '.join(plugins)}) is lost"
+    )

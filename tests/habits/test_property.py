@@ -18,6 +18,7 @@ from torch.utils.data import (
 )
 
 from hookline import data
+from hookline.counters import Cursor
 from hookline.data.sampling import Epochs
 from hookline.testing import Memory
 
@@ -132,7 +133,7 @@ class Ranks:
 
     def begun(self):
         """Return a cursor at the beginning of the epoch."""
-        return data.Cursor(seed=self.seed, epoch=self.epoch)
+        return Cursor(seed=self.seed, epoch=self.epoch)
 
     def by_hand(self):
         """Return what the user's own loop gets, sorted; of random draws what one rank gets that goes on to the end."""
@@ -207,8 +208,8 @@ def test_streams_that_are_shared(length, size, shares, cut):
     for share in range(shares):
         user = data.sharded(DataLoader(Shared(length, share, shares), size))
         before = attributes(user)
-        whole = [*data.RunLoader(user, data.Cursor(seed=1), share, shares)]
-        rest = [*data.RunLoader(user, data.Cursor(seed=1, position=cut), share, shares)]
+        whole = [*data.RunLoader(user, Cursor(seed=1), share, shares)]
+        rest = [*data.RunLoader(user, Cursor(seed=1, position=cut), share, shares)]
         assert str(rest) == str(whole[cut:])
         assert attributes(user) == before
         seen += [batch[0].tolist() for batch in whole]
@@ -223,11 +224,11 @@ def test_the_last_dropped(shuffle, length, size, shares, cut):
     seen = []
     for share in range(shares):
         user = DataLoader(Ids(length), size, shuffle=shuffle, drop_last=True)
-        loader = data.RunLoader(user, data.Cursor(), share, shares)
+        loader = data.RunLoader(user, Cursor(), share, shares)
         whole = [batch[0].tolist() for batch in loader]
         assert len(whole) == len(loader) == len(range(share, length, shares)) // size
         assert all(len(batch) == size for batch in whole)
-        rest = data.RunLoader(user, data.Cursor(position=cut), share, shares)
+        rest = data.RunLoader(user, Cursor(position=cut), share, shares)
         assert [batch[0].tolist() for batch in rest] == whole[cut:]
         seen += whole
     assert len(set(flat(seen))) == len(flat(seen))

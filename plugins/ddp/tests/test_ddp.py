@@ -12,7 +12,8 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from hookline import CallbackInterface, Stage, hookimpl, set_seed
-from hookline.data import Cursor, mix, sampler_class
+from hookline.counters import Cursor
+from hookline.data import mix, sampler_class
 from hookline.testing import Memory, TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED
 from hookline_ddp import Ddp

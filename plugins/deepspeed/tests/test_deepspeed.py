@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, set_seed
-from hookline.data import Cursor, mix, sampler_class
+from hookline.counters import Cursor
+from hookline.data import mix, sampler_class
 from hookline.testing import Memory, TinyModule, check_plugin, digest, hand_written_loop, run_ranks, tiny_trainer
 from hookline.testing.faults import at_hook, kill
 from hookline_deepspeed import Deepspeed

@@ -78,7 +78,7 @@ class Finite(CallbackInterface):
     def save(self, trainer: Trainer, state: Mapping[str, Any] | None) -> Generator[None, bool, bool]:
         step = self._read(trainer, state)
         if step is not None:
-            if self.policy != "rollback" or not trainer.begun:
+            if self.policy != "rollback" or not trainer.window.begun:
                 self._raise(trainer, step)
             self._go_back(trainer, step)  # cut within a window, the run ends behind this save and need not go on here
         return (yield)
@@ -161,8 +161,9 @@ class Finite(CallbackInterface):
         window = yield
         if [trainer.epoch, trainer.position] in self._passed and window:
             trainer.position += len(window)
-            if trainer.begun:  # a resumed run had been cut within this very window
-                trainer.begun, self._losses = [], []
+            if trainer.window.begun:  # a resumed run had been cut within this very window
+                trainer.window.go_on()
+                self._losses = []
                 trainer.zero_grad()
             return trainer.hook.take_window(trainer=trainer, batches=batches)  # type: ignore[no-any-return]
         self._windows[trainer.global_step + 1] = trainer.epoch, trainer.position, len(window)

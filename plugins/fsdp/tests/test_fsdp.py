@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, set_seed
-from hookline.data import Cursor, mix, sampler_class
+from hookline.counters import Cursor
+from hookline.data import mix, sampler_class
 from hookline.testing import Memory, TinyModule, check_plugin, digest, run_ranks, tiny_trainer
 from hookline_fsdp import Fsdp, whole
 from hookline_fsdp.meta import give_values

@@ -93,7 +93,7 @@ class Ft(CallbackInterface):
                 "several", REPLICA, REPLICAS,
             )  # fmt: skip
             return
-        if trainer.restored_rng is None:
+        if trainer.randomness.restored is None:
             set_seed(trainer.options.seed + self._replica)  # the weights are drawn, and dropout shall differ
         self._manager = self._join(trainer)
         self._manager.load_state_dict(self._state or {"step": 0, "batches_committed": 0})

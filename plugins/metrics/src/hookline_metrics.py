@@ -261,7 +261,7 @@ class StageMetrics(CallbackInterface):
                     values: dict[str, Any] = {full_name: value}
                     trainer.log(over="epoch", **values)
                 elif heard:
-                    full_name += trainer.log_suffix
+                    full_name += trainer.logs.suffix
                     trainer.log_object(full_name, self.shown(full_name, value, drawer))
 
     def shown(self, name: str, value: Any, metric: Metric | None) -> Any:

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl, set_seed
 from hookline.config import build_trainer, load_config
-from hookline.data import Cursor, mix, sampler_class
+from hookline.counters import Cursor
+from hookline.data import mix, sampler_class
 from hookline.testing import digest, run_ranks, tiny_trainer
 from hookline_tp import Tp
 

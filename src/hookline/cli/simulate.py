@@ -43,7 +43,7 @@ from hookline.cli.layout import table
 from hookline.interfaces import CallbackInterface, Stage
 from hookline.marks import hookimpl
 from hookline.plugins import is_observer
-from hookline.state import set_seed
+from hookline.randomness import set_seed
 from hookline.trainer import Trainer
 
 NO_VALUES = DataDependentOutputException, DynamicOutputShapeException
@@ -537,7 +537,9 @@ class Simulation(CallbackInterface):
                         mode.find()
                         mode.counting, mode.peak = True, mode.live
                     trainer.advance(window)
-                    trainer._settling_due = False  # what is due at a boundary, a vote or a save, is no part of a step
+                    trainer.training._unsettled = (
+                        False  # what is due at a boundary, a vote or a save, is no part of a step
+                    )
         except Exception as error:
             what = f"{self._name}.train_step" if mode.in_forward else "the step"
             found.missing = f"{what} could not be simulated: {told(error)}"

@@ -2,12 +2,11 @@
 
 from hookline.data.asked import Loaders
 from hookline.data.batches import count_samples, counted, to_device
-from hookline.data.cursor import Cursor, ResumableSampler, mix, sampler_class
+from hookline.data.cursor import ResumableSampler, mix, sampler_class
 from hookline.data.loaders import RunLoader
 from hookline.data.sampling import length, shard, sharded
 
 __all__ = [
-    "Cursor",
     "Loaders",
     "ResumableSampler",
     "RunLoader",

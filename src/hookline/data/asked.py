@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline.data.cursor import Cursor, mix
+from hookline.counters import Cursor
+from hookline.data.cursor import mix
 from hookline.data.loaders import RunLoader, is_stateful, warn_of_order
 from hookline.data.sampling import Epochs, Sharded
 from hookline.data.seeding import mark_of
 from hookline.interfaces import Loader, Stage
+from hookline.randomness import kept_rng, set_seed
 from hookline.schedule import seconds
-from hookline.state import kept_rng, set_seed
 
 if TYPE_CHECKING:
-    from hookline.trainer import Trainer
+    from hookline.run import Run
 
 
 class Loaders:
     """Asks the module for the loaders of a stage, and keeps the private ones that a run makes of them."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Run) -> None:
         self.trainer = trainer
         self.given: collections.deque[Any] = collections.deque(maxlen=1)
         """The last batches, a window of them, each with its number of samples where its loader knows it."""
@@ -31,6 +32,7 @@ class Loaders:
         self._samplers: dict[Stage, type] = {}
         self._private: dict[tuple[Stage, str], RunLoader] = {}
         self._epochs = Epochs()
+        self._warned = False  # of an order of which nobody knows whether it comes again
 
     def get(self, stage: Stage) -> dict[str, Loader]:
         """Return the loaders of a stage by key, ready to iterate; none where the module has none.
@@ -46,7 +48,8 @@ class Loaders:
                 return {}
             if trainer.options.keep_loaders:
                 self._asked[stage] = given
-        if isinstance(given, (list, tuple)) and any(isinstance(one, torch.utils.data.DataLoader) for one in given):
+        kinds = {*map(type, given)} if isinstance(given, (list, tuple)) else set()
+        if any(issubclass(kind, torch.utils.data.DataLoader) for kind in kinds):
             cure = "return one" if stage is Stage.TRAIN else 'return them by key, {"first": …, "second": …}'
             raise ValueError(
                 f"{type(trainer.module).__name__} gave a {type(given).__name__} of loaders for {stage.value}, which "
@@ -115,8 +118,8 @@ class Loaders:
             raise ValueError(refused)
         if training and is_stateful(mine.loader) and trainer.plugins.performers("save"):
             mine.states = collections.deque(maxlen=trainer.window_size + 1)
-        if training and mine.own_order and not trainer.cursor.warned:
-            trainer.cursor.warned = True
+        if training and mine.own_order and not self._warned:
+            self._warned = True
             warn_of_order(mine.own_order)
         return mine
 

@@ -1,14 +1,15 @@
-"""The place in the data, and the sampler that draws from it."""
+"""The sampler that draws from a place in the data."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+from hookline.counters import Cursor
 
 CHUNK = 4096  # indices turned into Python integers at a time
 
@@ -17,29 +18,6 @@ def mix(*parts: object) -> int:
     """Return one seed that depends on all parts, the same on every machine; 63 bits."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-@dataclasses.dataclass
-class Cursor:
-    """The place in the data: which epoch, and how much of it has been trained on."""
-
-    seed: int = 0
-    epoch: int = 0
-    position: int = 0
-    """Batches of this epoch trained on, by each rank (not batches fetched)."""
-    consumed: int = 0
-    """Samples of this epoch drawn for them, over all ranks; batches where a batch sampler of the user's makes them."""
-    draw: int = 0
-    """How many of these one batch draws over all ranks; 0 where the loader does not say."""
-    samples: int | None = None
-    """Samples of the data set; None where nobody can know."""
-    loader_state: Any = None
-    """What a stateful loader said where the run was cut, until it is given back to it."""
-    warned: bool = False
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch."""
-        self.epoch, self.position, self.consumed, self.loader_state = epoch, 0, 0, None
 
 
 class ResumableSampler(Sampler[int]):

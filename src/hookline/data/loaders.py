@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hookline.data.cursor import Cursor, mix
+from hookline.counters import Cursor
+from hookline.data.cursor import mix
 from hookline.data.sampling import Agree, Batches, Sharded, arguments_of, is_shared, length
 from hookline.data.seeding import InitWorker, SeededDataset, seeded
 
@@ -63,7 +64,7 @@ class RunLoader:
         self._generator = torch.Generator() if getattr(loader, "generator", None) is None else None
         self._view: SeededDataset | None = None
         self._batches: Batches | None = None
-        cursor.draw, cursor.samples = 0, length(getattr(loader, "dataset", None))
+        cursor.begin_loader(length(getattr(loader, "dataset", None)))
         if is_indexed(loader):
             self._batches = Batches(loader, cursor, share, shares, agree, sampler, own)
             self._index(loader, self._batches, patience)
@@ -103,7 +104,7 @@ class RunLoader:
     def place(self) -> None:
         """Begin at the cursor, which may have been moved."""
         if self._batches is not None:
-            self._batches.place()
+            self.cursor.settle_place()
 
     @property
     def own_order(self) -> str:
@@ -151,8 +152,8 @@ class RunLoader:
         skipped, place = cursor.position, 0
         load_state = getattr(self.loader, "load_state_dict", None)
         if cursor.loader_state is not None and load_state is not None:
-            load_state(cursor.loader_state)
-            place, cursor.loader_state = skipped, None
+            load_state(cursor.take_loader_state())
+            place = skipped
         elif skipped:
             log.warning(
                 "the training loader is a stream: its first %d batches are loaded and dropped to come to where the run "

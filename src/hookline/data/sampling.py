@@ -18,7 +18,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from hookline.data.cursor import Cursor, ResumableSampler, mix, sampler_class
+from hookline.counters import Cursor
+from hookline.data.cursor import ResumableSampler, mix, sampler_class
 from hookline.data.seeding import States
 
 Agree = Callable[[list[Any]], None]
@@ -194,16 +195,8 @@ class Batches:
         self.dealt = not self.runs and not own and not is_shared(source, share, shares)
         self.source = source if self.runs else rebound(source, like)
         self.shared = self.dealt or (self.runs and not own)  # what is drawn is drawn for all ranks
-        cursor.draw = self.size * (shares if self.shared else 1)
-        self.place()
-
-    def place(self) -> None:
-        """Have the cursor's two measures agree: the batches of before may have been of another size."""
-        cursor = self.cursor
-        if cursor.consumed:
-            cursor.position = cursor.consumed // cursor.draw
-        else:
-            cursor.consumed = cursor.position * cursor.draw
+        cursor.draw_by(self.size * (shares if self.shared else 1))
+        cursor.settle_place()
 
     def __len__(self) -> int:
         items = len(self.source)

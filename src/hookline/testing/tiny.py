@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from hookline.data import Cursor, sampler_class
+from hookline.counters import Cursor
+from hookline.data import sampler_class
 from hookline.interfaces import ModuleInterface, Stage
 from hookline.outputs import as_outputs
-from hookline.state import set_seed
+from hookline.randomness import set_seed
 from hookline.trainer import Trainer
 
 

@@ -212,8 +212,8 @@ class Bridge(ModuleInterface):
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
         """Say which epoch it is, and where in it the run is."""
         trainer, place = self.trainer, self._place
-        begun = trainer.position + len(trainer.begun)
-        place.global_step = trainer.counters.batches + len(trainer.begun)
+        begun = trainer.position + len(trainer.window.begun)
+        place.global_step = trainer.counters.batches + len(trainer.window.begun)
         self._begun = begun - place.global_step
         place.epoch, place.skip_batches = epoch, begun
 

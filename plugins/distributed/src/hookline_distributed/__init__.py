@@ -159,7 +159,7 @@ class Distributed(CallbackInterface):
             folder, resume = Path(told[0]), trainer.options.resume
             if told[1] and (not isinstance(resume, str) or folder == trainer.run_dir):
                 trainer.options.resume = told[1]  # it may know better: launchers tell those that were there before
-            trainer.run_dir = folder  # ranks that look for the next free one would find others
+            trainer.use_run_dir(folder)  # ranks that look for the next free one would find others
 
     def _find_store(self, rank: int, world_size: int) -> Any:
         """Return the store of this run when all ranks have come to it.

@@ -69,7 +69,8 @@ class Uneven(CallbackInterface):
     @hookimpl(wrapper=True)
     def take_window(self, trainer: Trainer) -> Generator[None, list[Any], list[Any]]:
         window = yield
-        trainer.padding, self._factors, self._correction = 0, [], 0
+        trainer.window.pad(0)
+        self._factors, self._correction = [], 0
         self._real = len(window)
         self._spare = window[-1:] or self._spare
         if self._taken + trainer.window_size > self._certain:
@@ -88,7 +89,7 @@ class Uneven(CallbackInterface):
             batches = trainer.hook.all_gather(trainer=trainer, value=self._spare)
             self._spare = self._spare or next(filter(None, batches))
         total = max(sum(sum(counts) for counts, _ in ranks), 1)
-        trainer.padding = size - len(window)
+        trainer.window.pad(size - len(window))
         weighed = trainer.plugins.heard["get_weight"]  # then the core weighs what is real, over all ranks
         factors = [1.0 if weighed else count * trainer.world_size * size / total for count in counts]
         self._factors = factors + [0.0] * trainer.padding

@@ -102,6 +102,7 @@ class Bridge(ModuleInterface):
         self.hidden: set[str] = set()
         self.epoch_metrics: dict[str, Any] = {}  # objects of torchmetrics that were logged
         self.window: list[tuple[Any, Any, int, float]] = []  # of the step: outputs, batches, indices, samples
+        self.samples: float | None = None  # of the batch that is told to be over, by which means are weighted
         self.listeners: dict[str, list[Callable[..., Any]]] = {}
         self._wrapped: list[LightningOptimizer] = []
         self._toggled: dict[torch.nn.Parameter, bool] | None = None
@@ -343,10 +344,11 @@ class Bridge(ModuleInterface):
             self.forked.add(names[1])
         if logger is False and not prog_bar:
             self.hidden.update(names)
-        options: dict[str, Any] = {"prog": prog_bar, "sync": sync, "weighted_by": batch_size}
+        weight = self.samples if batch_size is None else batch_size
+        options: dict[str, Any] = {"prog": prog_bar, "sync": sync, "weighted_by": weight}
         if not training:
             if on_step or on_epoch:
-                with self.without_key() if not with_key else nullcontext():
+                with core.logs.suffixed("") if not with_key else nullcontext():
                     self._take_over_epoch(names[bool(on_epoch)], value, reduce, options)
             return
         if on_step:
@@ -359,19 +361,10 @@ class Bridge(ModuleInterface):
 
     def _take_over_epoch(self, name: str, value: Any, reduce: str, options: dict[str, Any]) -> None:
         if is_metric(value):
-            self.epoch_metrics[name + self.trainer.log_suffix] = (name, value, options)
+            self.epoch_metrics[name + self.trainer.logs.suffix] = (name, value, options)
         else:
             over = "epoch" if self.trainer.stage is Stage.TRAIN else "interval"
             self.trainer.log(over=over, reduce=reduce, **options, **{name: value})
-
-    @contextmanager
-    def without_key(self) -> Generator[None, None, None]:
-        """Have no loader's key in the names of what is logged within."""
-        suffix, self.trainer.log_suffix = self.trainer.log_suffix, ""
-        try:
-            yield
-        finally:
-            self.trainer.log_suffix = suffix
 
     def log_epoch_metrics(self) -> None:
         """Log the objects of torchmetrics that were logged, and reset them."""

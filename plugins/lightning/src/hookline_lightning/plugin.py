@@ -429,9 +429,9 @@ class Steps(CallbackInterface):
     def on_end_train_step(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
         window, self.bridge.window = self.bridge.window, []
         for outputs, batch, index, samples in window:
-            trainer.weight = samples
+            self.bridge.samples = samples
             self.bridge.tell("on_train_batch_end", outputs, batch, index)
-        trainer.weight = 1.0
+        self.bridge.samples = None
 
 
 # What a module may do in the run's place ------------------------------------------------
@@ -576,7 +576,7 @@ class Manual(CallbackInterface):
                 "keep them company; let distributed.uneven be drop"
             )
         bridge, hook = self.bridge, trainer.hook
-        bridge.index, trainer.weight = 0, trainer.weights[0]
+        bridge.index = 0
         for name, gradient in self._gradients.items():
             parameter = bridge.get_parameter(name)
             parameter.grad = gradient.to(parameter.device, copy=True)
@@ -584,11 +584,12 @@ class Manual(CallbackInterface):
         for optimizer in bridge.wrapped():
             optimizer.stepped = False
         batch = hook.prepare_batch(trainer=trainer, batch=window[0], stage=Stage.TRAIN)
-        model, trainer.model = trainer.model, trainer.module  # what averages gradients in backward must not see this
+        model = trainer.model
+        trainer.use_model(trainer.module)  # what averages gradients in backward must not see this
         try:
             outputs = hook.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN)
         finally:
-            trainer.model = model
+            trainer.use_model(model)
         bridge.lossless = not isinstance(outputs, torch.Tensor)
         return [() if bridge.lossless else (outputs.detach(),)]
 

@@ -314,7 +314,7 @@ class Progress(CallbackInterface):
             self._say(f"{trainer.stage.value}: {line(values(metrics))}")
             return
         train_loss = trainer.options.train_loss_metric_name
-        wanted = {train_loss, f"{train_loss}_epoch"} | trainer.shown
+        wanted = {train_loss, f"{train_loss}_epoch"} | trainer.logs.shown
         self._shown |= {name: value for name, value in metrics.items() if name in wanted}
         of_batches = {} if trainer.stage is Stage.TRAIN else metrics  # of the validation under way
         self._bars.values = "  ".join(values({**self._shown, **of_batches}))

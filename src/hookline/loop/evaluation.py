@@ -1,0 +1,195 @@
+"""Evaluation: validation in training, and a stage on its own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline import data
+from hookline.interfaces import Stage
+from hookline.loop.logs import Logs
+from hookline.loop.reductions import Reduction, as_number, is_number
+from hookline.monitored import require_metrics
+from hookline.outputs import Collector, Outputs, as_outputs
+from hookline.randomness import kept_rng, set_seed
+from hookline.schedule import Every, every
+
+if TYPE_CHECKING:
+    from hookline.run import Run
+
+log = logging.getLogger("hookline.trainer")
+
+
+class Evaluation:
+    """Evaluates: when it is due in training, and when somebody asks for a stage alone."""
+
+    def __init__(self, run: Run, logs: Logs) -> None:
+        self.run, self.logs = run, logs
+        self.metrics: dict[str, float] = {}
+        """The metrics of the last evaluation."""
+        self.sanity_checking = False
+        """Whether the evaluation under way only tries whether it works."""
+        self.weight: float | None = None
+        """How much a value weighs that is logged now: the samples of the batch under way; None between batches."""
+        self.by_counter = False
+        """Whether validation becomes due by steps, batches, samples or time, hence within an epoch too."""
+        self._cadence: Every | None = None
+        self._validated_at: int | None = None  # the optimizer step
+        self._reports_so_far = False
+
+    def plan(self, cadence: str | None) -> None:
+        """Set how often to validate in training."""
+        self._cadence = None if cadence is None else every(cadence)
+        self.by_counter = self._cadence is not None and self._cadence.unit != "epochs"
+
+    def ends_epoch(self) -> bool:
+        """Tell whether a validation belongs to the end of the epoch under way."""
+        cadence, epoch = self._cadence, self.run.epoch
+        return cadence is not None and cadence.unit == "epochs" and cadence.crossed(epoch, epoch + 1)
+
+    # Whole evaluations ----------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Validate during training, once per step."""
+        run = self.run
+        if self._validated_at == run.global_step:
+            return
+        self._validated_at = run.global_step
+        with kept_rng():  # training is the same, whatever is evaluated and how often
+            metrics = self._measure(Stage.VAL, run.options.max_val_steps_per_epoch)
+            if metrics is None:
+                return
+            run.counters.evaluations += 1
+            run.best.take("valid_loss", metrics.get(run.options.val_loss_metric_name, math.nan))
+            self.logs.tell(metrics)
+            with self.logs.told_at_once(metrics):
+                run.hook.on_end_validation(trainer=run, global_step=run.global_step, metrics=metrics)
+            run.hook.step_schedulers(trainer=run, when="validation", optimizers=run.optimizers, metrics=metrics)
+
+    def check_sanity(self) -> None:
+        """Try the validation on a few batches and leave no trace: metrics are dropped, randomness is put back."""
+        metrics, self.sanity_checking = self.metrics, True
+        try:
+            with kept_rng():
+                tried = self._measure(Stage.VAL, self.run.options.sanity_val_steps)
+            if tried is not None:
+                require_metrics(self.run, tried, self.run.followed)
+        finally:
+            self.sanity_checking = False
+        self.metrics = metrics
+
+    def evaluate(self, stage: Stage) -> None:
+        """Evaluate on its own: what the verb `run` does for stages other than training.
+
+        Raises:
+            ValueError: the module has no data for it.
+        """
+        run = self.run
+        if not run.optimizers:  # else this trainer has trained, and what it trained is evaluated
+            set_seed(data.mix(run.options.seed, 0))
+            run.set_up_model()
+            run.hook.restore(trainer=run, stage=stage)
+        with kept_rng():  # the same whether it comes behind a training or not
+            set_seed(data.mix(run.options.seed, run.share))
+            metrics = self._measure(stage, run.options.max_val_steps_per_epoch if stage is Stage.VAL else None)
+        if metrics is None:
+            raise ValueError(
+                f"{type(run.module).__name__} has no data for this: get_{stage.value}_dataloaders() returned None"
+            )
+        self.logs.tell(metrics)
+
+    def _measure(self, stage: Stage, limit: int | None) -> dict[str, float] | None:
+        """Evaluate a stage; None where the module has no loader for it."""
+        run = self.run
+        loaders = run.get_loaders(stage)
+        if not loaders:
+            return None
+        began = time.monotonic()
+        self.metrics = run.hook.evaluate(trainer=run, stage=stage, loaders=loaders, limit=limit)
+        log.debug("%s at step %d took %.3f s", stage.value, run.global_step, time.monotonic() - began)
+        return self.metrics
+
+    # Within one -----------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def evaluating(self, stage: Stage) -> Iterator[None]:
+        """Be in an evaluation: no gradients, every submodule in eval mode and back to what it was, logs apart."""
+        run = self.run
+        modes = [(module, module.training) for module in run.model.modules()]
+        in_training = run.stage is Stage.TRAIN and stage is Stage.VAL and not self.sanity_checking
+        self._reports_so_far = in_training and not run.options.report_loss_after_eval
+        try:
+            with run.staged(stage), self.logs.in_evaluation(), torch.no_grad():
+                run.model.eval()
+                yield
+        finally:
+            self.weight = None
+            for module, training in modes:
+                module.training = training
+
+    def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
+        """Take one loader's batches through the model and tell of each; see `Trainer.evaluate_batches`."""
+        run, hook, index = self.run, self.run.hook, -1
+        tell = getattr(hook, f"on_end_{stage.value}_step")
+        collector = Collector(run.plugins.rooms.get(f"on_end_{stage.value}_epoch", 0))
+        for index, batch in enumerate(batches):
+            weight = self.weight = float(hook.get_weight(trainer=run, batch=batch, stage=stage))
+            batch = hook.prepare_batch(trainer=run, batch=batch, stage=stage)
+            outputs = hook.call_model(trainer=run, batch=batch, stage=stage)
+            if stage is not Stage.PREDICT:
+                outputs = as_outputs(outputs, f"{stage.value}_step")
+                self._take_loss(stage, outputs, weight)
+                if collector.room:
+                    collector.add(outputs)
+            tell(trainer=run, outputs=outputs, batch=batch, key=key, index=index)
+        self.weight = None
+        if index < 0:
+            warnings.warn(f"the {stage.value} loader {key!r} gave no batch, so nothing is known of it", stacklevel=2)
+        if stage is Stage.PREDICT:
+            hook.on_end_predict_epoch(trainer=run, key=key)
+        else:
+            outputs = hook.gather_outputs(trainer=run, outputs=collector.collate(), stage=stage, key=key)
+            collated = {f"{stage.value}_step_collated_outputs": outputs}
+            ended = getattr(hook, f"on_end_{stage.value}_epoch")
+            ended(trainer=run, global_step=run.global_step, key=key, **collated)
+
+    def _take_loss(self, stage: Stage, outputs: Outputs, weight: float) -> None:
+        """Log the loss of an evaluation batch: its first output, where that is one number.
+
+        Where the mean so far is told, it is of this rank alone, as others may have fewer batches, and of a copy, as to
+        fold the values here would round them otherwise.
+        """
+        if not outputs or not is_number(outputs[0]):
+            return
+        run = self.run
+        name = run.options.val_loss_metric_name if stage is Stage.VAL else f"{stage.value}_loss"
+        loss = as_number(name, outputs[0])
+        if getattr(outputs[0], "ndim", 0) and weight == 1:
+            run.say_once(
+                f"{stage.value}_step returns a first output of one element for a batch of one sample: it is taken "
+                f"for the loss ({name}). Return the loss as a tensor of shape (), and what is no loss behind it"
+            )
+        so_far = self.logs.add_evaluation_loss(name, loss, weight)
+        if self._reports_so_far and so_far is not None:
+            run.counters.evaluation_batches += 1
+            batch = run.counters.evaluation_batches
+            if batch % every(run.options.log_every).number == 0 and run.plugins.heard["on_log"]:
+                mean = Reduction.from_state(so_far.get_state()).value().item()
+                self.logs.tell({f"{name}_batch{self.logs.suffix}": mean}, batch)
+
+    # State ----------------------------------------------------------------------------
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the metrics of the last evaluation, and when the last validation was."""
+        return {"evaluated_at": self._validated_at, "metrics": self.metrics}
+
+    def update_state(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self._validated_at, self.metrics = state["evaluated_at"], dict(state["metrics"])

@@ -1,0 +1,209 @@
+"""Logged values on their way to whoever shows them: gathered by interval, epoch or evaluation, and told."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline.interfaces import Stage
+from hookline.loop.reductions import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, to_floats, wide
+from hookline.outputs import Outputs, kept
+
+if TYPE_CHECKING:
+    from hookline.run import Run
+
+
+class Logs:
+    """Keeps what is logged until it is due, reduced and on its device, and tells it then."""
+
+    def __init__(self, run: Run, train_loss: str, val_loss: str) -> None:
+        self.run = run
+        self.shown: set[str] = set()
+        """Names of values that were logged with `prog=True`."""
+        self.suffix = ""
+        """What an evaluation of several loaders appends to the names of logged values."""
+        self._train_loss = train_loss
+        self._own_names = {train_loss, f"{train_loss}_epoch", val_loss, "test_loss"}
+        self._logged_by_user: set[tuple[Stage, str]] = set()  # of these names: then it is the user's value that counts
+        self._interval = LogBuffer()
+        self._epoch = LogBuffer()
+        self._evaluation: LogBuffer | None = None
+        self._told_at_once: LogBuffer | None = None  # of what is logged where something ends
+        self._losses: list[tuple[torch.Tensor, float]] = []  # and weights of the last steps, summed up at FOLD_AT
+
+    # Taking ---------------------------------------------------------------------------
+
+    def log(
+        self,
+        values: Mapping[str, Any],
+        *,
+        over: str = "interval",
+        reduce: str = "mean",
+        sync: bool = False,
+        prog: bool = False,
+        weighted_by: float | torch.Tensor | None = None,
+    ) -> None:
+        """Take values by name; see `Trainer.log`."""
+        if over not in ("interval", "epoch") or reduce not in REDUCTIONS:
+            raise ValueError(
+                f"log(over={over!r}, reduce={reduce!r}): over is interval or epoch, reduce is {', '.join(REDUCTIONS)}"
+            )
+        run = self.run
+        if run.idle:
+            return
+        buffer, suffix = self._evaluation, self.suffix
+        if buffer is None:
+            buffer, suffix = self._told_at_once, ""
+        if buffer is None:
+            buffer = self._epoch if over == "epoch" else self._interval
+        weight = run.weight if weighted_by is None else float(weighted_by)
+        self._logged_by_user |= {(run.stage, name) for name in values.keys() & self._own_names}
+        for name, value in values.items():
+            both = (name, name + suffix) if suffix and name in self._own_names else (name + suffix,)
+            for full_name in both:  # the loss counts over all loaders, too
+                reduction = buffer.reduction(full_name, reduce)
+                reduction.sync = reduction.sync or sync or self._evaluation is not None
+                reduction.add(as_number(name, value), weight)
+            if prog:
+                self.shown.add(name + suffix)
+
+    def add_step_losses(self, outputs: Sequence[Outputs], weights: Iterable[float]) -> None:
+        """Take the losses of a training step, the first of each micro-batch's outputs."""
+        for row, weight in zip(outputs, weights, strict=False):
+            if row:
+                loss = row[0]
+                fresh = loss.grad_fn is not None and not loss._is_view()  # `kept`, without a call in each step
+                self._losses.append((loss.detach() if fresh else kept(loss), weight))
+        if len(self._losses) >= FOLD_AT:
+            self._fold_losses()
+
+    def add_evaluation_loss(self, name: str, loss: Any, weight: float) -> Reduction | None:
+        """Take the loss of an evaluation batch; return that of its loader so far, None where the user logs it."""
+        assert self._evaluation is not None
+        if (self.run.stage, name) in self._logged_by_user:
+            return None
+        for full_name in dict.fromkeys((name, name + self.suffix)):  # of all loaders together, and of each
+            reduction = self._evaluation.reduction(full_name)
+            reduction.sync = True
+            reduction.add(loss, weight)
+        return reduction
+
+    @contextlib.contextmanager
+    def in_evaluation(self) -> Iterator[None]:
+        """Have what is logged within belong to an evaluation, which `collect` ends."""
+        self._evaluation = LogBuffer()
+        try:
+            yield
+        finally:
+            self._evaluation = None
+
+    @contextlib.contextmanager
+    def suffixed(self, suffix: str) -> Iterator[None]:
+        """Append something to the names of what is logged within an evaluation."""
+        before, self.suffix = self.suffix, suffix
+        try:
+            yield
+        finally:
+            self.suffix = before
+
+    @contextlib.contextmanager
+    def told_at_once(self, metrics: dict[str, float] | None = None) -> Iterator[None]:
+        """Have what is logged within belong to where that is: tell it right afterwards, and add it to `metrics`."""
+        self._told_at_once = buffer = LogBuffer()
+        try:
+            yield
+        finally:
+            self._told_at_once = None
+        if metrics is not None:
+            for reduction in buffer.reductions.values():
+                reduction.sync = True  # as in the evaluation
+        if self.run.world_size > 1 or buffer:
+            values = self._floats(buffer)
+            if metrics is not None:
+                metrics.update(values)
+            self.tell(values)
+
+    # Telling --------------------------------------------------------------------------
+
+    def tell(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Hand values to whoever shows or keeps them."""
+        run = self.run
+        metrics = run.hook.filter_log(trainer=run, metrics=dict(metrics))
+        if metrics:
+            run.hook.on_log(trainer=run, metrics=metrics, global_step=run.global_step if step is None else step)
+
+    def flush_interval(self) -> None:
+        """Tell what has been logged since the last time, and the mean loss of the steps."""
+        self._flush(self._interval)
+
+    def flush_epoch(self) -> None:
+        """Tell what has been logged over the epoch, and its mean loss."""
+        self._flush(self._epoch)
+
+    def collect(self) -> dict[str, float]:
+        """Return what the evaluation under way has logged, over all ranks."""
+        assert self._evaluation is not None
+        return self._floats(self._evaluation)
+
+    def epoch_loss(self) -> float | None:
+        """Return the mean training loss of the epoch so far, over all ranks; None where nobody collects losses."""
+        self._fold_losses()
+        name = f"{self._train_loss}_epoch"  # with several ranks also where this one has had no batch
+        loss = self._epoch.reductions.get(name) if self.run.world_size == 1 else self._epoch.reduction(name)
+        if loss is None:
+            return None
+        loss.sync = True  # ranks that disagreed on the best could not decide anything together
+        return loss.value(self._all_reduce).item()
+
+    def _flush(self, buffer: LogBuffer) -> None:
+        """Copy the values of a buffer off the device, once for all, if anybody wants to see them."""
+        self._fold_losses()
+        if self.run.world_size > 1 or (buffer and self.run.plugins.heard["on_log"]):
+            self.tell(self._floats(buffer))
+        buffer.clear()
+
+    def _floats(self, buffer: LogBuffer) -> dict[str, float]:
+        """Empty a buffer; return its values, over all ranks where they are to be."""
+        if self.run.world_size > 1:
+            buffer.agree(self.run.hook.all_gather(trainer=self.run, value=buffer.synced()))
+        return to_floats(buffer.collect(self._all_reduce))
+
+    def _all_reduce(self, value: torch.Tensor, op: str) -> torch.Tensor:
+        return self.run.hook.all_reduce(trainer=self.run, value=value, op=op)  # type: ignore[no-any-return]
+
+    def _fold_losses(self) -> None:
+        """Hand the losses of the last steps to the buffers."""
+        pairs, self._losses = [pair for pair in self._losses if pair[1]], []  # without means of nothing
+        if not pairs:
+            return
+        losses, weights = zip(*pairs, strict=True)
+        values = wide(torch.stack([loss.reshape(()) for loss in losses]))
+        total, weight = (values * torch.tensor(weights, dtype=values.dtype, device=values.device)).sum(), sum(weights)
+        if (Stage.TRAIN, self._train_loss) not in self._logged_by_user:
+            interval = self._interval.reduction(self._train_loss)
+            interval.sync = True
+            interval.add_sum(total, weight)
+        if (Stage.TRAIN, f"{self._train_loss}_epoch") not in self._logged_by_user:
+            self._epoch.reduction(f"{self._train_loss}_epoch").add_sum(total, weight)
+
+    # State ----------------------------------------------------------------------------
+
+    def get_state(self) -> dict[str, Any]:
+        """Return what has been logged and not told yet, by this rank."""
+        return {
+            "losses": torch.stack([loss.reshape(()) for loss, _ in self._losses]) if self._losses else None,
+            "weights": torch.tensor([weight for _, weight in self._losses], dtype=torch.float64),
+            "interval": self._interval.get_state(),
+            "epoch": self._epoch.get_state(),
+        }
+
+    def update_state(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        losses = [] if state.get("losses") is None else list(state["losses"].unbind())
+        weights = state["weights"].tolist() if "weights" in state else [1.0] * len(losses)
+        self._losses = list(zip(losses, weights, strict=True))
+        self._interval.update_state(state.get("interval", {}))
+        self._epoch.update_state(state.get("epoch", {}))

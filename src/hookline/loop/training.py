@@ -1,0 +1,305 @@
+"""Training: epochs, steps, and the boundary behind each step at which state is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline import data
+from hookline.counters import UNITS, snapshot
+from hookline.interfaces import Loader, Stage, plain_name
+from hookline.loop.building import batches_per_epoch, count_totals, epochs_asked, train_loader, warn_of_modes
+from hookline.loop.ends import Ends
+from hookline.loop.evaluation import Evaluation
+from hookline.loop.logs import Logs
+from hookline.loop.window import Window
+from hookline.monitored import require_metrics
+from hookline.outputs import Collector, Outputs, WindowCut, collate, detached
+from hookline.randomness import Randomness, set_seed
+from hookline.schedule import every, seconds
+from hookline.schedules import is_plateau, wrong_length
+
+if TYPE_CHECKING:
+    from hookline.run import Run
+
+log = logging.getLogger("hookline.trainer")
+
+
+class Training:
+    """Trains: sets up, takes the epochs and their steps, and brings each step to its boundary."""
+
+    def __init__(
+        self, run: Run, ends: Ends, logs: Logs, window: Window, evaluation: Evaluation, randomness: Randomness
+    ) -> None:
+        self.run, self.ends, self.logs, self.window = run, ends, logs, window
+        self.evaluation, self.randomness = evaluation, randomness
+        self.updating = False
+        """Whether an update is under way, so that a window's weights count."""
+        self.settled = snapshot(run.counters)
+        """The counters at the last boundary; a cadence is due when a multiple lies between the two."""
+        self._unsettled = False  # whether a step has not come to its boundary yet
+        self._stepped = True
+        self._first_loader: Loader | None = None
+        self._epoch_outputs = Collector(0)
+
+    def train(self) -> None:
+        """Train: what the verb `run` does for `Stage.TRAIN`."""
+        run, ends = self.run, self.ends
+        self._set_up()
+        if ends.finished():
+            log.warning("nothing is left to train: the run is at step %d, epoch %d", run.global_step, run.epoch)
+            self.logs.flush_interval()  # it may have been killed between its last save and this
+            return
+        warn_of_modes(run)
+        ends.begin_training()
+        run.hook.on_begin_train(trainer=run, global_step=run.global_step)
+        if run.options.sanity_val_steps:
+            self.evaluation.check_sanity()
+        if not self.randomness.go_on() and run.options.eval_when_start:
+            self.evaluation.validate()
+        while not ends.finished():
+            self._train_one_epoch()
+        self._compare_schedules(ended=ends.over())
+        if not ends.preempted():  # else what was logged so far is in the state, and told when it is due
+            self.logs.flush_interval()
+            with self.logs.told_at_once():
+                run.hook.on_end_train(trainer=run, global_step=run.global_step)
+
+    def _set_up(self) -> None:
+        """Build what training needs, in the one order that is right; a second `train` goes on with it."""
+        run, fresh = self.run, not self.run.optimizers
+        options = run.options
+        if fresh:
+            set_seed(data.mix(options.seed, 0))  # what is built is the same on all ranks
+            run.set_up_model()
+        self._first_loader = train_loader(run)
+        run.plan(count_totals(options, self._first_loader, self.window.size))
+        max_time = None if options.max_time is None else seconds(options.max_time)
+        self.ends.limit(options.max_steps, epochs_asked(options), max_time)
+        self.evaluation.plan(options.evaluate_every)
+        if fresh:
+            run.set_up_optimizers()
+            if run.share:  # what is drawn while training is each rank's own
+                set_seed(data.mix(options.seed, run.share))
+            run.hook.restore(trainer=run, stage=Stage.TRAIN)
+
+    # Epochs ---------------------------------------------------------------------------
+
+    def _train_one_epoch(self) -> None:
+        run, cursor = self.run, self.run.cursor
+        if cursor.epoch != run.epoch:
+            cursor.begin_epoch(run.epoch)
+        resumed = cursor.position > 0 or bool(self.window.begun)
+        run.hook.on_begin_train_epoch(trainer=run, global_step=run.global_step, epoch=run.epoch)
+        loader, self._first_loader = self._first_loader, None
+        if loader is None or resumed or run.epoch:
+            loader = train_loader(run)
+        limit = batches_per_epoch(run.options, self.window.size)
+        batches = itertools.islice(loader, None if limit is None else max(limit - cursor.position, 0))
+        if resumed:
+            self.randomness.go_on()  # on_begin_train_epoch was told again, and may have drawn
+        self.randomness.forget_restored()
+        self._epoch_outputs = Collector(run.plugins.rooms["on_end_train_epoch"])
+        if run.hook.train_epoch(trainer=run, batches=batches):
+            self._end_epoch()
+        self.settle()
+
+    def _end_epoch(self) -> None:
+        run = self.run
+        if self.evaluation.ends_epoch():
+            self.evaluation.validate()
+        loss = self.logs.epoch_loss()
+        if loss is not None:
+            run.best.take("train_loss", loss)
+        run.hook.step_schedulers(trainer=run, when="epoch", optimizers=run.optimizers, metrics=run.metrics)
+        self.logs.flush_epoch()
+        outputs = self._epoch_outputs.collate()
+        with self.logs.told_at_once():
+            run.hook.on_end_train_epoch(trainer=run, global_step=run.global_step, train_step_collated_outputs=outputs)
+        self._compare_schedules(ended=False)
+        run.counters.epochs += 1
+        run.cursor.begin_epoch(run.counters.epochs)
+        self._unsettled = True  # also where nothing was trained of what was left of the epoch
+
+    def _compare_schedules(self, ended: bool) -> None:
+        """Say of schedules that they are as long as training is not."""
+        run = self.run
+        planned = {"step": run.totals.steps, "epoch": run.totals.epochs}
+        for scheduler, when, _ in run.schedulers:
+            run.say_once(wrong_length(scheduler, (planned.get(when) or 0) if ended else None))
+            if ended and when == "validation" and not run.counters.evaluations and is_plateau(scheduler):
+                name = type(scheduler).__name__
+                run.say_once(f"{name} has never moved: it follows an evaluation, and there was none")
+
+    # Steps ----------------------------------------------------------------------------
+
+    def advance(self, window: Sequence[Any]) -> bool:
+        """Settle the step before, then take one: update, count, tell; see `Trainer.advance`."""
+        if not self.settle():
+            return False
+        run, counters, size = self.run, self.run.counters, len(window)
+        samples = self.window.begin(window)
+        self._stepped, self.updating = True, True
+        try:
+            outputs = run.hook.update(trainer=run, window=window)
+        except WindowCut as cut:
+            self._keep_cut(cut)
+            return False
+        finally:
+            self.updating = False
+        counters.global_step += 1
+        counters.batches += size
+        run.cursor.advance(size)
+        if run.shares > 1:  # as if all were full: batches of ranks may differ in size, and what is due must not
+            samples = size * run.micro_batch_size * run.shares
+        counters.samples += samples
+        counters.skipped_steps += not self._stepped
+        self._unsettled = True
+        several = run.world_size > 1  # who watches may be there on one rank alone; all of them reduce what is logged
+        run.hook.on_end_train_step(
+            trainer=run,
+            global_step=counters.global_step,
+            train_step_collated_outputs=self._collect(outputs) if run.plugins.asking or several else [],
+            stepped=self._stepped,
+        )
+        if self.evaluation.by_counter and self.due(run.options.evaluate_every):
+            self.evaluation.validate()
+        if (run.plugins.logging or several) and self.due(run.options.log_every):
+            self.logs.flush_interval()
+        return True
+
+    def _keep_cut(self, cut: WindowCut) -> None:
+        """Save a run that is stopped within a window, what is done of the window too."""
+        run, rooms = self.run, self.run.plugins.rooms
+        room = max(1, rooms["on_end_train_step"], rooms["on_end_train_epoch"])
+        self.window.cut([detached(row[:room]) for row in cut.outputs])
+        assert self.ends.reason is not None
+        run.hook.save(trainer=run, reason=self.ends.reason, state=None)
+
+    def _collect(self, outputs: Sequence[Outputs]) -> list[Any]:
+        """Keep of a step's outputs what somebody will ask for; return what its end is asked for, collated."""
+        for row in outputs:
+            if type(row) is not tuple:
+                raise TypeError(
+                    "the verb 'update' must answer a list with one tuple per micro-batch, the loss first; it answered "
+                    f"a {type(outputs).__name__} of {type(row).__name__}"
+                )
+        window = self.window
+        real = outputs[: len(outputs) - window.padding] if window.padding else outputs
+        weights = window.weights if len(window.weights) == len(outputs) else itertools.repeat(1.0)
+        self.logs.add_step_losses(real, weights)
+        if self._epoch_outputs.room:
+            for row in real:
+                self._epoch_outputs.add(row)
+        room = self.run.plugins.rooms["on_end_train_step"]
+        if not room:
+            return []
+        collated = collate([detached(row[:room]) for row in real or outputs])
+        return collated if real else [column[:0] for column in collated]  # as many as ever, of no sample
+
+    def step(self, optimizers: Sequence[torch.optim.Optimizer] | None, closure: Any) -> bool:
+        """Step optimizers through every gate, then clear all gradients; see `Trainer.step`."""
+        run, hook = self.run, self.run.hook
+        if isinstance(optimizers, torch.optim.Optimizer):
+            raise TypeError(f"trainer.step takes a list of optimizers, not one {type(optimizers).__name__}; write [it]")
+        chosen = run.optimizers if optimizers is None else optimizers
+        if closure is None:
+            hook.on_begin_optimizer_step(trainer=run, optimizers=chosen)
+        else:
+            closure = self._completing(closure, chosen)
+        stepped = bool(hook.should_step(trainer=run, optimizers=chosen))
+        if stepped:
+            for optimizer in chosen:
+                if not hook.step_optimizer(trainer=run, optimizer=optimizer, closure=closure):
+                    stepped = False
+        hook.on_end_optimizer_step(trainer=run, optimizers=chosen, stepped=stepped)
+        if stepped:
+            hook.step_schedulers(trainer=run, when="step", optimizers=chosen, metrics=self.evaluation.metrics)
+        else:
+            self._stepped = False
+        for optimizer in run.optimizers:  # `zero_grad`, without a call in each step
+            optimizer.zero_grad()
+        return stepped
+
+    def _completing(self, closure: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
+        """Return a closure after whose every call the gradients are told to be complete.
+
+        Gradients are those of all ranks, so the loss is as well: optimizers that look at it (a line search) would take
+        another way on each rank.
+        """
+        run = self.run
+        several = run.world_size > 1 and bool(run.plugins.performers("shard_model"))
+
+        def complete() -> Any:
+            loss = closure()
+            run.hook.on_begin_optimizer_step(trainer=run, optimizers=optimizers)
+            if several and loss is not None:
+                loss = torch.as_tensor(loss, device=run.device).detach()
+                loss = run.hook.all_reduce(trainer=run, value=loss, op="sum") / run.shares
+            return loss
+
+        return complete
+
+    # Boundaries -----------------------------------------------------------------------
+
+    def settle(self, counted: bool = False) -> bool:
+        """Bring the last step to its boundary, once; see `Trainer.settle`."""
+        if not (self._unsettled or counted):
+            return True  # what was asked for between two steps is served at the boundary of the second
+        self._unsettled = False
+        run, ends = self.run, self.ends
+        finished = ends.finished(agree=True)
+        if finished and run.options.eval_when_finish and not ends.preempted():
+            self.evaluation.validate()
+        run.hook.on_boundary(trainer=run, global_step=run.counters.global_step)
+        if run.followed and self.due("eval"):
+            require_metrics(run, run.metrics, run.followed, boundary=True)
+        back = self.randomness.restored is not None  # another state was put back: the data go on where that one stood
+        if back:
+            self.randomness.go_on()
+        if ends.reason is not None or back:
+            finished = ends.finished()
+        if finished or ends.saves:
+            run.hook.save(trainer=run, reason=ends.take_saves(), state=None)
+        self.settled = snapshot(run.counters)
+        return not finished and not back
+
+    def due(self, cadence: str | None) -> bool:
+        """Tell whether a cadence has become due since the last boundary; see `Trainer.due`."""
+        if cadence is None:
+            return False
+        number, unit = every(cadence)
+        place = UNITS.index(unit)
+        return bool(snapshot(self.run.counters)[place] // number > self.settled[place] // number)
+
+    # State ----------------------------------------------------------------------------
+
+    def get_state(self) -> dict[str, Any]:
+        """Return how far the run is, as plain data."""
+        run = self.run
+        return {
+            "counters": dataclasses.asdict(run.counters),
+            "cursor": run.cursor.get_state(),
+            "best": dataclasses.asdict(run.best),
+            **self.evaluation.get_state(),
+            "frozen": [name for name, weight in run.module.named_parameters() if not weight.requires_grad],
+            "ranks": run.world_size,
+        }
+
+    def update_state(self, state: Mapping[str, Any]) -> None:
+        """Be as far as that, at its boundary."""
+        run = self.run
+        run.counters.update_state(state["counters"])
+        self.settled = snapshot(run.counters)
+        run.cursor.update_state(state["cursor"])
+        run.best.update_state(state["best"])
+        self.evaluation.update_state(state)
+        if not run.options.reset_optimizers_schedulers:
+            frozen = {plain_name(name) for name in state["frozen"]}
+            for name, weight in run.module.named_parameters():
+                weight.requires_grad_(name not in frozen)

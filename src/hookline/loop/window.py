@@ -1,0 +1,88 @@
+"""The window under way: the micro-batches of one optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline.interfaces import Stage
+from hookline.outputs import Outputs
+
+if TYPE_CHECKING:
+    from hookline.run import Run
+
+
+class Window:
+    """Knows how many micro-batches make an optimizer step, how much each weighs, and which is under way."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.size = 1
+        """Micro-batches of one optimizer step; the last window of an epoch may have fewer."""
+        self.padding = 0
+        """How many micro-batches at the end of this window only keep ranks in step: their outputs are dropped."""
+        self.begun: list[Outputs] = []
+        """The outputs of the micro-batches that are done, where a run was cut within a window; else empty."""
+        self.weights: list[float] = []
+        """How much each micro-batch weighs in a mean: its samples, or what `get_weight` says."""
+        self.parts: list[float] | None = None
+        """How much each weighs in the window, where somebody performs `get_weight`."""
+        self._index = 0
+
+    def resize(self, size: int) -> None:
+        """Have so many micro-batches in the windows to come."""
+        self.size = size
+
+    def pad(self, micro_batches: int) -> None:
+        """Have so many micro-batches at the end of the next window that only keep ranks in step."""
+        self.padding = micro_batches
+
+    # A window -------------------------------------------------------------------------
+
+    def begin(self, batches: Sequence[Any]) -> int:
+        """Begin with the first micro-batch; return how many samples there are in all of them."""
+        run, samples = self.run, 0
+        self.weights, self.parts, self._index = [], None, 0
+        for batch in batches:
+            count = run.hook.count_samples(trainer=run, batch=batch, stage=Stage.TRAIN)
+            samples += count
+            self.weights.append(float(count))
+        if run.plugins.heard["get_weight"]:
+            self._weigh(batches)
+        return samples
+
+    def begin_micro_batch(self, index: int) -> None:
+        """Go to a micro-batch, by whose weight means are weighted from here on."""
+        self._index = index
+
+    @property
+    def weight(self) -> float:
+        """How much a value weighs that is logged in the micro-batch under way."""
+        return self.weights[self._index] if self._index < len(self.weights) else 1.0
+
+    def _weigh(self, batches: Sequence[Any]) -> None:
+        """Ask how much each micro-batch weighs in the window, of all ranks."""
+        run, real = self.run, len(batches) - self.padding
+        for index, batch in enumerate(batches):
+            asked = index < real
+            self.weights[index] = (
+                float(run.hook.get_weight(trainer=run, batch=batch, stage=Stage.TRAIN)) if asked else 0.0
+            )
+        total = sum(self.weights)
+        if run.world_size > 1:
+            value = torch.tensor(total, dtype=torch.float64)
+            total = run.hook.all_reduce(trainer=run, value=value, op="sum").item()
+        self.parts = [weight * run.shares / total if total else 0.0 for weight in self.weights]
+
+    # A window that was cut --------------------------------------------------------------
+
+    def cut(self, outputs: Sequence[Outputs]) -> None:
+        """Keep what is done of a window that is to be gone on with by another run."""
+        self.begun = list(outputs)
+
+    def go_on(self) -> list[Outputs]:
+        """Return what is done already of a window that was cut, and keep it no more."""
+        begun, self.begun = self.begun, []
+        return begun
