@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
 from hookline import data, every
+from hookline.cadence import seconds
 from hookline.counters import Cursor
 from hookline.loop.reductions import FOLD_AT, LogBuffer, Reduction, as_number, to_floats
 from hookline.outputs import Collector, as_outputs, collate, with_loss
 from hookline.randomness import get_rng_state, set_rng_state, set_seed
-from hookline.schedule import seconds
-from hookline.schedules import schedule_all
+from hookline.schedulers import schedule_all
 from hookline.state import get_optimizer_state, set_optimizer_state
 from hookline.testing import digest
 

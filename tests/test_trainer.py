@@ -845,7 +845,7 @@ def test_run_folders_are_numbered_and_never_shared(tmp_path):
     checkpoint.mkdir(parents=True)
     assert run_dir(resume=checkpoint).name == "mine-2"
     trainer = tiny_trainer(runs_folder=str(tmp_path / "runs"), run_name="other", resume=True)
-    with trainer.staged(Stage.VAL), pytest.raises(ValueError, match="there is no run 'other' in .*runs to resume"):
+    with trainer.session.at(Stage.VAL), pytest.raises(ValueError, match="there is no run 'other' in .*runs to resume"):
         _ = trainer.run_dir
     with pytest.raises(ValueError, match="resume='.*mine-7' is no folder of a run"):
         run_dir(resume=str(tmp_path / "runs" / "mine-7"))

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from hookline import records as records
     from hookline import tracking as tracking
     from hookline.blocks import find_blocks as find_blocks
+    from hookline.cadence import every as every
+    from hookline.cadence import seconds as seconds
     from hookline.config import instantiate as instantiate
     from hookline.data import count_samples as count_samples
     from hookline.data import shard as shard
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from hookline.monitored import require_metrics as require_metrics
     from hookline.randomness import kept_rng as kept_rng
     from hookline.randomness import set_seed as set_seed
-    from hookline.schedule import every as every
-    from hookline.schedule import seconds as seconds
     from hookline.state import copy_state as copy_state
     from hookline.trainer import Trainer as Trainer
 
@@ -39,7 +39,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "copy_state": "state",
     "count_samples": "data",
     "event": "marks",
-    "every": "schedule",
+    "every": "cadence",
     "find_blocks": "blocks",
     "hookimpl": "marks",
     "hookspecs": "hookspecs",
@@ -48,7 +48,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "nearest": "installed",
     "records": "records",
     "require_metrics": "monitored",
-    "seconds": "schedule",
+    "seconds": "cadence",
     "set_seed": "randomness",
     "shard": "data",
     "sharded": "data",

@@ -31,7 +31,7 @@ from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
 from hookline.monitored import mode_of
 from hookline.outputs import Outputs, WindowCut, detached, with_loss
-from hookline.schedules import go_on
+from hookline.schedulers import go_on
 from hookline.state import (
     get_gradients,
     get_named,
@@ -360,7 +360,7 @@ def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
     optimisation): it calls `trainer.step` for which optimizers and when.
     """
     outputs = trainer.hook.run_window(trainer=trainer, window=window)
-    trainer.step()
+    trainer.training.step()
     return outputs  # type: ignore[no-any-return]
 
 
@@ -402,7 +402,7 @@ def prepare_batch(trainer: Trainer, batch: Any, stage: Stage) -> Any:
 def call_model(trainer: Trainer, batch: Any, stage: Stage) -> Any:
     """Answer what the module's step for this stage returns for a batch."""
     step = trainer.counters.global_step + (stage is TRAIN)
-    return trainer.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
+    return trainer.built.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
 
 
 @verb
@@ -463,7 +463,7 @@ def step_schedulers(
     metrics: Mapping[str, float],
 ) -> bool:
     """Move the schedulers of these optimizers that move after a "step", "epoch" or "validation"; answer True."""
-    for scheduler, moves, metric in trainer.schedulers:
+    for scheduler, moves, metric in trainer.built.schedulers:
         if moves == when and getattr(scheduler, "optimizer", trainer.optimizers[0]) in optimizers:
             if metric is None:
                 scheduler.step()
@@ -491,12 +491,12 @@ def evaluate(trainer: Trainer, stage: Stage, loaders: Mapping[str, Loader], limi
     hook, word = trainer.hook, stage.value
     totals = {key: lesser(data.length(loader), limit) for key, loader in loaders.items()}
     hook.on_begin_evaluation(trainer=trainer, stage=stage, totals=totals)
-    with trainer.evaluating(stage):
+    with trainer.evaluation.under_way(stage):
         for key, loader in loaders.items():
             with trainer.logs.suffixed(f"/{key}" if len(loaders) > 1 else ""):
                 getattr(hook, f"on_begin_{word}_epoch")(trainer=trainer, key=key)
-                trainer.evaluate_batches(stage, key, itertools.islice(loader, limit))
-        return trainer.collect_metrics()
+                trainer.evaluation.take_batches(stage, key, itertools.islice(loader, limit))
+        return trainer.logs.collect()
 
 
 @event

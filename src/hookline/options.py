@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hookline.cadence import every, seconds
 from hookline.installed import nearest
-from hookline.schedule import every, seconds
 
 log = logging.getLogger("hookline.options")
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ import torch
 
 from hookline import data
 from hookline.counters import Best, Counters, Cursor, Totals
-from hookline.idle import untouched
-from hookline.interfaces import Loader, Stage, join
-from hookline.loop.building import adapt_module, build_model, build_optimizers
+from hookline.interfaces import Stage, join
+from hookline.loop.building import Built, adapt_module
 from hookline.loop.ends import Ends
 from hookline.loop.evaluation import Evaluation
+from hookline.loop.idle import untouched
 from hookline.loop.logs import Logs
 from hookline.loop.session import Session
 from hookline.loop.training import Training
@@ -32,7 +32,7 @@ from hookline.masking import mask
 from hookline.options import make_options, run_folder
 from hookline.plugins import MODULE, PluginManager, build, options_of
 from hookline.randomness import Randomness
-from hookline.schedules import Scheduled
+from hookline.schedulers import Scheduled
 
 log = logging.getLogger("hookline.trainer")
 
@@ -63,29 +63,28 @@ class Trainer:
         **options: Any,
     ) -> None:
         self.options = make_options(options)
-        self.counters, self.best = Counters(), Best()
-        self.cursor = Cursor(seed=self.options.seed)
-        self.totals = Totals(None, None, None, self.options.epochs)
-        self.optimizers: list[torch.optim.Optimizer] = []
-        self.schedulers: list[Scheduled] = []
-        self.followed: dict[str, str] = {}
-        self.stage = Stage.TRAIN
+        self.counters, self.cursor, self.best = Counters(), Cursor(seed=self.options.seed), Best()
         self.idle = False
         """Whether the micro-batch under way only keeps ranks in step: what is logged in it is dropped."""
         self._said: set[str] = set()
-
-        # The parts of the loop, each of which owns its state.
-        self.loaders = data.Loaders(self)
-        self.randomness = Randomness()
-        self.window = Window(self)
-        self.ends = Ends(self)
-        self.logs = Logs(self, self.options.train_loss_metric_name, self.options.val_loss_metric_name)
-        self.evaluation = Evaluation(self, self.logs)
-        self.training = Training(self, self.ends, self.logs, self.window, self.evaluation, self.randomness)
-        self.session = Session(self, self.ends, self.randomness, self.loaders)
-
         self.plugins = PluginManager()
         self.hook = self.plugins.routes
+        # The parts of the loop, each of which owns its state; arrows lead from the later to the earlier.
+        self.loaders, self.randomness = data.Loaders(self), Randomness()
+        self.window, self.ends = Window(self), Ends(self)
+        self.session = Session(self, self.ends, self.randomness, self.loaders)
+        self.built = Built(self, self.loaders, self.window)
+        self.logs = Logs(self, self.window)
+        self.evaluation = Evaluation(self, session=self.session, built=self.built, logs=self.logs)
+        self.training = Training(
+            self,
+            built=self.built,
+            ends=self.ends,
+            logs=self.logs,
+            window=self.window,
+            evaluation=self.evaluation,
+            randomness=self.randomness,
+        )
         try:
             self._begin(module, build(plugins), config)
         except BaseException as error:
@@ -104,13 +103,12 @@ class Trainer:
         self.on_cpu = self.device.type == "cpu"
         self.module = adapt_module(self, module)
         join(self.module, self)
+        self.built.use_model(self.module)
         # pluggy calls last whom it met first: the module's own hooks are the innermost.
         for name in named:
             self.plugins.unregister(name=name)
         self.plugins.register(self.module, MODULE)
         self._register(named)
-        self.model: torch.nn.Module = self.module
-        self._model_stands = False
         self.config = dict(config) if config is not None else self._own_config(named)
         self.plugins.hook.on_setup.call_historic(kwargs={"trainer": self})
 
@@ -158,41 +156,18 @@ class Trainer:
         self._run(Stage.PREDICT)
 
     def _run(self, stage: Stage) -> None:
-        self.stage = stage
         folder = str(self.run_dir) if "run_dir" in vars(self) else ""  # asking for it makes it
         self.session.do(stage, folder)
 
-    # Setting up: for `hookline.loop` ----------------------------------------------------
-
-    def set_up_model(self) -> None:
-        """Make the model of the module, once."""
-        if self._model_stands:
-            return
-        self.window.resize(self.hook.get_window_size(trainer=self))
-        self.loaders.begin_windows(self.window.size)
-        self.model, self._model_stands = build_model(self), True
-
-    def set_up_optimizers(self) -> None:
-        """Make the optimizers and schedulers of the model."""
-        self.optimizers, self.schedulers = build_optimizers(self)
-        self.followed = {metric: type(one).__name__ for one, _, metric in self.schedulers if metric is not None}
-
-    def plan(self, totals: Totals) -> None:
-        """Know how long the run will be."""
-        self.totals = totals
+    # For strategies ---------------------------------------------------------------------
 
     def use_model(self, model: torch.nn.Module) -> None:
-        """Have the loop call another model from now on: the module in another wrapping. For strategies."""
-        self.model = model
+        """Have the loop call another model from now on: the module in another wrapping."""
+        self.built.use_model(model)
 
-    @contextlib.contextmanager
-    def staged(self, stage: Stage) -> Iterator[None]:
-        """Be in a stage within."""
-        before, self.stage = self.stage, stage
-        try:
-            yield
-        finally:
-            self.stage = before
+    def use_run_dir(self, path: Path) -> None:
+        """Have the folder of another rank, so that all have one."""
+        self.run_dir = path
 
     @contextlib.contextmanager
     def idling(self) -> Iterator[None]:
@@ -289,13 +264,6 @@ class Trainer:
             self._said.add(about or text)
             log.warning("%s", text)
 
-    def get_loaders(self, stage: Stage) -> dict[str, Loader]:
-        """Return the loaders of a stage by key, ready to iterate; none where the module has none.
-
-        The module is asked anew each time, unless `keep_loaders` says otherwise.
-        """
-        return self.loaders.get(stage)
-
     def export_model(self) -> dict[str, torch.Tensor]:
         """Return the portable weights of the model alone."""
         return self.hook.export_model(trainer=self)  # type: ignore[no-any-return]
@@ -345,20 +313,30 @@ class Trainer:
 
     def zero_grad(self) -> None:
         """Clear the gradients of all optimizers."""
-        for optimizer in self.optimizers:
+        for optimizer in self.built.optimizers:
             optimizer.zero_grad()
 
-    def evaluating(self, stage: Stage) -> contextlib.AbstractContextManager[None]:
-        """Be in an evaluation: no gradients, every submodule in eval mode and back to what it was, logs apart."""
-        return self.evaluation.evaluating(stage)
+    # What the run is built of -----------------------------------------------------------
 
-    def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
-        """Take one loader's batches through the model and tell of each: the inner loop of `evaluate`."""
-        self.evaluation.evaluate_batches(stage, key, batches)
+    @property
+    def model(self) -> torch.nn.Module:
+        """What the loop calls: the module, converted, split, compiled and sharded as plugins say."""
+        return self.built.model
 
-    def collect_metrics(self) -> dict[str, float]:
-        """Return what the evaluation under way has logged, over all ranks; its end, for performers of `evaluate`."""
-        return self.logs.collect()
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers, in the module's order; empty before training is set up."""
+        return self.built.optimizers
+
+    @property
+    def schedulers(self) -> list[Scheduled]:
+        """The schedulers, each with when it moves and the metric that it follows."""
+        return self.built.schedulers
+
+    @property
+    def totals(self) -> Totals:
+        """How long the run will be."""
+        return self.built.totals
 
     # Where the run is -------------------------------------------------------------------
 
@@ -390,13 +368,6 @@ class Trainer:
     def sanity_checking(self) -> bool:
         """Whether the evaluation under way only tries whether it works."""
         return self.evaluation.sanity_checking
-
-    @property
-    def weight(self) -> float:
-        """How much a value weighs that is logged now: the samples of the batch under way, or what `get_weight` says."""
-        if self.evaluation.weight is not None:
-            return self.evaluation.weight
-        return self.window.weight if self.training.updating else 1.0
 
     @property
     def window_size(self) -> int:
@@ -435,6 +406,11 @@ class Trainer:
         return self.ends.save_asked
 
     @property
+    def stage(self) -> Stage:
+        """What is done now: training, or an evaluation, also one within a training."""
+        return self.session.stage
+
+    @property
     def status(self) -> str:
         """How the last run ended: "finished", "stopped", "preempted" or "failed"; "running" until then."""
         return self.session.status
@@ -460,10 +436,6 @@ class Trainer:
         path = run_folder(self.options, training=self.stage is Stage.TRAIN)
         path.mkdir(parents=True, exist_ok=True)
         return path
-
-    def use_run_dir(self, path: Path) -> None:
-        """Have the folder of another rank, so that all have one."""
-        self.run_dir = path
 
     @property
     def history(self) -> list[dict[str, float | int]]:

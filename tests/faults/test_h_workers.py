@@ -153,7 +153,7 @@ def test_h1_a_sample_of_a_bad_type_is_named_with_its_batch(workers):
 def test_h1_a_loader_without_batches_names_its_sample():
     module = Module(Samples(fail), workers=0)
     module.get_train_dataloader = lambda sampler, batch_size: DataLoader(module.dataset, None, sampler=range(48))
-    loader = tiny_trainer((), module).get_loaders(Stage.TRAIN)["default"]
+    loader = tiny_trainer((), module).loaders.get(Stage.TRAIN)["default"]
     with pytest.raises(KeyError) as caught:
         list(loader)
     assert caught.value.__notes__ == ["while loading samples [17]"]
@@ -227,11 +227,11 @@ def test_h2_every_loader_with_workers_has_a_timeout(workers, own, option, timeou
     module.get_val_dataloaders = module.get_train_dataloader
     trainer = tiny_trainer((), module, loader_timeout=option)
     for stage in (Stage.TRAIN, Stage.VAL):
-        assert trainer.get_loaders(stage)["default"].timeout == timeout
+        assert trainer.loaders.get(stage)["default"].timeout == timeout
 
 
 def test_h2_the_default_is_not_for_ever():
-    assert trainer_of(Samples()).get_loaders(Stage.TRAIN)["default"].timeout == 600
+    assert trainer_of(Samples()).loaders.get(Stage.TRAIN)["default"].timeout == 600
 
 
 @pytest.mark.parametrize("timeout", ["10 steps", "soon", "0 s"])

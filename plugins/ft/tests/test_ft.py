@@ -102,13 +102,13 @@ def test_replicas_share_the_training_data_equally_and_evaluate_on_all(monkeypatc
             monkeypatch.setenv(name, value)
         trainer = tiny_trainer([Ft()], TinyModule(samples=21))
         loaders = [
-            trainer.get_loaders(stage)["default"] for stage in (type(trainer.stage).TRAIN, type(trainer.stage).VAL)
+            trainer.loaders.get(stage)["default"] for stage in (type(trainer.stage).TRAIN, type(trainer.stage).VAL)
         ]
         seen.append([[ids for _, _, ids in loader] for loader in loaders])
         assert trainer.micro_batch_size == 4
         assert [len(loader) for loader in loaders] == [3, 3]
         trainer.position = 2
-        rest = [ids.tolist() for _, _, ids in trainer.get_loaders(trainer.stage)["default"]]
+        rest = [ids.tolist() for _, _, ids in trainer.loaders.get(trainer.stage)["default"]]
         assert rest == [ids.tolist() for ids in seen[-1][0][2:]]
     trained = [torch.cat(train).tolist() for train, _ in seen]
     assert [len(ids) for ids in trained] == [10, 10]

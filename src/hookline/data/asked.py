@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hookline.cadence import seconds
 from hookline.counters import Cursor
 from hookline.data.cursor import mix
 from hookline.data.loaders import RunLoader, is_stateful, warn_of_order
@@ -15,7 +16,6 @@ from hookline.data.sampling import Epochs, Sharded
 from hookline.data.seeding import mark_of
 from hookline.interfaces import Loader, Stage
 from hookline.randomness import kept_rng, set_seed
-from hookline.schedule import seconds
 
 if TYPE_CHECKING:
     from hookline.run import Run

@@ -11,9 +11,11 @@ import torch
 
 from hookline import data
 from hookline.counters import Totals, lesser
+from hookline.data import Loaders
 from hookline.interfaces import Loader, ModuleInterface, Stage
+from hookline.loop.window import Window
 from hookline.options import Options
-from hookline.schedules import Scheduled, schedule_all
+from hookline.schedulers import Scheduled, schedule_all
 
 if TYPE_CHECKING:
     from hookline.run import Run
@@ -53,50 +55,79 @@ def adapt_module(run: Run, given: Any) -> ModuleInterface:
     return adapted
 
 
-def build_model(run: Run) -> torch.nn.Module:
-    """Return the model that the loop calls: the module, converted, split, compiled and sharded as plugins say."""
-    hook, model = run.hook, run.model
-    for change in (hook.convert_model, hook.split_model, hook.compile_model, hook.shard_model):
-        model = change(trainer=run, model=model)
-    return model
+class Built:
+    """The model, the optimizers and the schedulers that a run has made of its module, and how long it will be."""
 
+    model: torch.nn.Module
+    """What the loop calls: the module, converted, split, compiled and sharded as plugins say."""
 
-def build_optimizers(run: Run) -> tuple[list[torch.optim.Optimizer], list[Scheduled]]:
-    """Return the optimizers and the schedulers of a run.
+    def __init__(self, run: Run, loaders: Loaders, window: Window) -> None:
+        self.run, self.loaders, self.window = run, loaders, window
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.schedulers: list[Scheduled] = []
+        self.followed: dict[str, str] = {}
+        """Metrics that schedulers follow, and which scheduler does."""
+        self.totals = Totals(None, None, None, run.options.epochs)
+        self._stands = False
 
-    Raises:
-        ValueError: there is no optimizer.
-    """
-    optimizers, schedulers = run.hook.setup_optimizers(trainer=run)
-    if not optimizers:
-        raise ValueError(f"{type(run.module).__name__}.get_optimizers_schedulers returned no optimizer")
-    return optimizers, schedule_all(schedulers, run.options.val_loss_metric_name)
+    def make_model(self) -> None:
+        """Make the model of the module, once."""
+        if self._stands:
+            return
+        run, hook = self.run, self.run.hook
+        self.window.resize(hook.get_window_size(trainer=run))
+        self.loaders.begin_windows(self.window.size)
+        model = self.model
+        for change in (hook.convert_model, hook.split_model, hook.compile_model, hook.shard_model):
+            model = change(trainer=run, model=model)
+        self.model, self._stands = model, True
 
+    def use_model(self, model: torch.nn.Module) -> None:
+        """Have the loop call another model from now on, the module in another wrapping; for strategies."""
+        self.model = model
 
-def train_loader(run: Run) -> Loader:
-    """Return the training loader, ready to iterate.
+    def make_optimizers(self) -> None:
+        """Make the optimizers and schedulers of the model.
 
-    Raises:
-        ValueError: the module gives none, or several.
-    """
-    loaders = run.get_loaders(Stage.TRAIN)
-    if list(loaders) != ["default"]:
-        raise ValueError(
-            f"{type(run.module).__name__}.get_train_dataloader() must return one loader; it returned "
-            f"{'None' if not loaders else f'loaders by key {list(loaders)}'}"
-        )
-    return loaders["default"]
+        Raises:
+            ValueError: there is no optimizer.
+        """
+        optimizers, schedulers = self.run.hook.setup_optimizers(trainer=self.run)
+        if not optimizers:
+            raise ValueError(f"{type(self.run.module).__name__}.get_optimizers_schedulers returned no optimizer")
+        self.optimizers = optimizers
+        self.schedulers = schedule_all(schedulers, self.run.options.val_loss_metric_name)
+        self.followed = {metric: type(one).__name__ for one, _, metric in self.schedulers if metric is not None}
 
+    def train_loader(self) -> Loader:
+        """Return the training loader, ready to iterate.
 
-def count_totals(options: Options, loader: Loader, window_size: int) -> Totals:
-    """Return how long a run will be."""
-    batches = lesser(data.length(loader), batches_per_epoch(options, window_size))
-    steps_per_epoch = None if batches is None else math.ceil(batches / window_size)
-    epochs = epochs_asked(options)
-    if epochs is None and options.max_steps is not None and steps_per_epoch:
-        epochs = math.ceil(options.max_steps / steps_per_epoch)  # no end: later epochs may have another length
-    steps = None if steps_per_epoch is None or epochs is None else steps_per_epoch * epochs
-    return Totals(batches, steps_per_epoch, lesser(steps, options.max_steps), epochs)
+        Raises:
+            ValueError: the module gives none, or several.
+        """
+        loaders = self.loaders.get(Stage.TRAIN)
+        if list(loaders) != ["default"]:
+            raise ValueError(
+                f"{type(self.run.module).__name__}.get_train_dataloader() must return one loader; it returned "
+                f"{'None' if not loaders else f'loaders by key {list(loaders)}'}"
+            )
+        return loaders["default"]
+
+    def batches_per_epoch(self) -> int | None:
+        """Return the most batches that an epoch may take; None for all."""
+        steps = self.run.options.max_train_steps_per_epoch
+        return None if steps is None else steps * self.window.size
+
+    def count_totals(self, loader: Loader) -> None:
+        """Find out how long the run will be."""
+        options = self.run.options
+        batches = lesser(data.length(loader), self.batches_per_epoch())
+        steps_per_epoch = None if batches is None else math.ceil(batches / self.window.size)
+        epochs = epochs_asked(options)
+        if epochs is None and options.max_steps is not None and steps_per_epoch:
+            epochs = math.ceil(options.max_steps / steps_per_epoch)  # no end: later epochs may have another length
+        steps = None if steps_per_epoch is None or epochs is None else steps_per_epoch * epochs
+        self.totals = Totals(batches, steps_per_epoch, lesser(steps, options.max_steps), epochs)
 
 
 def epochs_asked(options: Options) -> int | None:
@@ -104,12 +135,6 @@ def epochs_asked(options: Options) -> int | None:
     if options.epochs is None and options.max_steps is None and options.max_time is None:
         return 1
     return options.epochs
-
-
-def batches_per_epoch(options: Options, window_size: int) -> int | None:
-    """Return the most batches that an epoch may take."""
-    steps = options.max_train_steps_per_epoch
-    return None if steps is None else steps * window_size
 
 
 def warn_of_modes(run: Run) -> None:

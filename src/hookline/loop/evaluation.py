@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline import data
+from hookline.cadence import Every, every
 from hookline.interfaces import Stage
+from hookline.loop.building import Built
 from hookline.loop.logs import Logs
 from hookline.loop.reductions import Reduction, as_number, is_number
+from hookline.loop.session import Session
 from hookline.monitored import require_metrics
 from hookline.outputs import Collector, Outputs, as_outputs
 from hookline.randomness import kept_rng, set_seed
-from hookline.schedule import Every, every
 
 if TYPE_CHECKING:
     from hookline.run import Run
@@ -30,14 +32,12 @@ log = logging.getLogger("hookline.trainer")
 class Evaluation:
     """Evaluates: when it is due in training, and when somebody asks for a stage alone."""
 
-    def __init__(self, run: Run, logs: Logs) -> None:
-        self.run, self.logs = run, logs
+    def __init__(self, run: Run, *, session: Session, built: Built, logs: Logs) -> None:
+        self.run, self.session, self.built, self.logs = run, session, built, logs
         self.metrics: dict[str, float] = {}
         """The metrics of the last evaluation."""
         self.sanity_checking = False
         """Whether the evaluation under way only tries whether it works."""
-        self.weight: float | None = None
-        """How much a value weighs that is logged now: the samples of the batch under way; None between batches."""
         self.by_counter = False
         """Whether validation becomes due by steps, batches, samples or time, hence within an epoch too."""
         self._cadence: Every | None = None
@@ -71,7 +71,7 @@ class Evaluation:
             self.logs.tell(metrics)
             with self.logs.told_at_once(metrics):
                 run.hook.on_end_validation(trainer=run, global_step=run.global_step, metrics=metrics)
-            run.hook.step_schedulers(trainer=run, when="validation", optimizers=run.optimizers, metrics=metrics)
+            run.hook.step_schedulers(trainer=run, when="validation", optimizers=self.built.optimizers, metrics=metrics)
 
     def check_sanity(self) -> None:
         """Try the validation on a few batches and leave no trace: metrics are dropped, randomness is put back."""
@@ -80,7 +80,7 @@ class Evaluation:
             with kept_rng():
                 tried = self._measure(Stage.VAL, self.run.options.sanity_val_steps)
             if tried is not None:
-                require_metrics(self.run, tried, self.run.followed)
+                require_metrics(self.run, tried, self.built.followed)
         finally:
             self.sanity_checking = False
         self.metrics = metrics
@@ -92,9 +92,9 @@ class Evaluation:
             ValueError: the module has no data for it.
         """
         run = self.run
-        if not run.optimizers:  # else this trainer has trained, and what it trained is evaluated
+        if not self.built.optimizers:  # else this trainer has trained, and what it trained is evaluated
             set_seed(data.mix(run.options.seed, 0))
-            run.set_up_model()
+            self.built.make_model()
             run.hook.restore(trainer=run, stage=stage)
         with kept_rng():  # the same whether it comes behind a training or not
             set_seed(data.mix(run.options.seed, run.share))
@@ -108,7 +108,7 @@ class Evaluation:
     def _measure(self, stage: Stage, limit: int | None) -> dict[str, float] | None:
         """Evaluate a stage; None where the module has no loader for it."""
         run = self.run
-        loaders = run.get_loaders(stage)
+        loaders = self.built.loaders.get(stage)
         if not loaders:
             return None
         began = time.monotonic()
@@ -119,28 +119,28 @@ class Evaluation:
     # Within one -----------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def evaluating(self, stage: Stage) -> Iterator[None]:
+    def under_way(self, stage: Stage) -> Iterator[None]:
         """Be in an evaluation: no gradients, every submodule in eval mode and back to what it was, logs apart."""
         run = self.run
-        modes = [(module, module.training) for module in run.model.modules()]
+        modes = [(module, module.training) for module in self.built.model.modules()]
         in_training = run.stage is Stage.TRAIN and stage is Stage.VAL and not self.sanity_checking
         self._reports_so_far = in_training and not run.options.report_loss_after_eval
         try:
-            with run.staged(stage), self.logs.in_evaluation(), torch.no_grad():
-                run.model.eval()
+            with self.session.at(stage), self.logs.in_evaluation(), torch.no_grad():
+                self.built.model.eval()
                 yield
         finally:
-            self.weight = None
             for module, training in modes:
                 module.training = training
 
-    def evaluate_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
-        """Take one loader's batches through the model and tell of each; see `Trainer.evaluate_batches`."""
+    def take_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
+        """Take one loader's batches through the model and tell of each."""
         run, hook, index = self.run, self.run.hook, -1
         tell = getattr(hook, f"on_end_{stage.value}_step")
         collector = Collector(run.plugins.rooms.get(f"on_end_{stage.value}_epoch", 0))
         for index, batch in enumerate(batches):
-            weight = self.weight = float(hook.get_weight(trainer=run, batch=batch, stage=stage))
+            weight = float(hook.get_weight(trainer=run, batch=batch, stage=stage))
+            self.logs.weigh(weight)
             batch = hook.prepare_batch(trainer=run, batch=batch, stage=stage)
             outputs = hook.call_model(trainer=run, batch=batch, stage=stage)
             if stage is not Stage.PREDICT:
@@ -149,7 +149,7 @@ class Evaluation:
                 if collector.room:
                     collector.add(outputs)
             tell(trainer=run, outputs=outputs, batch=batch, key=key, index=index)
-        self.weight = None
+        self.logs.weigh(None)
         if index < 0:
             warnings.warn(f"the {stage.value} loader {key!r} gave no batch, so nothing is known of it", stacklevel=2)
         if stage is Stage.PREDICT:

@@ -10,6 +10,7 @@ import torch
 
 from hookline.interfaces import Stage
 from hookline.loop.reductions import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, to_floats, wide
+from hookline.loop.window import Window
 from hookline.outputs import Outputs, kept
 
 if TYPE_CHECKING:
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
 class Logs:
     """Keeps what is logged until it is due, reduced and on its device, and tells it then."""
 
-    def __init__(self, run: Run, train_loss: str, val_loss: str) -> None:
-        self.run = run
+    def __init__(self, run: Run, window: Window) -> None:
+        self.run, self.window = run, window
         self.shown: set[str] = set()
         """Names of values that were logged with `prog=True`."""
         self.suffix = ""
         """What an evaluation of several loaders appends to the names of logged values."""
-        self._train_loss = train_loss
-        self._own_names = {train_loss, f"{train_loss}_epoch", val_loss, "test_loss"}
+        options = run.options
+        self._train_loss = train_loss = options.train_loss_metric_name
+        self._own_names = {train_loss, f"{train_loss}_epoch", options.val_loss_metric_name, "test_loss"}
+        self._weight: float | None = None  # of the evaluation batch under way
         self._logged_by_user: set[tuple[Stage, str]] = set()  # of these names: then it is the user's value that counts
         self._interval = LogBuffer()
         self._epoch = LogBuffer()
@@ -59,7 +62,7 @@ class Logs:
             buffer, suffix = self._told_at_once, ""
         if buffer is None:
             buffer = self._epoch if over == "epoch" else self._interval
-        weight = run.weight if weighted_by is None else float(weighted_by)
+        weight = self.weight if weighted_by is None else float(weighted_by)
         self._logged_by_user |= {(run.stage, name) for name in values.keys() & self._own_names}
         for name, value in values.items():
             both = (name, name + suffix) if suffix and name in self._own_names else (name + suffix,)
@@ -69,6 +72,15 @@ class Logs:
                 reduction.add(as_number(name, value), weight)
             if prog:
                 self.shown.add(name + suffix)
+
+    def weigh(self, weight: float | None) -> None:
+        """Have what is logged weigh so much, an evaluation batch's; None between batches."""
+        self._weight = weight
+
+    @property
+    def weight(self) -> float:
+        """How much a value weighs that is logged now: the samples of the batch under way, or what `get_weight` says."""
+        return self.window.weight if self._weight is None else self._weight
 
     def add_step_losses(self, outputs: Sequence[Outputs], weights: Iterable[float]) -> None:
         """Take the losses of a training step, the first of each micro-batch's outputs."""
@@ -98,7 +110,7 @@ class Logs:
         try:
             yield
         finally:
-            self._evaluation = None
+            self._evaluation = self._weight = None
 
     @contextlib.contextmanager
     def suffixed(self, suffix: str) -> Iterator[None]:

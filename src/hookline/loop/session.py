@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from hookline.data import Loaders
@@ -23,13 +24,24 @@ class Session:
 
     def __init__(self, run: Run, ends: Ends, randomness: Randomness, loaders: Loaders) -> None:
         self.run, self.ends, self.randomness, self.loaders = run, ends, randomness, loaders
+        self.stage = Stage.TRAIN
+        """Of what is done now."""
         self.status = "not started"
         """How the last run ended: "finished", "stopped", "preempted" or "failed"; "running" until then."""
+
+    @contextlib.contextmanager
+    def at(self, stage: Stage) -> Iterator[None]:
+        """Be at a stage within."""
+        before, self.stage = self.stage, stage
+        try:
+            yield
+        finally:
+            self.stage = before
 
     def do(self, stage: Stage, folder: str) -> None:
         """Do a run of one stage; `folder` is said where it is known already."""
         run, began = self.run, time.monotonic()
-        self.status = "running"
+        self.stage, self.status = stage, "running"
         self.ends.begin_run()
         place = f" in {folder}" if folder else ""
         log.info("%s begins%s on %s, rank %d of %d", stage.value, place, run.device, run.rank, run.world_size)

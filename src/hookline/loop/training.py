@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline import data
+from hookline.cadence import every, seconds
 from hookline.counters import UNITS, snapshot
 from hookline.interfaces import Loader, Stage, plain_name
-from hookline.loop.building import batches_per_epoch, count_totals, epochs_asked, train_loader, warn_of_modes
+from hookline.loop.building import Built, epochs_asked, warn_of_modes
 from hookline.loop.ends import Ends
 from hookline.loop.evaluation import Evaluation
 from hookline.loop.logs import Logs
@@ -21,8 +22,7 @@ from hookline.loop.window import Window
 from hookline.monitored import require_metrics
 from hookline.outputs import Collector, Outputs, WindowCut, collate, detached
 from hookline.randomness import Randomness, set_seed
-from hookline.schedule import every, seconds
-from hookline.schedules import is_plateau, wrong_length
+from hookline.schedulers import is_plateau, wrong_length
 
 if TYPE_CHECKING:
     from hookline.run import Run
@@ -34,12 +34,18 @@ class Training:
     """Trains: sets up, takes the epochs and their steps, and brings each step to its boundary."""
 
     def __init__(
-        self, run: Run, ends: Ends, logs: Logs, window: Window, evaluation: Evaluation, randomness: Randomness
+        self,
+        run: Run,
+        *,
+        built: Built,
+        ends: Ends,
+        logs: Logs,
+        window: Window,
+        evaluation: Evaluation,
+        randomness: Randomness,
     ) -> None:
-        self.run, self.ends, self.logs, self.window = run, ends, logs, window
+        self.run, self.built, self.ends, self.logs, self.window = run, built, ends, logs, window
         self.evaluation, self.randomness = evaluation, randomness
-        self.updating = False
-        """Whether an update is under way, so that a window's weights count."""
         self.settled = snapshot(run.counters)
         """The counters at the last boundary; a cadence is due when a multiple lies between the two."""
         self._unsettled = False  # whether a step has not come to its boundary yet
@@ -72,18 +78,18 @@ class Training:
 
     def _set_up(self) -> None:
         """Build what training needs, in the one order that is right; a second `train` goes on with it."""
-        run, fresh = self.run, not self.run.optimizers
-        options = run.options
+        run, built, options = self.run, self.built, self.run.options
+        fresh = not built.optimizers
         if fresh:
             set_seed(data.mix(options.seed, 0))  # what is built is the same on all ranks
-            run.set_up_model()
-        self._first_loader = train_loader(run)
-        run.plan(count_totals(options, self._first_loader, self.window.size))
+            built.make_model()
+        self._first_loader = built.train_loader()
+        built.count_totals(self._first_loader)
         max_time = None if options.max_time is None else seconds(options.max_time)
         self.ends.limit(options.max_steps, epochs_asked(options), max_time)
         self.evaluation.plan(options.evaluate_every)
         if fresh:
-            run.set_up_optimizers()
+            built.make_optimizers()
             if run.share:  # what is drawn while training is each rank's own
                 set_seed(data.mix(options.seed, run.share))
             run.hook.restore(trainer=run, stage=Stage.TRAIN)
@@ -98,8 +104,8 @@ class Training:
         run.hook.on_begin_train_epoch(trainer=run, global_step=run.global_step, epoch=run.epoch)
         loader, self._first_loader = self._first_loader, None
         if loader is None or resumed or run.epoch:
-            loader = train_loader(run)
-        limit = batches_per_epoch(run.options, self.window.size)
+            loader = self.built.train_loader()
+        limit = self.built.batches_per_epoch()
         batches = itertools.islice(loader, None if limit is None else max(limit - cursor.position, 0))
         if resumed:
             self.randomness.go_on()  # on_begin_train_epoch was told again, and may have drawn
@@ -116,7 +122,9 @@ class Training:
         loss = self.logs.epoch_loss()
         if loss is not None:
             run.best.take("train_loss", loss)
-        run.hook.step_schedulers(trainer=run, when="epoch", optimizers=run.optimizers, metrics=run.metrics)
+        run.hook.step_schedulers(
+            trainer=run, when="epoch", optimizers=self.built.optimizers, metrics=self.evaluation.metrics
+        )
         self.logs.flush_epoch()
         outputs = self._epoch_outputs.collate()
         with self.logs.told_at_once():
@@ -129,8 +137,8 @@ class Training:
     def _compare_schedules(self, ended: bool) -> None:
         """Say of schedules that they are as long as training is not."""
         run = self.run
-        planned = {"step": run.totals.steps, "epoch": run.totals.epochs}
-        for scheduler, when, _ in run.schedulers:
+        planned = {"step": self.built.totals.steps, "epoch": self.built.totals.epochs}
+        for scheduler, when, _ in self.built.schedulers:
             run.say_once(wrong_length(scheduler, (planned.get(when) or 0) if ended else None))
             if ended and when == "validation" and not run.counters.evaluations and is_plateau(scheduler):
                 name = type(scheduler).__name__
@@ -143,15 +151,14 @@ class Training:
         if not self.settle():
             return False
         run, counters, size = self.run, self.run.counters, len(window)
-        samples = self.window.begin(window)
-        self._stepped, self.updating = True, True
+        self._stepped, samples = True, self.window.begin(window)
         try:
             outputs = run.hook.update(trainer=run, window=window)
         except WindowCut as cut:
             self._keep_cut(cut)
             return False
         finally:
-            self.updating = False
+            self.window.end()
         counters.global_step += 1
         counters.batches += size
         run.cursor.advance(size)
@@ -202,12 +209,12 @@ class Training:
         collated = collate([detached(row[:room]) for row in real or outputs])
         return collated if real else [column[:0] for column in collated]  # as many as ever, of no sample
 
-    def step(self, optimizers: Sequence[torch.optim.Optimizer] | None, closure: Any) -> bool:
+    def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
         """Step optimizers through every gate, then clear all gradients; see `Trainer.step`."""
         run, hook = self.run, self.run.hook
         if isinstance(optimizers, torch.optim.Optimizer):
             raise TypeError(f"trainer.step takes a list of optimizers, not one {type(optimizers).__name__}; write [it]")
-        chosen = run.optimizers if optimizers is None else optimizers
+        chosen = self.built.optimizers if optimizers is None else optimizers
         if closure is None:
             hook.on_begin_optimizer_step(trainer=run, optimizers=chosen)
         else:
@@ -222,7 +229,7 @@ class Training:
             hook.step_schedulers(trainer=run, when="step", optimizers=chosen, metrics=self.evaluation.metrics)
         else:
             self._stepped = False
-        for optimizer in run.optimizers:  # `zero_grad`, without a call in each step
+        for optimizer in self.built.optimizers:  # `zero_grad`, without a call in each step
             optimizer.zero_grad()
         return stepped
 
@@ -257,8 +264,9 @@ class Training:
         if finished and run.options.eval_when_finish and not ends.preempted():
             self.evaluation.validate()
         run.hook.on_boundary(trainer=run, global_step=run.counters.global_step)
-        if run.followed and self.due("eval"):
-            require_metrics(run, run.metrics, run.followed, boundary=True)
+        followed = self.built.followed
+        if followed and self.due("eval"):
+            require_metrics(run, self.evaluation.metrics, followed, boundary=True)
         back = self.randomness.restored is not None  # another state was put back: the data go on where that one stood
         if back:
             self.randomness.go_on()

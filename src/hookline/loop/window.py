@@ -29,7 +29,7 @@ class Window:
         """How much each micro-batch weighs in a mean: its samples, or what `get_weight` says."""
         self.parts: list[float] | None = None
         """How much each weighs in the window, where somebody performs `get_weight`."""
-        self._index = 0
+        self._index: int | None = None  # of the micro-batch under way
 
     def resize(self, size: int) -> None:
         """Have so many micro-batches in the windows to come."""
@@ -53,6 +53,10 @@ class Window:
             self._weigh(batches)
         return samples
 
+    def end(self) -> None:
+        """Be between two windows."""
+        self._index = None
+
     def begin_micro_batch(self, index: int) -> None:
         """Go to a micro-batch, by whose weight means are weighted from here on."""
         self._index = index
@@ -60,7 +64,7 @@ class Window:
     @property
     def weight(self) -> float:
         """How much a value weighs that is logged in the micro-batch under way."""
-        return self.weights[self._index] if self._index < len(self.weights) else 1.0
+        return 1.0 if self._index is None or self._index >= len(self.weights) else self.weights[self._index]
 
     def _weigh(self, batches: Sequence[Any]) -> None:
         """Ask how much each micro-batch weighs in the window, of all ranks."""

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hookline.cadence import seconds
 from hookline.counters import UNITS, snapshot
 from hookline.installed import name_of, nearest
 from hookline.interfaces import CallbackInterface, Stage
 from hookline.marks import hookimpl
-from hookline.schedule import seconds
 from hookline.tracking.values import Histogram, Image, Table, prepared
 
 if TYPE_CHECKING:

@@ -156,7 +156,7 @@ class OwnValidation(CallbackInterface):
         loader, losses, accuracies = facade.val_loader, facade.val_loss_iter, facade.acc_iter
         facade.val_loader = drawn = _Drawn(loader, itertools.islice(loaders["default"], limit), trainer, stage)
         try:
-            with trainer.evaluating(stage):
+            with trainer.evaluation.under_way(stage):
                 facade.val_epoch()
                 if facade.val_loss_iter > losses:
                     mean, samples = drawn.mean(facade.val_loss_history[losses : facade.val_loss_iter])
@@ -164,7 +164,7 @@ class OwnValidation(CallbackInterface):
                 if facade.acc_iter > accuracies:
                     accuracy = facade.acc_history[facade.acc_iter - 1]
                     trainer.log(weighted_by=sum(drawn.samples), val_acc=accuracy)
-                return trainer.collect_metrics()
+                return trainer.logs.collect()
         finally:
             facade.val_loader = loader
 

@@ -143,7 +143,7 @@ class Bridge(ModuleInterface):
                 )
         returned = call(self.module.training_step, batch, index)
         if "on_train_batch_end" in self.listeners:
-            self.window.append((without_graph(returned), batch, index, self.trainer.weight))
+            self.window.append((without_graph(returned), batch, index, self.trainer.logs.weight))
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if self.manual:
             return () if loss is None else loss

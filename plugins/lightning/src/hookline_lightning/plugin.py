@@ -286,7 +286,7 @@ class Following(CallbackInterface):
         if not trainer.sanity_checking:
             self._take(bridge.view.values, metrics)
         if f"on_{word}_end" in bridge.listeners:
-            with trainer.evaluating(stage):
+            with trainer.evaluation.under_way(stage):
                 bridge.tell_known(f"on_{word}_end")
         if trainer.sanity_checking:
             bridge.tell("on_sanity_check_end")

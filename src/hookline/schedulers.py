@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch.optim import lr_scheduler
 
-log = logging.getLogger("hookline.schedules")
+log = logging.getLogger("hookline.schedulers")
 
 PROGRESS = {  # what of a scheduler's state says how far it is, not what it was built as
     "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "best", "num_bad_epochs",

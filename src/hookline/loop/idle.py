@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-log = logging.getLogger("hookline.idle")
+log = logging.getLogger("hookline.loop.idle")
 
 LISTS = (list, collections.deque)
 CONTAINERS = (*LISTS, dict, set, collections.Counter, collections.defaultdict, collections.OrderedDict)

@@ -1,0 +1,75 @@
+"""Make plugin objects of names and options, in an order in which what each requires comes first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hookline.installed import load, name_of
+
+
+def build(plugins: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """Return plugin objects by name, in order, with what they require before them.
+
+    Args:
+        plugins: objects and names; or a mapping of name to an object, to a mapping of
+            options, or to None for a plugin that is turned off.
+
+    Raises:
+        ValueError: two of one name, an unknown name, a circle of requirements.
+        TypeError: something that is no plugin.
+    """
+    if isinstance(plugins, Mapping):
+        named = {name: _build_one(name, given) for name, given in plugins.items() if given is not None}
+        blocked = {name for name, given in plugins.items() if given is None}
+    else:
+        named, blocked = {}, set()
+        for given in plugins:
+            plugin = load(given)() if isinstance(given, str) else given
+            if isinstance(plugin, type):
+                raise TypeError(f"plugins=[{plugin.__name__}] is a class; give an object: {plugin.__name__}(…)")
+            name = name_of(type(plugin))
+            if name in named:
+                raise ValueError(
+                    f'two plugins are named {name!r}; name them yourself: plugins={{"{name}": …, "another_{name}": …}}'
+                )
+            named[name] = plugin
+    ordered: dict[str, Any] = {}
+    for name in list(named):
+        _place(name, named, blocked, ordered, ())
+    return ordered
+
+
+def _build_one(name: str, given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        if isinstance(given, type):
+            raise TypeError(f"plugins[{name!r}] is the class {given.__name__}; give an object: {given.__name__}(…)")
+        return given
+    options = dict(given)
+    plugin_class = load(options.pop("_plugin_", name))
+    try:
+        return plugin_class(**options)
+    except TypeError as error:
+        raise ValueError(f"plugins.{name}: {error}") from error
+
+
+def _place(name: str, named: dict[str, Any], blocked: set[str], ordered: dict[str, Any], path: tuple[str, ...]) -> None:
+    """Put a plugin into the order, what it requires just before it."""
+    if name in path:
+        raise ValueError(f"plugins require each other in a circle: {' -> '.join([*path, name])}")
+    if name in ordered:
+        return
+    plugin = named[name] if name in named else load(name)()
+    for required in getattr(plugin, "requires", ()):
+        if required in blocked:
+            raise ValueError(f"plugin {name!r} requires {required!r}, which is turned off")
+        _place(required, named, blocked, ordered, (*path, name))
+    ordered[name] = plugin
+
+
+def options_of(plugin: Any) -> dict[str, Any]:
+    """Return a plugin's configuration: its dataclass fields."""
+    if not dataclasses.is_dataclass(plugin):
+        return {}
+    return {field.name: getattr(plugin, field.name) for field in dataclasses.fields(plugin) if field.init}

@@ -1,0 +1,244 @@
+"""The plugin manager: build, check, order, route, plan, blame.
+
+pluggy keeps the table of who implements what and in which order. This module stands
+around it: it refuses at registration what pluggy would let pass in silence, leads each hook
+the shortest way (a hook that nobody plugged into is a plain Python call), and says
+who was it when something was raised.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pluggy
+from pluggy import HookCaller, HookImpl
+
+from hookline import hookspecs
+from hookline.installed import name_of
+from hookline.interfaces import CallbackInterface, seed_call
+from hookline.marks import PROJECT
+from hookline.plugins.blame import blame, note
+from hookline.plugins.checks import check
+from hookline.plugins.observers import Failures, is_observer
+from hookline.plugins.routes import answered, tell_all
+from hookline.plugins.seed import BRIDGES, COLLECTING, SEED
+
+CORE = "core"
+MODULE = "module"
+LISTENING = ("on_log", "on_end_validation", "on_end_train_epoch", "on_boundary", "on_end_train", "save")
+
+
+class PluginManager(pluggy.PluginManager):
+    """pluggy's manager, strict at registration, with a second namespace of shortest ways."""
+
+    def __init__(self) -> None:
+        super().__init__(PROJECT)
+        # A class, because Python finds an attribute of a class five times as fast as one of an instance.
+        self.routes: Any = type("Routes", (), {})
+        """What the loop calls: one attribute per hook, rebuilt whenever a plugin comes or goes."""
+        self.rooms: dict[str, int] = {}
+        """How many outputs of each collecting event somebody asks for; 0 if nobody does."""
+        self.logging = self.asking = self.collecting = False
+        """Whether anybody hears of logs; may ask for outputs or losses of training; for outputs besides the loss."""
+        self.heard: dict[str, bool] = {}
+        """Whether anybody but the core implements a hook."""
+        self.cost: dict[str, float] = {}
+        """Seconds spent in each observer."""
+        self._failures = Failures()
+        self._pending: dict[str, Any] = {}
+        self._specs: dict[str, Any] = {}
+        self.add_contract(hookspecs, CORE)
+
+    def add_contract(self, specs: Any, name: str) -> None:
+        """Add hook specifications, and with them how their verbs are done when nobody performs them."""
+        if specs not in self._specs.values():
+            self.add_hookspecs(specs)
+            super().register(specs, name)
+            self._specs[name] = specs
+            self._route()
+
+    def register(self, plugin: Any, name: str | None = None) -> str | None:
+        """Register a plugin after refusing what pluggy would let pass in silence.
+
+        Raises:
+            TypeError: a class, an object without identity, or a method that could not be
+                called as its author means; the message names plugin, method and cure.
+            ValueError: a name or an object that is registered already, or a second that
+                performs one verb.
+        """
+        name = name or name_of(type(plugin))
+        check(self, plugin, name)
+        registered = super().register(plugin, name)
+        try:
+            self._check_conflicts()
+        except ValueError:
+            super().unregister(plugin)
+            raise
+        self._route()
+        if name in self._pending and hasattr(plugin, "update_state"):
+            plugin.update_state(self._pending.pop(name))
+        return registered
+
+    def unregister(self, plugin: Any = None, name: str | None = None) -> Any:
+        """Unregister a plugin; the loop no longer calls it from its next hook on."""
+        unregistered = super().unregister(plugin, name)
+        self._route()
+        return unregistered
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        """Say which methods implement hooks: the marked ones, and overrides of the seed's events.
+
+        Of an overridden event pluggy gets the bridge that spreads outputs, or the one
+        that does without where the override has no room for them; of an untouched or a
+        marked one it gets no bridge.
+        """
+        opts: Any = super().parse_hookimpl_opts(plugin, name)
+        if not isinstance(plugin, CallbackInterface) or not name.startswith(BRIDGES):
+            return opts
+        bridged = opts["specname"]
+        override = getattr(type(plugin), bridged)
+        hidden = inspect.getattr_static(plugin, bridged) is None
+        if hidden or override is getattr(CallbackInterface, bridged) or hasattr(override, f"{PROJECT}_impl"):
+            return None
+        spread = SEED[bridged][1] is not None and seed_call(override)[0] > 0
+        return opts if name == f"{'_spread_' if spread else '_call_'}{bridged}" else None
+
+    def _room(self, hook: str, outputs: str) -> int:
+        rooms = [
+            seed_call(getattr(type(impl.plugin), hook))[0]
+            if impl.function.__name__.startswith("_spread_")
+            else sys.maxsize
+            for impl in self._plugged(hook)
+            if outputs in impl.argnames
+        ]
+        return max(rooms, default=0)
+
+    def stateful(self) -> Iterator[tuple[str, Any]]:
+        """Give name and object of the plugins that may have a state, in order."""
+        for name, plugin in self.listed():
+            if hasattr(plugin, "get_state"):
+                yield name, plugin
+
+    def states(self) -> Iterator[tuple[str, Any, Any]]:
+        """Give name, object and state of the plugins that have one now; an observer that fails to tell has none."""
+        for name, plugin in self.stateful():
+            if ("get_state", name) in self._failures.switched_off:
+                self._failures.lose("get_state", name)
+                continue
+            try:
+                state = plugin.get_state()
+            except Exception as error:
+                if not is_observer(plugin):
+                    raise
+                if self._failures.take("get_state", name, error):
+                    self._route()
+            else:
+                self._failures.in_a_row.pop(("get_state", name), None)
+                if state:
+                    yield name, plugin, state
+
+    def receive(self, states: Mapping[str, Any]) -> None:
+        """Hand states to the plugins of these names; one that is not there yet gets its own when it comes."""
+        plugins = dict(self.listed())
+        for name, state in states.items():
+            if name in plugins:
+                plugins[name].update_state(state)
+            else:
+                self._pending[name] = state
+
+    def listed(self) -> list[tuple[str, Any]]:
+        """Return the plugins by name in the order in which they are called, without core and module."""
+        return [pair for pair in reversed(self.list_name_plugin()) if pair[0] != MODULE and pair[0] not in self._specs]
+
+    def tell_each(self, hook: str, **arguments: Any) -> list[BaseException]:
+        """Tell an event to every plugin, each on its own; return what they raised, with blame."""
+        errors: list[BaseException] = []
+        for impl in reversed(self._plugged(hook)):
+            try:
+                impl.function(*map(arguments.__getitem__, (*impl.argnames, *impl.kwargnames)))
+            except BaseException as error:  # Ctrl-C in one teardown must not cost the others theirs
+                if is_observer(impl.plugin) and isinstance(error, Exception):
+                    self._failures.say(hook, impl.plugin_name, error)  # once in a run, so it is not switched off
+                else:
+                    error.add_note(note(hook, impl))
+                    errors.append(error)
+        return errors
+
+    def report_failures(self) -> None:
+        """Say how many calls of each observer were lost in this run, by hook."""
+        self._failures.report()
+
+    # Routing
+
+    def _plugged(self, hook: str) -> list[HookImpl]:
+        return [impl for impl in self._caller(hook).get_hookimpls() if impl.plugin_name not in self._specs]
+
+    def _caller(self, hook: str) -> HookCaller:
+        return getattr(self.hook, hook)  # type: ignore[no-any-return]
+
+    def _route(self) -> None:
+        """Lead each hook the shortest way: one that nobody plugged into is a plain Python call."""
+        for name, caller in vars(self.hook).items():
+            plugged = self._plugged(name)
+            setattr(self.routes, name, self._way(name, caller, plugged))
+            self.heard[name] = bool(plugged)
+        self.rooms = {hook: self._room(hook, outputs) for hook, outputs in COLLECTING.items()}
+        self.logging = self.heard["on_log"]
+        self.collecting = max(self.rooms["on_end_train_step"], self.rooms["on_end_train_epoch"]) > 1
+        self.asking = any(self.heard[hook] for hook in LISTENING) or any(self.rooms.values())
+
+    def _way(self, name: str, caller: HookCaller, plugged: list[HookImpl]) -> Callable[..., Any]:
+        if caller.is_historic() or caller.spec is None:
+            return caller
+        if not plugged:  # a verb's body is how the core does it, an event's is empty
+            return caller.spec.function
+        if not caller.spec.opts.get("firstresult"):
+            defaults = caller.spec.kwargdefaults
+            return tell_all(name, plugged, defaults, self._failures, self.cost, self._route)
+        performed = any(not impl.wrapper for impl in plugged)
+        # A performer that answers None must not fall through to the core's way of doing it.
+        return answered(name, self.subset_hook_caller(name, self._specs.values()) if performed else caller, plugged)
+
+    def _check_conflicts(self) -> None:
+        for hook in self._verbs():
+            performers = self.performers(hook)
+            if len(performers) > 1:
+                one, other, *_ = reversed(performers)
+                raise ValueError(
+                    f"{one!r} and {other!r} both perform {hook!r}, which is done once; turn one of them off "
+                    f"(`plugins.{other}: null`), or let it wrap the verb"
+                )
+
+    def performers(self, hook: str) -> list[str]:
+        """Return who performs a verb besides the core, at most one where all is well."""
+        return [impl.plugin_name for impl in self._plugged(hook) if not impl.wrapper]
+
+    def _verbs(self) -> Iterator[str]:
+        for name, caller in vars(self.hook).items():
+            if caller.spec is not None and caller.spec.opts.get("firstresult"):
+                yield name
+
+    # Plan and blame
+
+    def plan(self) -> list[dict[str, Any]]:
+        """Return, for each hook in the loop's order, who wraps it and who does or hears it."""
+        rows = []
+        order = list(vars(hookspecs))
+        names = sorted(vars(self.hook), key=lambda name: order.index(name) if name in order else len(order))
+        verbs = set(self._verbs())
+        for name in names:
+            impls = list(reversed(self._plugged(name)))
+            done_by = [impl.plugin_name for impl in impls if not impl.wrapper]
+            if name in verbs and not done_by:
+                done_by = [CORE]
+            wrapped_by = [impl.plugin_name for impl in impls if impl.wrapper]
+            kind = "verb" if name in verbs else "event"
+            rows.append({"hook": name, "kind": kind, "wrapped_by": wrapped_by, "done_by": done_by})
+        return rows
+
+    def blame(self, error: BaseException) -> None:
+        """Add a note to an exception: in which hook of which plugin of which distribution it was raised."""
+        blame(error, self._specs)
