@@ -4,6 +4,7 @@ import ast
 import contextlib
 import inspect
 import io
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from hookline import CallbackInterface, hookimpl, hookspecs
-from hookline.cli import main
+from hookline.cli import OWN, main
 from hookline.cli.hooks import read_hooks
 from hookline.plugins import SEED, PluginManager
 from hookline.testing import Memory, TinyModule, tiny_trainer
@@ -21,16 +22,21 @@ from hookline.testing import Memory, TinyModule, tiny_trainer
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
-    {"marks", "installed", "masking", "idle", "records"},
+    {"marks", "installed", "masking", "idle", "blocks"},
     {"interfaces"},
     {"outputs", "logs", "data", "schedule", "schedules", "state", "options", "monitored"},
     {"hookspecs"},
     {"plugins"},
     {"trainer"},
     {"config"},
+    {"commands"},
     {"cli", "testing", "tracking"},
 ]
 PLUGINS = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+WORDS = {  # of the distributions that are not called by the word of their one plugin, which is
+    "runs": "jsonl",  # one home for the format of records: the plugin writes them, the command `runs` reads them
+    "simulate": None,  # brings a command alone
+}
 HOOKS = {hook.name: hook for hook in read_hooks()}
 
 
@@ -82,15 +88,29 @@ def test_plugins_import_public_names_and_no_other_plugin(plugin):
 
 
 def test_the_core_names_no_feature():
-    features = set(PLUGINS) - {"metrics"}  # a word of its own: what an evaluation answers
+    features = {WORDS.get(plugin) or plugin for plugin in PLUGINS}
+    features -= {"metrics"}  # a word of its own: what an evaluation answers
     for path in CORE.glob("*.py"):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not words & features, f"{path.name} names {words & features}"
 
 
+def test_the_core_is_this_and_nothing_else():
+    """The contract, hooks, the plugin manager, the loop, data, configuration, the command line, the kit for tests."""
+    found = {path.stem for path in CORE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found == set().union(*FLOORS) | {"__init__", "__main__"}
+    assert {path.stem for path in CORE.glob("cli/*.py")} == {"__init__", "hooks", "launch", "logs", "new"}
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
+        main(["--help"])
+    listed = printed.getvalue().partition("  COMMAND\n")[2].partition("\n\n")[0]
+    commands = ("fit", "validate", "test", "predict", "plan", "plugins", "hooks", "new")
+    assert tuple(re.findall(r"^    (\S+)", listed, re.M)) == commands == OWN
+
+
 def test_the_core_can_be_read_in_one_sitting():
     lines = 0
-    for path in (*CORE.glob("*.py"), *CORE.glob("data/*.py")):
+    beside = CORE / "commands.py"  # of the command line, like what lies in `cli`
+    for path in {*CORE.glob("*.py"), *CORE.glob("data/*.py")} - {beside}:
         tree = ast.parse(path.read_text())
         documented = set()
         for node in ast.walk(tree):
@@ -203,9 +223,15 @@ def test_a_plugin_is_whole_and_bears_one_word_everywhere(plugin):
     folder = ROOT / "plugins" / plugin
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == f"hookline-{plugin.replace('_', '-')}"
-    (entry,) = project["entry-points"]["hookline.plugins"].items()
-    assert entry[0] == plugin
-    assert entry[1].lower().replace("_", "") == f"hookline{plugin}:{plugin}".replace("_", "")
+    brought, commands = (project["entry-points"].get(f"hookline.{kind}", {}) for kind in ("plugins", "commands"))
+    if plugin in WORDS:
+        assert list(brought) == [word for word in (WORDS[plugin],) if word]
+        assert list(commands) == [plugin]
+    else:
+        (entry,) = brought.items()
+        assert entry[0] == plugin
+        assert entry[1].lower().replace("_", "") == f"hookline{plugin}:{plugin}".replace("_", "")
+    assert all(target.startswith(f"hookline_{plugin}") for target in (brought | commands).values())
     assert any(need.startswith("hookline>=") for need in project["dependencies"])
     assert (folder / "README.md").read_text().startswith(f"# hookline-{plugin.replace('_', '-')}")
     assert list((folder / "tests").glob("test_*.py"))

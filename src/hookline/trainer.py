@@ -1095,20 +1095,6 @@ class Trainer:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    @property
-    def history(self) -> list[dict[str, float | int]]:
-        """What this run has logged so far: for each step its metrics by name and the counters of training.
-
-        Read from the run's record each time that it is asked for, on rank 0; `pandas.DataFrame(trainer.history)` is
-        a table of it. What an evaluation on its own logs is not among it.
-
-        Raises:
-            ValueError: nobody keeps a record of this run; says who does.
-        """
-        from hookline.records import read_run  # what few ask for costs others no import
-
-        return read_run(self.run_dir).rows
-
     def _own_config(self, plugins: Mapping[str, Any]) -> dict[str, Any]:
         """Describe a run that was built in Python as a configuration would."""
         described = {

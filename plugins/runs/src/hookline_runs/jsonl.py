@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import socket
@@ -18,13 +17,10 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl
+from hookline_runs.records import FILE, plain
 
 if TYPE_CHECKING:
     from hookline import Trainer
-
-__version__ = "0.1.0"
-
-FILE = "metrics.jsonl"
 
 
 def is_torn(descriptor: int) -> bool:
@@ -33,24 +29,6 @@ def is_torn(descriptor: int) -> bool:
         return False
     os.lseek(descriptor, -1, os.SEEK_END)
     return os.read(descriptor, 1) != b"\n"
-
-
-def plain(value: Any) -> Any:
-    """Return a value as strict JSON can hold it: numbers that JSON lacks and strange objects as strings."""
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else as_text(value)
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(inner) for inner in value]
-    return str(value)
-
-
-def as_text(value: float) -> str:
-    """Return the word for a number that JSON lacks; `float` reads it back."""
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def command_line(arguments: Iterable[str], config: Mapping[str, Any]) -> list[str]:

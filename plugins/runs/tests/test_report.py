@@ -20,11 +20,12 @@ from urllib.parse import urlencode, urlsplit
 
 import pytest
 
-from hookline.cli import main, report
-from hookline.records import FILE, follow, list_runs, read_run
-from hookline.records.follow import Follower, Glance, Series, thinned
+from hookline.cli import main
+from hookline_runs import follow, list_runs, read_run, report
+from hookline_runs.follow import Follower, Glance, Series, thinned
+from hookline_runs.records import FILE
 
-ROOT = Path(__file__).parent.parent
+PLUGIN = Path(__file__).parent.parent
 XSS = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 
 
@@ -614,12 +615,12 @@ def test_what_cannot_be_served_is_said(tmp_path, capsys):
 
 def test_the_page_is_in_the_wheel(tmp_path):
     flit = pytest.importorskip("flit_core.wheel", reason="builds the wheel")
-    for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
-        source = ROOT / name
+    for name in ("src", "pyproject.toml", "README.md"):
+        source = PLUGIN / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     built = flit.make_wheel_in(tmp_path / "pyproject.toml", tmp_path)
     with zipfile.ZipFile(built.file) as wheel:
-        kept = {Path(name).name for name in wheel.namelist() if name.startswith("hookline/cli/report/page/")}
+        kept = {Path(name).name for name in wheel.namelist() if name.startswith("hookline_runs/report/page/")}
     assert kept == {
         "index.html",
         "page.js",
@@ -641,7 +642,7 @@ from pathlib import Path
 
 from hookline import CallbackInterface, hookimpl
 from hookline.testing import TinyModule, tiny_trainer
-from hookline_jsonl import Jsonl
+from hookline_runs import Jsonl
 
 
 class Odd(TinyModule):

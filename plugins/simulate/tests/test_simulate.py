@@ -1,9 +1,12 @@
-"""`hookline plan --world`: what one rank of many holds and sends, against real ranks and against arithmetic."""
+"""`hookline simulate`: what one rank of many holds and sends, against real ranks and against arithmetic."""
 
 import json
 import os
 import re
 import resource
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 from hookline import CallbackInterface, hookimpl
 from hookline.cli import main
 from hookline.testing import run_ranks, tiny_trainer
+from hookline_simulate.commands import EXAMPLES, _parser
+from hookline_simulate.world import World
 
-pytestmark = pytest.mark.plugins
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 MODULE = """
 import torch
@@ -61,6 +64,8 @@ class Mine(ModuleInterface):
         return DataLoader(dataset, batch_size, sampler=sampler(dataset))
 
     def get_optimizers_schedulers(self, steps_per_epoch, epochs):
+        if self.asks == "refuse":
+            raise ValueError("no optimizer of mine")
         optimizer = torch.optim.Adam(self.parameters())
         return [optimizer], [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, (steps_per_epoch or 1) * epochs)]
 """
@@ -79,7 +84,7 @@ def line_of(code):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "planned", raising=False)
+    monkeypatch.delitem(sys.modules, "planned", raising=False)
     (tmp_path / "planned.py").write_text(MODULE)
     (tmp_path / "run.yaml").write_text(CONFIG)
     return tmp_path
@@ -90,7 +95,7 @@ def plan(folder, capsys):
     """Make a plan as the command line does; return exit code, output (read where it is JSON) and errors."""
 
     def make(world, *words, form="--json"):
-        code = main(["plan", "--world", world, "run.yaml", *words, *([form] if form else [])])
+        code = main(["simulate", "--world", world, "run.yaml", *words, *([form] if form else [])])
         out, err = capsys.readouterr()
         return code, json.loads(out) if form and out else out, err
 
@@ -167,6 +172,7 @@ def measure(plugins):
     ],
     ids=["ddp", "ddp in windows", "fsdp"],
 )
+@pytest.mark.plugins
 def test_a_plan_is_what_two_ranks_measure(plan, folder, plugins, counted):
     (folder / "run.yaml").write_text(
         "module: {_target_: hookline.testing.TinyModule}\ntrainer: {train_batch_size: 8}\n"
@@ -201,6 +207,7 @@ def test_one_rank(plan):
     assert (found["mesh"], found["collectives"], found["missing"]) == ([], [], "")
 
 
+@pytest.mark.plugins
 def test_ddp_reduces_its_gradients(plan):
     _, found, _ = plan("8x64", "-p", "ddp")
     assert found["batch"]["sample(s) in each"] == 1
@@ -208,6 +215,7 @@ def test_ddp_reduces_its_gradients(plan):
     assert found["collectives"][0]["sent"] == int(2 * WEIGHTS * 511 / 512)
 
 
+@pytest.mark.plugins
 def test_fsdp_gathers_twice_and_scatters_once(plan):
     _, found, _ = plan("1x8", "-p", "fsdp", "plugins.fsdp.wrap=[Block]")
     assert found["mesh"] == ["data 8"]
@@ -221,11 +229,13 @@ def test_fsdp_gathers_twice_and_scatters_once(plan):
     }
 
 
+@pytest.mark.plugins
 def test_a_module_that_is_made_without_memory_is_the_same(plan):
     words = ["-p", "fsdp", "plugins.fsdp.wrap=[Block]"]
     assert plan("8", *words, "plugins.fsdp.meta=true") == plan("8", *words)
 
 
+@pytest.mark.plugins
 def test_replicas_keep_what_is_gathered_within_machines(plan):
     words = ["-p", "fsdp", "plugins.fsdp.replicas=4", "plugins.fsdp.param_dtype=bfloat16", "plugins.fsdp.wrap=[Block]"]
     _, found, _ = plan("4x8", *words)
@@ -237,6 +247,7 @@ def test_replicas_keep_what_is_gathered_within_machines(plan):
     }
 
 
+@pytest.mark.plugins
 def test_a_window_is_forward_and_backward_again_and_again(plan):
     _, found, _ = plan("8", "-p", "fsdp", "-p", "accumulate", "plugins.accumulate.steps=4")
     assert found["batch"] == {"samples": 512, "micro-batch(es) a rank": 4, "sample(s) in each": 16}
@@ -244,6 +255,7 @@ def test_a_window_is_forward_and_backward_again_and_again(plan):
     assert collectives(found)["all_gather", 8, "one machine"] == (8, 8 * WEIGHTS)
 
 
+@pytest.mark.plugins
 def test_layers_that_are_split(plan, folder):
     (folder / "run.yaml").write_text(CONFIG + "plugins: {fsdp: {}, tp: {size: 2, plan: {net.0: column, net.2: row}}}\n")
     code, found, err = plan("2x4")
@@ -253,6 +265,7 @@ def test_layers_that_are_split(plan, folder):
     assert collectives(found)["all_reduce", 2, "one machine"][1] == 128 * 16 * 4
 
 
+@pytest.mark.plugins
 def test_billions_of_parameters_take_no_memory(plan):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     words = ["module.width=16384", "module.blocks=12", "-p", "fsdp", "plugins.fsdp.wrap=[Block]"]
@@ -265,12 +278,14 @@ def test_billions_of_parameters_take_no_memory(plan):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
+@pytest.mark.plugins
 def test_what_plugins_keep_is_in_the_peak(plan):
     _, without, _ = plan("1")
     _, found, _ = plan("1", "-p", "ema")
     assert found["memory"]["peak"] == without["memory"]["peak"] + WEIGHTS
 
 
+@pytest.mark.plugins
 def test_half_precision_keeps_less(plan):
     _, without, _ = plan("1", "trainer.train_batch_size=8192")
     _, found, _ = plan("1", "trainer.train_batch_size=8192", "-p", "amp")
@@ -291,6 +306,7 @@ def test_what_is_no_world(plan, world):
     )
 
 
+@pytest.mark.plugins
 def test_a_batch_that_the_world_does_not_divide(plan):
     code, out, err = plan("3", "-p", "ddp")
     assert (code, out) == (2, "")
@@ -316,6 +332,7 @@ def test_nobody_makes_one_run_of_them(plan):
     ids=["item", "nonzero", "wrong"],
 )
 @pytest.mark.parametrize("plugin", ["ddp", "fsdp"])
+@pytest.mark.plugins
 def test_a_forward_that_needs_values(plan, asks, says, plugin):
     code, found, err = plan("2", "-p", plugin, f"module.asks={asks}")
     assert code == 1
@@ -328,6 +345,7 @@ def test_a_forward_that_needs_values(plan, asks, says, plugin):
     assert found["memory"]["optimizer states"] == pytest.approx(2 * share, rel=0.01)
 
 
+@pytest.mark.plugins
 def test_data_that_are_not_at_hand(plan):
     code, found, err = plan("2", "-p", "fsdp", "module.data=false")
     assert code == 1
@@ -339,6 +357,14 @@ def test_data_that_are_not_at_hand(plan):
     assert found["memory"]["gradients"] == WEIGHTS
 
 
+def test_what_the_module_raises_keeps_its_traceback(plan):
+    code, out, err = plan("1", "module.asks=refuse")
+    assert (code, out) == (1, "")
+    assert err.startswith("Traceback (most recent call last):\n")
+    assert line_of('ValueError("no optimizer')[len("planned.py, ") :] in err
+    assert err.splitlines()[-1] == "ValueError: no optimizer of mine"
+
+
 def test_a_module_that_looks_at_its_weights(plan):
     code, out, err = plan("1", "module.tells=true")
     assert (code, out) == (2, "")
@@ -348,6 +374,7 @@ def test_a_module_that_looks_at_its_weights(plan):
 # What a plan shows and leaves ---------------------------------------------------------
 
 
+@pytest.mark.plugins
 def test_it_is_shown(plan):
     code, out, _ = plan("2x4", "-p", "fsdp", form=None)
     lines = out.splitlines()
@@ -368,6 +395,7 @@ def test_it_is_shown(plan):
     assert "mesh: none, each rank has the whole model" in plan("2", "-p", "ddp", form=None)[1]
 
 
+@pytest.mark.plugins
 def test_it_trains_nothing_and_leaves_nothing(plan, folder):
     before = {*folder.iterdir()}, dict(os.environ), torch.UntypedStorage.resize_
     options = {"max_steps": 1, "log_every": "1 steps", "sanity_val_steps": 1, "device": "cuda"}
@@ -381,10 +409,36 @@ def test_it_trains_nothing_and_leaves_nothing(plan, folder):
     assert not dist.is_initialized()
 
 
+@pytest.mark.plugins
 def test_the_page_on_scaling_shows_what_is_printed(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "scaling.md").read_text()
-    (command,) = re.findall(r"^hookline (plan .* examples/chars.yaml .*)$", page, re.M)
+    (command,) = re.findall(r"^hookline (simulate .* examples/chars.yaml .*)$", page, re.M)
     (shown,) = re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S)
     assert main(command.split()) == 0
     assert capsys.readouterr().out == shown
+
+
+def test_the_commands_of_the_documentation_are_understood():
+    pages = [ROOT / "docs" / "scaling.md", Path(__file__).parents[1] / "README.md"]
+    text = "\n".join(page.read_text() for page in pages) + EXAMPLES
+    shown = re.findall(r"^ *hookline simulate (.*?)(?:  .*)?$", text, re.M)
+    assert len(shown) > 8
+    for words in shown:
+        options = _parser().parse_intermixed_args(shlex.split(words))
+        assert options.config == "run.yaml" or (ROOT / options.config).exists()
+        assert World(options.world).size > 1
+
+
+def test_help_needs_no_torch():
+    code = """
+import sys
+from hookline.cli import main
+try:
+    main(["simulate", "--help"])
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: hookline simulate ")
+    assert done.stdout.splitlines()[-1] == "False"

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from hookline.cli.compare import flatten
-from hookline.cli.curves import AXES, is_validated, panel_of
-from hookline.cli.layout import strict
-from hookline.cli.runs import typed
-from hookline.records import FILE, last_training
-from hookline.records.follow import Curves, Follower, Glance, thinned
+from hookline_runs.compare import flatten
+from hookline_runs.curves import AXES, is_validated, panel_of
+from hookline_runs.follow import Curves, Follower, Glance, thinned
+from hookline_runs.layout import typed
+from hookline_runs.records import FILE, last_training, plain
 
 PATIENCE = 0.3  # seconds that one look at the list may read records for
 OPEN = 24  # runs whose curves are kept in memory
@@ -260,7 +259,7 @@ class Server(ThreadingHTTPServer):
         where = str(address[0])
         self.shelf = Shelf(root)
         self.files = {}
-        folder = importlib.resources.files("hookline.cli.report") / "page"
+        folder = importlib.resources.files(__name__) / "page"
         for path, (name, kind) in PAGE.items():
             self.files[path] = kind, (folder / name).read_bytes()
         super().__init__((where, port), _Handler)
@@ -326,7 +325,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             body = json.dumps(answer, allow_nan=False, separators=(",", ":"))
         except ValueError:
-            body = json.dumps(strict(answer), separators=(",", ":"))
+            body = json.dumps(plain(answer), separators=(",", ":"))
         self._answer(status, "application/json", body.encode())
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes, more: Mapping[str, str] | None = None) -> None:

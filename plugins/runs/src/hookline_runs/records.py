@@ -1,4 +1,4 @@
-"""Read back what the plugin `jsonl` keeps of runs. Imports nothing heavy."""
+"""The record of a run: its format, which the plugin `jsonl` writes, and what reads it back. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,12 +9,33 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from hookline import Trainer
 
 FILE = "metrics.jsonl"
 COUNTERS = ("step", "epoch", "batches", "samples", "seconds")
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 """What a line raises that is torn, or not of this format."""
+
+
+def plain(value: Any) -> Any:
+    """Return a value as strict JSON can hold it: numbers that JSON lacks and strange objects as strings."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else as_text(value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return str(value)
+
+
+def as_text(value: float) -> str:
+    """Return the word for a number that JSON lacks; `float` reads it back."""
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 @dataclass
@@ -101,7 +122,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     if not (folder / FILE).is_file():
         raise ValueError(
             f"{str(folder)!r} holds no {FILE}: a run leaves a record only with the plugin jsonl; "
-            "add `plugins: {jsonl: {}}` (from the distribution hookline-jsonl)"
+            "add `plugins: {jsonl: {}}` (from the distribution hookline-runs)"
         )
     run, sessions, rows = Run(folder), dict[str, Session](), _RowsByStep()
     for line in (folder / FILE).read_bytes().splitlines():
@@ -242,3 +263,15 @@ def list_runs(root: str | os.PathLike[str]) -> list[Run]:
         raise ValueError(f"there is no folder of runs {str(root)!r}; training makes it (trainer.runs_folder)")
     runs = [read_run(path.parent) for path in sorted(root.glob(f"*/{FILE}"))]
     return sorted(runs, key=lambda run: (run.began or 0.0, run.folder.name))
+
+
+def history(trainer: Trainer) -> list[dict[str, float | int]]:
+    """Return what a trainer's run has logged so far: for each step its metrics by name and `COUNTERS`.
+
+    Read from the run's record, on rank 0; `pandas.DataFrame(history(trainer))` is a table of it. What an evaluation on
+    its own logs is not among it.
+
+    Raises:
+        ValueError: nobody keeps a record of this run; says who does.
+    """
+    return read_run(trainer.run_dir).rows

@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hookline.records import COUNTERS, FILE, UNREADABLE, Run, Session, sum_up, take, touch
+from hookline_runs.records import COUNTERS, FILE, UNREADABLE, Run, Session, sum_up, take, touch
 
 BLOCK = 1 << 22
 LONGEST = 1 << 26  # what is no line by then is none of ours

@@ -3,15 +3,20 @@
 import json
 import math
 import re
+import shlex
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from hookline.cli.runs import render_run, render_runs
-from hookline.records import FILE, list_runs, read_run
+from hookline_runs import list_runs, read_run
+from hookline_runs.commands import EXAMPLES, _parser
+from hookline_runs.pages import render_run, render_runs
+from hookline_runs.records import FILE
 
+ROOT = Path(__file__).parents[3]
 BEGIN = {
     "event": "begin", "session": "a", "time": 1000.0, "format": 1, "stage": "train", "command": ["python", "fit me.py"],
     "revision": "0123456789abcdef", "host": "elsewhere", "pid": 1, "versions": {"hookline": "0.1.0"},
@@ -46,6 +51,29 @@ print([module for module in {HEAVY} if module in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_help_needs_no_torch():
+    code = """
+import sys
+from hookline.cli import main
+try:
+    main(["runs", "--help"])
+finally:
+    print([module for module in HEAVY if module in sys.modules])
+""".replace("HEAVY", repr(HEAVY))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: hookline runs ")
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_commands_of_the_documentation_are_understood():
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/README.md"), ROOT / "README.md"]
+    shown = re.findall(r"^hookline runs\b([^#\n]*)", "\n".join(page.read_text() for page in pages), re.M)
+    shown += re.findall(r"^  hookline runs\b(.*?)(?:  .*)?$", EXAMPLES, re.M)
+    assert len(shown) > 12
+    for words in shown:
+        assert callable(_parser().parse_args(shlex.split(words)).command), words
 
 
 def test_a_table_of_runs(tmp_path):
@@ -179,7 +207,7 @@ def test_errors_say_what_to_do(tmp_path):
         list_runs(tmp_path / "none")
     (tmp_path / "run-1").mkdir()
     with pytest.raises(
-        ValueError, match=r"'.*run-1' holds no metrics.jsonl: .*plugins: \{jsonl: \{\}\}.*hookline-jsonl"
+        ValueError, match=r"'.*run-1' holds no metrics.jsonl: .*plugins: \{jsonl: \{\}\}.*hookline-runs"
     ):
         read_run(tmp_path / "run-1")
     write(tmp_path / "run-2", BEGIN)

@@ -1,4 +1,4 @@
-"""What the plugin writes, and what `hookline.records` reads of it, through real runs."""
+"""What the plugin writes, and what `hookline_runs` reads of it, through real runs."""
 
 import json
 import math
@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import hookline_jsonl
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
-from hookline.records import FILE, read_run
 from hookline.testing import Memory, check_plugin
-from hookline_jsonl import Jsonl
+from hookline_runs import Jsonl, jsonl, read_run
+from hookline_runs.records import FILE
 
 
 class Line(ModuleInterface):
@@ -338,7 +337,7 @@ def test_only_rank_zero_writes(tmp_path):
 
 
 def test_what_the_configuration_masks_is_masked_in_the_command(tmp_path):
-    command = hookline_jsonl.command_line(
+    command = jsonl.command_line(
         ["hookline", "fit", "plugins.wandb.key=abc", "trainer.epochs=3", "plugins.wandb.project=abc", "--x=1"],
         {"plugins": {"wandb": {"key": "***", "project": "abc"}}, "trainer": {"epochs": 3}},
     )
@@ -363,19 +362,19 @@ def test_the_revision_is_what_git_says(tmp_path):
 
     inner = tmp_path / "repo" / "a" / "b"
     inner.mkdir(parents=True)
-    assert hookline_jsonl.git_revision(Path("/")) is None
+    assert jsonl.git_revision(Path("/")) is None
     git("init", "-q")
-    assert hookline_jsonl.git_revision(inner) is None  # no commit yet
+    assert jsonl.git_revision(inner) is None  # no commit yet
     git("commit", "-q", "--allow-empty", "-m", "one")
     revision = git("rev-parse", "HEAD")
-    assert hookline_jsonl.git_revision(inner) == revision
+    assert jsonl.git_revision(inner) == revision
     git("worktree", "add", "-q", "-b", "other", str(tmp_path / "tree"))
-    assert hookline_jsonl.git_revision(tmp_path / "tree") == revision
+    assert jsonl.git_revision(tmp_path / "tree") == revision
     git("pack-refs", "--all")
-    assert hookline_jsonl.git_revision(inner) == revision
-    assert hookline_jsonl.git_revision(tmp_path / "tree") == revision
+    assert jsonl.git_revision(inner) == revision
+    assert jsonl.git_revision(tmp_path / "tree") == revision
     git("checkout", "-q", "--detach")
-    assert hookline_jsonl.git_revision(inner) == revision
+    assert jsonl.git_revision(inner) == revision
 
 
 def test_logging_costs_no_call_on_steps_that_do_not_log(tmp_path):
@@ -385,7 +384,7 @@ def test_logging_costs_no_call_on_steps_that_do_not_log(tmp_path):
         @hookimpl(tryfirst=True)
         def on_begin_train_epoch(self):
             def profile(frame, event, argument):
-                if event == "call" and frame.f_code.co_filename == hookline_jsonl.__file__:
+                if event == "call" and frame.f_code.co_filename == jsonl.__file__:
                     calls.append(frame.f_code.co_name)
 
             sys.setprofile(profile)

@@ -1,4 +1,4 @@
-"""`hookline runs` and its subcommands over real runs, and the same in Python: `trainer.history`."""
+"""`hookline runs` and its subcommands over real runs, and the same in Python: `history`."""
 
 import importlib.util
 import json
@@ -14,13 +14,13 @@ import torch
 
 from hookline import CallbackInterface, hookimpl
 from hookline.cli import main
-from hookline.cli.compare import is_better_lower
-from hookline.cli.curves import points
-from hookline.records import read_run
 from hookline.testing import Memory, TinyModule, tiny_trainer
-from hookline_jsonl import FILE, Jsonl
+from hookline_runs import Jsonl, history, read_run
+from hookline_runs.compare import is_better_lower
+from hookline_runs.curves import points
+from hookline_runs.records import FILE
 
-PLOTS = "pip install 'hookline[plots]'"
+PLOTS = "pip install 'hookline-runs[plots]'"
 needs_plotext = pytest.mark.skipif(importlib.util.find_spec("plotext") is None, reason=PLOTS)
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason=PLOTS)
 
@@ -140,7 +140,9 @@ def test_a_page_for_machines_is_strict_json(hookline, tmp_path):
 
 def test_without_plotext_a_page_says_how_to_get_curves(hookline, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotext", None)
-    assert hookline("show", "run-1").splitlines()[-1] == "curves: `pip install 'hookline[plots]'` has them drawn here"
+    assert (
+        hookline("show", "run-1").splitlines()[-1] == "curves: `pip install 'hookline-runs[plots]'` has them drawn here"
+    )
 
 
 @needs_plotext
@@ -208,11 +210,11 @@ def test_all_of_it_works_while_a_run_is_going_on(hookline, tmp_path):
             if global_step in (2, 5):
                 (run,) = json.loads(hookline("--json", folder=tmp_path))
                 page = hookline("show", "run-1", folder=tmp_path)
-                seen.append((run["status"], run["step"], [row["step"] for row in trainer.history], "running" in page))
+                seen.append((run["status"], run["step"], [row["step"] for row in history(trainer)], "running" in page))
 
     trainer = train(tmp_path, plugins=[Looks()])
     assert seen == [("running", 2, [1, 2], True), ("running", 5, [1, 2, 3, 4, 5], True)]
-    assert [row["step"] for row in trainer.history] == [*range(1, 9)]
+    assert [row["step"] for row in history(trainer)] == [*range(1, 9)]
 
 
 def test_a_line_half_written_is_passed_over(hookline, tmp_path):
@@ -376,7 +378,7 @@ def test_names_are_no_formulas(hookline, tmp_path):
 def test_without_matplotlib_plot_says_what_to_install(hookline, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = hookline("plot", "run-1", "--out", tmp_path / "a.png")
-    assert said == "hookline: curves in files need matplotlib: `pip install 'hookline[plots]'`\n"
+    assert said == "hookline: curves in files need matplotlib: `pip install 'hookline-runs[plots]'`\n"
 
 
 # Errors ---------------------------------------------------------------------------------
@@ -425,10 +427,10 @@ def test_a_picture_that_cannot_be_written_is_an_error(hookline, tmp_path):
 
 
 def test_history_is_the_table_of_the_run(hookline, tmp_path):
-    history = train(tmp_path).history
-    assert history == json.loads(hookline("show", "run-1", "--json", folder=tmp_path))["rows"]
-    assert [*history[0]] == ["train_loss", "step", "epoch", "batches", "samples", "seconds"]
-    assert history[-1]["val_accuracy"] == pytest.approx(0.8)
+    rows = history(train(tmp_path))
+    assert rows == json.loads(hookline("show", "run-1", "--json", folder=tmp_path))["rows"]
+    assert [*rows[0]] == ["train_loss", "step", "epoch", "batches", "samples", "seconds"]
+    assert rows[-1]["val_accuracy"] == pytest.approx(0.8)
 
 
 def test_history_of_a_run_that_was_cut_and_gone_on_with(tmp_path):
@@ -446,14 +448,14 @@ def test_history_of_a_run_that_was_cut_and_gone_on_with(tmp_path):
     cut = run(Fails(), memory := Memory(every="2 steps"), False)
     with pytest.raises(ZeroDivisionError):
         cut.train()
-    assert [row["step"] for row in cut.history][-1] >= 5
+    assert [row["step"] for row in history(cut)][-1] >= 5
     again = run(Measured(), Memory(memory.state), str(tmp_path / "cut" / "run-1"))
-    before = again.history
+    before = history(again)
     again.train()
     torch.manual_seed(0)
-    unbroken = train(tmp_path / "whole").history
-    assert before == cut.history[: len(before)]
-    kept = [{name: value for name, value in row.items() if name != "seconds"} for row in again.history]
+    unbroken = history(train(tmp_path / "whole"))
+    assert before == history(cut)[: len(before)]
+    kept = [{name: value for name, value in row.items() if name != "seconds"} for row in history(again)]
     assert kept == [{name: value for name, value in row.items() if name != "seconds"} for row in unbroken]
 
 
@@ -461,4 +463,4 @@ def test_without_a_record_history_says_what_to_add(tmp_path):
     trainer = tiny_trainer([], runs_folder=str(tmp_path))
     trainer.train()
     with pytest.raises(ValueError, match=r"holds no metrics.jsonl: .* add `plugins: \{jsonl: \{\}\}`"):
-        trainer.history  # noqa: B018
+        history(trainer)

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hookline.cli.layout import number, shorten
-from hookline.installed import nearest
-from hookline.records import COUNTERS, Run
+from hookline import nearest
+from hookline_runs.layout import number, shorten
+from hookline_runs.records import COUNTERS, Run
 
 AXES = ("step", "samples", "epoch", "seconds")
 SUFFIXES = (".png", ".svg", ".pdf")
-PLOTS = "`pip install 'hookline[plots]'`"
+PLOTS = "`pip install 'hookline-runs[plots]'`"
 DRAWN = 8
 """How many panels the terminal shows; the losses and what is validated come first."""
 

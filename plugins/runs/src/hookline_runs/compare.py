@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hookline.cli.layout import number, table
-from hookline.records import COUNTERS, Run
+from hookline.commands import table
+from hookline_runs.layout import number
+from hookline_runs.records import COUNTERS, Run
 
 LOWER_IS_BETTER = re.compile(r"(?i)(^|[_/-])(\w*loss|error|nll|mse|mae|rmse|perplexity|ppl|wer|cer)($|[_/-])")
 
