@@ -696,7 +696,6 @@ def until(condition, seconds=30):
     return found
 
 
-@pytest.mark.plugins
 def test_a_training_is_followed(tmp_path):
     (tmp_path / "runs").mkdir()
     with command(tmp_path / "runs") as (_, url), training(tmp_path) as (process, go_on):
@@ -786,7 +785,6 @@ def pick_axis(browser, axis):
 
 
 @pytest.mark.slow
-@pytest.mark.plugins
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_page_grows_with_a_training(tmp_path, browser, dark):
     root = tmp_path / "runs"
