@@ -30,10 +30,9 @@ def faults(session: nox.Session) -> None:
 def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
-    names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "progress", "tp", "watchdog")
+    names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "progress", "simulate", "tp", "watchdog")
     rows = [f"tests/faults/test_{name}.py" for name in ("elastic", "g_ranks", "launch", "ranks", "two_machines")]
-    tests = [*(f"plugins/{name}/tests" for name in names), *rows, "tests/test_launch.py", "tests/test_simulate.py"]
-    tests.append("tests/test_pairs.py")
+    tests = [*(f"plugins/{name}/tests" for name in names), *rows, "tests/test_launch.py", "tests/test_pairs.py"]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
 
@@ -69,10 +68,10 @@ def trackers(session: nox.Session) -> None:
     session.install("mlflow==3.17.2", "-r", "requirements-dev.txt")  # the whole one can serve
     names = ("accmt", "aim", "clearml", "comet", "csv", "dvclive", "mlflow", "tensorboard", "wandb")
     tests = [
-        "tests/test_report.py",
         "tests/test_tracking.py",
         "tests/test_trackers_together.py",
         *(f"plugins/{name}/tests" for name in names),
+        "plugins/runs/tests/test_report.py",
     ]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 

@@ -122,9 +122,9 @@ def standard(clock: Clock) -> None:
 
     from hookline_checkpoint import Checkpoint
     from hookline_clip import Clip
-    from hookline_jsonl import Jsonl
     from hookline_metrics import Metrics
     from hookline_progress import Progress
+    from hookline_runs import Jsonl
 
     with tempfile.TemporaryDirectory() as folder:
         plugins = [Progress(), Jsonl(), Clip(1.0), Checkpoint(), Metrics(train={"accuracy": MulticlassAccuracy(10)})]

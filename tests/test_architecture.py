@@ -4,6 +4,7 @@ import ast
 import contextlib
 import inspect
 import io
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from hookline import CallbackInterface, hookimpl, hookspecs
-from hookline.cli import main
+from hookline.cli import OWN, main
 from hookline.cli.hooks import read_hooks
 from hookline.plugins import SEED, PluginManager
 from hookline.testing import Memory, TinyModule, tiny_trainer
@@ -21,16 +22,24 @@ from hookline.testing import Memory, TinyModule, tiny_trainer
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
-    {"marks", "installed", "masking", "idle", "records"},
+    {"marks", "installed", "masking", "cadence", "blocks"},
     {"interfaces"},
-    {"outputs", "logs", "data", "schedule", "schedules", "state", "options", "monitored"},
+    {"counters", "options", "outputs", "randomness", "schedulers", "state"},
+    {"run", "monitored"},
+    {"data"},
+    {"loop"},
     {"hookspecs"},
     {"plugins"},
     {"trainer"},
     {"config"},
+    {"commands"},
     {"cli", "testing", "tracking"},
 ]
 PLUGINS = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
+WORDS = {  # of the distributions that are not called by the word of their one plugin, which is
+    "runs": "jsonl",  # one home for the format of records: the plugin writes them, the command `runs` reads them
+    "simulate": None,  # brings a command alone
+}
 HOOKS = {hook.name: hook for hook in read_hooks()}
 
 
@@ -50,6 +59,52 @@ def imports(path):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+SIZES = {"class": 300, "function": 40}  # lines that are neither empty nor of a docstring
+LONGER = {"hookspecs.py": "the one page on which the loop is read from top to bottom"}  # than 400 lines, all counted
+PARTS = {"built", "ends", "evaluation", "loaders", "logs", "randomness", "session", "training", "window"}
+
+
+def code_lines(node, text):
+    """Return how many lines of a piece of source are neither empty nor of a docstring."""
+    lines = {number for number in range(node.lineno, node.end_lineno + 1) if text[number - 1].strip()}
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Expr) and isinstance(inner.value, ast.Constant) and isinstance(inner.value.value, str):
+            lines -= set(range(inner.lineno, inner.end_lineno + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("path", sorted(CORE.rglob("*.py")), ids=lambda path: str(path.relative_to(CORE)))
+def test_nothing_in_the_core_grows_out_of_sight(path):
+    text = path.read_text().splitlines()
+    name = str(path.relative_to(CORE))
+    assert len(text) <= 400 or name in LONGER
+    for node in ast.walk(ast.parse(path.read_text())):
+        kind = {ast.ClassDef: "class", ast.FunctionDef: "function"}.get(type(node))
+        if kind:
+            assert code_lines(node, text) <= SIZES[kind], f"{name}: {node.name}"
+
+
+def written(path):
+    """Give what a file assigns to attributes of others: the line, the owner, the attribute."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            for inner in getattr(target, "elts", [target]):
+                if isinstance(inner, ast.Attribute):
+                    owner = inner.value
+                    yield node.lineno, ast.unparse(owner), inner.attr
+
+
+def test_no_attribute_of_the_trainer_or_of_its_parts_is_written_by_others():
+    """What others do to them, they do by calling; `position` is a property that may be set."""
+    for path in (*CORE.rglob("*.py"), *(ROOT / "plugins").glob("*/src/**/*.py")):
+        for line, owner, attribute in written(path):
+            *_, holder, last = ("", *owner.split("."))
+            ours = last in {"trainer", "core"} or (holder and last in PARTS)
+            ours = ours or (path.is_relative_to(CORE) and last == "run")
+            assert not ours or attribute == "position", f"{path.name}:{line} writes {attribute} of {owner}"
 
 
 def floor_of(module):
@@ -82,15 +137,29 @@ def test_plugins_import_public_names_and_no_other_plugin(plugin):
 
 
 def test_the_core_names_no_feature():
-    features = set(PLUGINS) - {"metrics"}  # a word of its own: what an evaluation answers
+    features = {WORDS.get(plugin) or plugin for plugin in PLUGINS}
+    features -= {"metrics"}  # a word of its own: what an evaluation answers
     for path in CORE.glob("*.py"):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not words & features, f"{path.name} names {words & features}"
 
 
+def test_the_core_is_this_and_nothing_else():
+    """The contract, hooks, the plugin manager, the loop, data, configuration, the command line, the kit for tests."""
+    found = {path.stem for path in CORE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found == set().union(*FLOORS) | {"__init__", "__main__"}
+    assert {path.stem for path in CORE.glob("cli/*.py")} == {"__init__", "hooks", "launch", "logs", "new"}
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
+        main(["--help"])
+    listed = printed.getvalue().partition("  COMMAND\n")[2].partition("\n\n")[0]
+    commands = ("fit", "validate", "test", "predict", "plan", "plugins", "hooks", "new")
+    assert tuple(re.findall(r"^    (\S+)", listed, re.M)) == commands == OWN
+
+
 def test_the_core_can_be_read_in_one_sitting():
     lines = 0
-    for path in (*CORE.glob("*.py"), *CORE.glob("data/*.py")):
+    beside = CORE / "commands.py"  # of the command line, like what lies in `cli`
+    for path in {*CORE.glob("*.py"), *CORE.glob("data/*.py")} - {beside}:
         tree = ast.parse(path.read_text())
         documented = set()
         for node in ast.walk(tree):
@@ -203,9 +272,15 @@ def test_a_plugin_is_whole_and_bears_one_word_everywhere(plugin):
     folder = ROOT / "plugins" / plugin
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     assert project["name"] == f"hookline-{plugin.replace('_', '-')}"
-    (entry,) = project["entry-points"]["hookline.plugins"].items()
-    assert entry[0] == plugin
-    assert entry[1].lower().replace("_", "") == f"hookline{plugin}:{plugin}".replace("_", "")
+    brought, commands = (project["entry-points"].get(f"hookline.{kind}", {}) for kind in ("plugins", "commands"))
+    if plugin in WORDS:
+        assert list(brought) == [word for word in (WORDS[plugin],) if word]
+        assert list(commands) == [plugin]
+    else:
+        (entry,) = brought.items()
+        assert entry[0] == plugin
+        assert entry[1].lower().replace("_", "") == f"hookline{plugin}:{plugin}".replace("_", "")
+    assert all(target.startswith(f"hookline_{plugin}") for target in (brought | commands).values())
     assert any(need.startswith("hookline>=") for need in project["dependencies"])
     assert (folder / "README.md").read_text().startswith(f"# hookline-{plugin.replace('_', '-')}")
     assert list((folder / "tests").glob("test_*.py"))

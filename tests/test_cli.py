@@ -266,6 +266,36 @@ def test_plugins(folder, hookline):
     assert "no plugin named 'clib' is installed, did you mean 'clip'?" in hookline("plugins", "clib").stderr
 
 
+def test_a_command_that_is_not_there_says_what_may_bring_it(hookline):
+    done = hookline("rnus", "show", "run-1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("hookline: there is no command 'rnus'")
+    assert "; there are fit, validate, test, predict, plan, plugins, hooks, new" in done.stderr
+    assert done.stderr.endswith(". `pip install hookline-rnus` may bring it\n")
+    assert "there is no command 'hook', did you mean 'hooks'?; there are fit" in hookline("hook").stderr
+
+
+def test_plan_says_where_its_worlds_have_gone(hookline):
+    done = hookline("plan", "--world", "8x64", "run.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "hookline: plan has no --world: `hookline simulate --world 8x64 run.yaml` shows what a rank holds and sends "
+        "in a step (`pip install hookline-simulate`)\n"
+    )
+
+
+@pytest.mark.plugins
+def test_help_shows_the_commands_of_plugins(hookline):
+    listed = hookline("--help").stdout.partition("commands of plugins (`hookline COMMAND --help`):\n")[2]
+    assert [line.split() for line in listed.splitlines()] == [
+        ["checkpoints", "hookline-checkpoint", "0.1.0"],
+        ["ray", "hookline-ray", "0.1.0"],
+        ["runs", "hookline-runs", "0.1.0"],
+        ["simulate", "hookline-simulate", "0.1.0"],
+        ["verify-resume", "hookline-checkpoint", "0.1.0"],
+    ]
+
+
 def test_hooks(folder, hookline):
     listed = hookline("hooks").stdout.splitlines()
     assert listed[0].split() == ["hook", "kind", "arguments"]
@@ -287,7 +317,7 @@ def test_new_plugin_is_whole(folder, hookline):
     assert "cannot be a plugin's name" in hookline("new", "plugin", "Weight Noise").stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["hooks"], ["runs", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["hooks"]])
 def test_what_needs_no_torch_imports_none(folder, arguments):
     code = f"""
 import sys

@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookline import commands as commands
+    from hookline import config as config
     from hookline import hookspecs as hookspecs
-    from hookline import records as records
     from hookline import tracking as tracking
     from hookline.blocks import find_blocks as find_blocks
     from hookline.cadence import every as every
@@ -36,6 +37,8 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "ModuleInterface": "interfaces",
     "Stage": "interfaces",
     "Trainer": "trainer",
+    "commands": "commands",
+    "config": "config",
     "copy_state": "state",
     "count_samples": "data",
     "event": "marks",
@@ -46,7 +49,6 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "instantiate": "config",
     "kept_rng": "randomness",
     "nearest": "installed",
-    "records": "records",
     "require_metrics": "monitored",
     "seconds": "cadence",
     "set_seed": "randomness",

@@ -7,7 +7,6 @@ bodies of its verbs. What surrounds them stands in `hookline.loop`, whose parts 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import warnings
@@ -28,9 +27,8 @@ from hookline.loop.logs import Logs
 from hookline.loop.session import Session
 from hookline.loop.training import Training
 from hookline.loop.window import Window
-from hookline.masking import mask
 from hookline.options import make_options, run_folder
-from hookline.plugins import MODULE, PluginManager, build, options_of
+from hookline.plugins import MODULE, PluginManager, build, describe
 from hookline.randomness import Randomness
 from hookline.schedulers import Scheduled
 
@@ -75,16 +73,8 @@ class Trainer:
         self.session = Session(self, self.ends, self.randomness, self.loaders)
         self.built = Built(self, self.loaders, self.window)
         self.logs = Logs(self, self.window)
-        self.evaluation = Evaluation(self, session=self.session, built=self.built, logs=self.logs)
-        self.training = Training(
-            self,
-            built=self.built,
-            ends=self.ends,
-            logs=self.logs,
-            window=self.window,
-            evaluation=self.evaluation,
-            randomness=self.randomness,
-        )
+        self.evaluation = Evaluation(self, self.session, self.built, self.logs)
+        self.training = Training(self, self.evaluation, self.ends, self.window, self.randomness)
         try:
             self._begin(module, build(plugins), config)
         except BaseException as error:
@@ -93,10 +83,7 @@ class Trainer:
 
     def _begin(self, module: Any, named: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
         """Register the plugins, find out where this process is, and make the module."""
-        for name, plugin in named.items():
-            if getattr(plugin, "hookspecs", None) is not None:
-                self.plugins.add_contract(plugin.hookspecs, f"{name}.hookspecs")
-        self._register(named)
+        self.plugins.register_all(named)
         self.rank, self.local_rank, self.world_size = self.hook.get_ranks(trainer=self)
         self.share, self.shares = self.hook.get_share(trainer=self)
         self.device: torch.device = self.hook.get_device(trainer=self)
@@ -108,22 +95,9 @@ class Trainer:
         for name in named:
             self.plugins.unregister(name=name)
         self.plugins.register(self.module, MODULE)
-        self._register(named)
-        self.config = dict(config) if config is not None else self._own_config(named)
+        self.plugins.register_all(named)
+        self.config = dict(config) if config is not None else describe(self.module, self.options, named)
         self.plugins.hook.on_setup.call_historic(kwargs={"trainer": self})
-
-    def _register(self, named: Mapping[str, Any]) -> None:
-        for name, plugin in reversed(list(named.items())):
-            self.plugins.register(plugin, name)
-
-    def _own_config(self, plugins: Mapping[str, Any]) -> dict[str, Any]:
-        """Describe a run that was built in Python as a configuration would."""
-        described = {
-            "module": {"_target_": f"{type(self.module).__module__}.{type(self.module).__qualname__}"},
-            "trainer": dataclasses.asdict(self.options),
-            "plugins": {name: options_of(plugin) for name, plugin in plugins.items()},
-        }
-        return mask(described)  # type: ignore[no-any-return]
 
     # Runs -----------------------------------------------------------------------------
 
@@ -158,26 +132,6 @@ class Trainer:
     def _run(self, stage: Stage) -> None:
         folder = str(self.run_dir) if "run_dir" in vars(self) else ""  # asking for it makes it
         self.session.do(stage, folder)
-
-    # For strategies ---------------------------------------------------------------------
-
-    def use_model(self, model: torch.nn.Module) -> None:
-        """Have the loop call another model from now on: the module in another wrapping."""
-        self.built.use_model(model)
-
-    def use_run_dir(self, path: Path) -> None:
-        """Have the folder of another rank, so that all have one."""
-        self.run_dir = path
-
-    @contextlib.contextmanager
-    def idling(self) -> Iterator[None]:
-        """Take a batch that only keeps ranks in step: say so (`idle`), and have it count nowhere in the module."""
-        self.idle = True
-        try:
-            with untouched(self.module):
-                yield
-        finally:
-            self.idle = False
 
     # What anyone may ask for ------------------------------------------------------------
 
@@ -316,7 +270,15 @@ class Trainer:
         for optimizer in self.built.optimizers:
             optimizer.zero_grad()
 
-    # What the run is built of -----------------------------------------------------------
+    @contextlib.contextmanager
+    def idling(self) -> Iterator[None]:
+        """Take a batch that only keeps ranks in step: say so (`idle`), and have it count nowhere in the module."""
+        self.idle = True
+        try:
+            with untouched(self.module):
+                yield
+        finally:
+            self.idle = False
 
     @property
     def model(self) -> torch.nn.Module:
@@ -391,11 +353,6 @@ class Trainer:
         return int(total // parts)
 
     @property
-    def shown(self) -> set[str]:
-        """Names of values that were logged with `prog=True`."""
-        return self.logs.shown
-
-    @property
     def stop_reason(self) -> str | None:
         """Why somebody has asked for the end; None while nobody has."""
         return self.ends.reason
@@ -437,16 +394,6 @@ class Trainer:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    @property
-    def history(self) -> list[dict[str, float | int]]:
-        """What this run has logged so far: for each step its metrics by name and the counters of training.
-
-        Read from the run's record each time that it is asked for, on rank 0; `pandas.DataFrame(trainer.history)` is
-        a table of it. What an evaluation on its own logs is not among it.
-
-        Raises:
-            ValueError: nobody keeps a record of this run; says who does.
-        """
-        from hookline.records import read_run  # what few ask for costs others no import
-
-        return read_run(self.run_dir).rows
+    def use_run_dir(self, folder: Path) -> None:
+        """Have the folder of another rank."""
+        self.run_dir = folder

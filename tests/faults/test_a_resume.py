@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanSquaredError
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
-from hookline.records import read_run
 from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
 from hookline_accumulate import Accumulate
@@ -34,9 +33,9 @@ from hookline_amp import Amp
 from hookline_checkpoint import Checkpoint
 from hookline_checkpoint.compare import differences
 from hookline_clip import Clip
-from hookline_jsonl import Jsonl
 from hookline_metrics import Metrics
 from hookline_model_saving import ModelSaving
+from hookline_runs import Jsonl, read_run
 from hookline_signals import Signals
 
 pytestmark = pytest.mark.plugins

@@ -16,15 +16,15 @@ import yaml
 
 from hookline import CallbackInterface, hookimpl
 from hookline.cli import main
-from hookline.records import read_run
 from hookline.testing import TinyModule
 from hookline.testing.faults import PRELOADED, Child, at_file, at_hook, run
 from hookline_checkpoint import storage
 from hookline_checkpoint.compare import differences
 from hookline_checkpoint.layout import unpack
+from hookline_runs import read_run
 
 pytestmark = pytest.mark.plugins
-PRELOADED += [__name__, "hookline.config", "hookline_accumulate", "hookline_jsonl", "hookline_signals"]
+PRELOADED += [__name__, "hookline.config", "hookline_accumulate", "hookline_runs.jsonl", "hookline_signals"]
 
 STEPS = 14
 HOOKS = {  # where a signal may come, and how often at least each is reached before the last step begins

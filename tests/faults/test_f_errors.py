@@ -26,15 +26,15 @@ from hookline import CallbackInterface, hookimpl, hookspecs
 from hookline.cli import main
 from hookline.installed import installed, load
 from hookline.plugins import FAILURES_ALLOWED, is_observer
-from hookline.records import read_run
 from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 from hookline.testing.faults import PRELOADED, at_hook, failing, run
 from hookline_checkpoint import Checkpoint, storage
 from hookline_checkpoint.compare import differences
 from hookline_checkpoint.layout import unpack
+from hookline_runs import read_run
 
 pytestmark = pytest.mark.plugins
-PRELOADED += [__name__, "hookline.config", "hookline_guard", "hookline_jsonl", "hookline_watchdog"]
+PRELOADED += [__name__, "hookline.config", "hookline_guard", "hookline_runs.jsonl", "hookline_watchdog"]
 
 
 class Broken(Exception):

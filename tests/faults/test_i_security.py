@@ -16,7 +16,6 @@ import torch
 import yaml
 
 from hookline.cli import main
-from hookline.records import read_run
 from hookline.testing import TinyModule, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
 from hookline_checkpoint import storage
@@ -25,9 +24,10 @@ from hookline_checkpoint.headers import tensors_of
 from hookline_checkpoint.layout import unpack
 from hookline_checkpoint.storage import CheckpointError
 from hookline_model_saving import ModelSaving
+from hookline_runs import read_run
 
 pytestmark = pytest.mark.plugins
-PRELOADED += [__name__, "hookline.config", "hookline_guard", "hookline_jsonl", "hookline_progress"]
+PRELOADED += [__name__, "hookline.config", "hookline_guard", "hookline_runs.jsonl", "hookline_progress"]
 
 
 def prepared(folder, **nodes):

@@ -19,7 +19,7 @@ from hookline_checkpoint import storage
 from hookline_checkpoint.compare import differences
 
 pytestmark = [pytest.mark.plugins, pytest.mark.xdist_group("ranks")]
-PRELOADED += [__name__, "hookline.config", "hookline_distributed", "hookline_ddp", "hookline_jsonl"]
+PRELOADED += [__name__, "hookline.config", "hookline_distributed", "hookline_ddp", "hookline_runs.jsonl"]
 
 KILLED = '''
 import os, signal

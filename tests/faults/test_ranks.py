@@ -18,15 +18,16 @@ import yaml
 
 from hookline import CallbackInterface, hookimpl
 from hookline.cli import main
-from hookline.records import read_run
 from hookline.testing import TinyModule, run_ranks
 from hookline.testing.faults import PRELOADED, Child, at_hook, kill
 from hookline.testing.ranks import Ranks
 from hookline_checkpoint import storage
 from hookline_checkpoint.compare import differences
+from hookline_runs import read_run
 
 pytestmark = [pytest.mark.plugins, pytest.mark.xdist_group("ranks")]
-PRELOADED += [__name__, "hookline.config", "hookline_distributed", "hookline_ddp", "hookline_jsonl", "hookline_signals"]
+PRELOADED += [__name__, "hookline.config", "hookline_distributed", "hookline_ddp", "hookline_runs.jsonl"]
+PRELOADED += ["hookline_signals"]
 HOOKS = {  # where a rank may be killed, and how often at least each is reached on it
     "take_window": 14,
     "call_model": 14,

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 import hookline
 from hookline import CallbackInterface, ModuleInterface, hookimpl
 from hookline.cli import main
-from hookline.records import read_run
 from hookline.testing import TinyModule, check_plugin, digest, run_ranks
 from hookline.testing.faults import PRELOADED, at_file, at_hook, failing, kill, run
 from hookline_accmt import (
@@ -39,6 +38,7 @@ from hookline_accmt import (
     WandB,
     set_seed,
 )
+from hookline_runs import read_run
 
 PRELOADED += ["hookline_accmt"]
 pytestmark = pytest.mark.plugins  # its trainer names those of the house

@@ -113,7 +113,7 @@ class Ddp(CallbackInterface):
             return
         log.info("ddp: %d of %d weights are trained now, and averaged", sum(self._trained), len(self._trained))
         if self._wrapped is not before:
-            trainer.use_model(self._model if self._wrapped is None else self._wrapped)
+            trainer.built.use_model(self._model if self._wrapped is None else self._wrapped)
 
     def _take_stock(self, trainer: Trainer) -> bool:
         """Give new weights and buffers of rank 0 to all ranks, and wrap what is trained; answer whether it is other.
@@ -210,11 +210,11 @@ class Ddp(CallbackInterface):
             for buffer in self._model.buffers():
                 dist.broadcast(buffer, src=0)
         trained = trainer.model
-        trainer.use_model(self._model)
+        trainer.built.use_model(self._model)
         try:
             return (yield)
         finally:
-            trainer.use_model(trained)
+            trainer.built.use_model(trained)
 
     @hookimpl
     def on_exception(self, exception: BaseException) -> None:

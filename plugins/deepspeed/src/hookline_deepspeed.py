@@ -112,7 +112,7 @@ class Deepspeed(CallbackInterface):
         else:
             self._refuse_who_looks_at_gradients(trainer)
             optimizers[0].zero_grad = own.zero_grad  # its own gradients are buffers, which stay where they are
-        trainer.use_model(self._engine)
+        trainer.built.use_model(self._engine)
         return optimizers, schedulers
 
     def _configuration(self, trainer: Trainer) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import hookline
 from hookline import CallbackInterface, ModuleInterface, hookimpl
-from hookline.records import read_run
 from hookline.testing import check_plugin, digest, hand_written_loop, run_ranks
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
 from hookline_lernomatic import Inferrer, Lernomatic, LernomaticModel, LogFinder, allow_import
 from hookline_lernomatic.model import common
 from hookline_lernomatic.train import schedule, trainer
+from hookline_runs import read_run
 
 PRELOADED += ["hookline_lernomatic"]
 pytestmark = pytest.mark.plugins  # its trainer names those of the house

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hookline
 from hookline import CallbackInterface, ModuleInterface
-from hookline.records import read_run
 from hookline.testing import digest, hand_written_loop, run_ranks
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
 from hookline_lightning import HyperOptArgumentParser, early
+from hookline_runs import read_run
 
 PRELOADED += ["hookline_lightning"]
 pytestmark = pytest.mark.plugins

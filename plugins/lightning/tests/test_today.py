@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 import hookline
 from hookline import CallbackInterface, ModuleInterface, hookimpl
 from hookline.data import sharded
-from hookline.records import read_run
 from hookline.testing import calls_per_step, check_plugin, digest, hand_written_loop, run_ranks
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
 from hookline_lightning import Callback, Lightning, LightningDataModule, LightningModule, Trainer
+from hookline_runs import read_run
 
 PRELOADED += ["hookline_lightning", "torchmetrics"]
 pytestmark = pytest.mark.plugins  # its trainer names those of the house

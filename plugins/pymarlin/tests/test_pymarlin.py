@@ -10,7 +10,6 @@ import yaml
 from torch.utils.data import DataLoader, TensorDataset
 
 import hookline
-from hookline.records import read_run
 from hookline.testing import TinyModule, check_plugin, digest, hand_written_loop, run_ranks
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
 from hookline_pymarlin import (
@@ -32,6 +31,7 @@ from hookline_pymarlin import (
     global_stats,
     rank_zero_only,
 )
+from hookline_runs import read_run
 
 PRELOADED += ["hookline_pymarlin"]
 pytestmark = pytest.mark.plugins  # its trainer names those of the house

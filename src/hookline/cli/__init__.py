@@ -1,21 +1,21 @@
-"""The command line. What needs no torch imports none: help, plugins, hooks and runs answer at once."""
+"""The command line. What needs no torch imports none: help, plugins and hooks answer at once."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hookline import __version__
-from hookline.cli import logs, runs
-from hookline.cli.layout import table
-from hookline.installed import COMMANDS, distribution, installed
+from hookline.cli import logs
+from hookline.commands import UserError, add_command, add_configuration, mendable, new_parser, read_configuration, table
+from hookline.installed import COMMANDS, distribution, installed, nearest
 
 EXAMPLES = """\
 examples:
@@ -27,14 +27,8 @@ examples:
   hookline fit runs/digits-1/config.yaml                 do a run once more
   hookline predict examples/chars.yaml --resume
   hookline plan examples/digits.yaml                     who does what in which order
-  hookline plan --world 8x64 examples/digits.yaml        memory and communication of each of 8 times 64 ranks
   hookline plugins                                       what is installed
   hookline hooks on_boundary                             what a hook is told, and when
-  hookline runs                                          what has been recorded
-  hookline runs show digits-1                            its parameters, curves and metrics
-  hookline runs compare digits-1 digits-2
-  hookline runs plot digits-1 digits-2 --out curves.png
-  hookline runs serve                                    a page that follows them, in a browser
 """
 DOORS = {
     "fit": ("train", "train a module"),
@@ -42,6 +36,8 @@ DOORS = {
     "test": ("test", "evaluate the test loaders"),
     "predict": ("predict", "predict; the module or a plugin takes the predictions"),
 }
+OWN = (*DOORS, "plan", "plugins", "hooks", "new")
+"""The commands that no plugin brings."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         brought = installed(COMMANDS).get(words[0]) if words else None
         if brought is not None:
             return _run_brought(brought.load(), words[1:])
+        _refuse_unknown(words[:1])
         options = _parse(words)
         options.words = words
         code: int = options.command(options)
@@ -75,6 +72,16 @@ def _run_brought(command: Callable[[Sequence[str]], int], words: Sequence[str]) 
         raise UserError(error) from error
 
 
+def _refuse_unknown(words: Sequence[str]) -> None:
+    known = [*OWN, *installed(COMMANDS)]
+    for word in words:
+        if word not in known and not word.startswith("-"):
+            raise UserError(
+                f"there is no command {word!r}{nearest(word, known)}; there are {', '.join(known)}. "
+                f"`pip install hookline-{word}` may bring it"
+            )
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; overrides may stand anywhere behind the configuration, which argparse alone does not allow."""
     parser = _parser()
@@ -89,32 +96,18 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-class UserError(Exception):
-    """Something that the user wrote and can mend: told in one line, without a traceback."""
-
-
 def _brought_by_plugins() -> str:
     lines = [f"  {name:<20}{distribution(point)}" for name, point in installed(COMMANDS).items()]
     return "\n".join(["\ncommands of plugins (`hookline COMMAND --help`):", *lines]) if lines else ""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "hookline",
-        description="Train PyTorch modules through a small loop of hooks.",
-        epilog=EXAMPLES + _brought_by_plugins(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Train PyTorch modules through a small loop of hooks."
+    parser = new_parser("hookline", about, EXAMPLES + _brought_by_plugins())
     parser.add_argument("--version", action="version", version=f"hookline {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def add(name: str, summary: str, command: Any, **more: Any) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", **more)
-        added.set_defaults(command=command)
-        return added
-
+    add = functools.partial(add_command, parser.add_subparsers(metavar="COMMAND", required=True))
     for name, (door, summary) in DOORS.items():
-        _add_configuration(added := add(name, summary, _door, parents=[_launching()]))
+        add_configuration(added := add(name, summary, _door, parents=[_launching()]))
         added.set_defaults(door=door)
         added.add_argument(
             "--resume", nargs="?", const=True, default=None, metavar="RUN",
@@ -129,30 +122,18 @@ def _parser() -> argparse.ArgumentParser:
             help="say nothing but warnings and errors, and show no progress: --log-level warning",
         )  # fmt: skip
     plan = add("plan", "show for each hook who wraps it and who does or hears it", _plan)
-    _add_configuration(plan)
-    plan.add_argument(
-        "--world", metavar="MxN",
-        help="show what a rank holds and sends in a step on M machines with N devices each, or on N ranks of one",
-    )  # fmt: skip
+    add_configuration(plan)
+    plan.add_argument("--world", help=argparse.SUPPRESS)
     plan.add_argument("--json", action="store_true", help="for machines")
     plugins = add("plugins", "list the installed plugins, or show the hooks of one, or of a configuration's", _plugins)
     plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
     hooks = add("hooks", "show the hooks in the order of the loop", _hooks)
     hooks.add_argument("name", nargs="?", help="one hook, in full")
-    runs.add_commands(add("runs", "list the runs of a folder; show, compare or plot them", _runs))
     new = add("new", "write the skeleton of something new", _new)
     new.add_argument("kind", choices=["plugin"])
     new.add_argument("name", help="name of the plugin, e.g. weight-noise")
     new.add_argument("--folder", default=".", help="where to write it (default: here)")
     return parser
-
-
-def _add_configuration(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, e.g. trainer.epochs=3")
-    parser.add_argument(
-        "-p", dest="plugins", action="append", default=[], metavar="[no:]NAME", help="turn a plugin on, or off"
-    )
 
 
 def _launching() -> argparse.ArgumentParser:
@@ -169,49 +150,16 @@ def _launching() -> argparse.ArgumentParser:
 
 
 def _configuration(options: argparse.Namespace) -> Any:
-    from hookline import config
-
-    overrides = list(options.overrides)
-    if getattr(options, "resume", None) is not None:
-        overrides.append(f"trainer.resume={json.dumps(options.resume)}")
-    with _mendable(ValueError):
-        return config.load_config(options.config, overrides, options.plugins)
+    resume = getattr(options, "resume", None)
+    with mendable(ValueError):
+        return read_configuration(options, *([] if resume is None else [f"trainer.resume={json.dumps(resume)}"]))
 
 
 def _trainer(loaded: Any) -> Any:
     from hookline import config
 
-    with _mendable(ValueError, TypeError):
+    with mendable(ValueError, TypeError):
         return config.build_trainer(loaded)
-
-
-@contextlib.contextmanager
-def _mendable(*kinds: type[Exception]) -> Iterator[None]:
-    """Tell what we refuse in one line, with its notes; what the user's code raises keeps its traceback.
-
-    Warnings are told in one line as well.
-    """
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning  # type: ignore[assignment]
-        try:
-            yield
-        except kinds as error:
-            if _raised_by_user_code(error):
-                raise
-            raise UserError("\n  ".join([str(error), *getattr(error, "__notes__", ())])) from error
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-    name = "" if category is UserWarning else f"{category.__name__}: "
-    print(f"hookline: {name}{message}", file=sys.stderr)
-
-
-def _raised_by_user_code(error: BaseException) -> bool:
-    """Tell whether an error comes out of the user's module rather than out of what we checked for him."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return traceback is not None and not traceback.tb_frame.f_globals.get("__name__", "").startswith("hookline")
 
 
 def _door(options: argparse.Namespace) -> int:
@@ -236,7 +184,7 @@ def _run_or_launch(options: argparse.Namespace) -> int:
 
     loaded = _configuration(options)
     _, words = _launching().parse_known_args(options.words)
-    with _mendable(ValueError):
+    with mendable(ValueError):
         config.resolve(loaded)  # what is wrong with it is said once, before anything starts
         return launch.launch(words, options.nproc, options.max_restarts)
 
@@ -262,7 +210,7 @@ def _run(options: argparse.Namespace) -> int:
                 file.write(config.to_yaml(tree))
         elif options.door == "train" and trainer.local_rank == 0:
             trainer.plugins.register(launch.reminder(), "launcher")
-        with _mendable(ValueError):
+        with mendable(ValueError):
             metrics = getattr(trainer, options.door)()
     if metrics and trainer.rank == 0:
         print(json.dumps(metrics, indent=2))
@@ -302,11 +250,10 @@ def _no_early_success() -> Iterator[None]:
 
 def _plan(options: argparse.Namespace) -> int:
     if options.world is not None:
-        from hookline.cli import simulate
-
-        loaded = _configuration(options)
-        with _mendable(ValueError, TypeError):
-            return simulate.show(loaded, options.world, options.json)
+        raise UserError(
+            f"plan has no --world: `hookline simulate --world {options.world} {options.config}` shows what a rank "
+            "holds and sends in a step (`pip install hookline-simulate`)"
+        )
     rows = _trainer(_configuration(options)).plugins.plan()
     if options.json:
         print(json.dumps(rows, indent=2))
@@ -317,8 +264,6 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _plugins(options: argparse.Namespace) -> int:
-    from hookline.installed import installed
-
     if options.what is None:
         rows = [
             [name, p.dist.name if p.dist else "", p.dist.version if p.dist else "", p.value]
@@ -351,7 +296,6 @@ def _plugins(options: argparse.Namespace) -> int:
 
 def _hooks(options: argparse.Namespace) -> int:
     from hookline.cli.hooks import read_hooks, render
-    from hookline.installed import nearest
 
     hooks = read_hooks()
     if options.name is None:
@@ -362,14 +306,6 @@ def _hooks(options: argparse.Namespace) -> int:
             print(render(hook))
             return 0
     raise UserError(f"there is no hook {options.name!r}{nearest(options.name, [hook.name for hook in hooks])}")
-
-
-def _runs(options: argparse.Namespace) -> int:
-    try:
-        options.of_runs(options)
-    except ValueError as error:
-        raise UserError(error) from error
-    return 0
 
 
 def _new(options: argparse.Namespace) -> int:

@@ -47,28 +47,16 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
             f"({launcher}); leave --nproc and --max-restarts away here"
         )
     number = _processes(nproc)
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     if number > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE)
     with tempfile.TemporaryDirectory(prefix="hookline-") as folder:
         os.environ[CODES], os.environ[LAUNCHER] = folder, str(os.getpid())
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=number,
-            run_id=str(uuid.uuid4()),
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=max_restarts,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        heard = [name for name in SIGNALS if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
-        config.signals_to_handle = ",".join(heard)  # what `nohup` and `&` have ignored stays so
+        config = _configuration(number, folder, max_restarts)
         command = ["-u", "-m", "hookline", *(word.replace("$", "$$") for word in words)]  # the agent fills in $names
         try:
             elastic_launch(config, sys.executable)(*command)
@@ -82,6 +70,27 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
         finally:
             del os.environ[CODES], os.environ[LAUNCHER]
         return max(_codes(folder), default=0)
+
+
+def _configuration(number: int, folder: str, max_restarts: int) -> Any:
+    """Return how torch's agent starts that many processes on this machine; their logs lie in the folder."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=number,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=max_restarts,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+    )
+    heard = [name for name in SIGNALS if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
+    config.signals_to_handle = ",".join(heard)  # what `nohup` and `&` have ignored stays so
+    return config
 
 
 def _processes(nproc: str) -> int:

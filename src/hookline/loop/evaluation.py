@@ -32,7 +32,7 @@ log = logging.getLogger("hookline.trainer")
 class Evaluation:
     """Evaluates: when it is due in training, and when somebody asks for a stage alone."""
 
-    def __init__(self, run: Run, *, session: Session, built: Built, logs: Logs) -> None:
+    def __init__(self, run: Run, session: Session, built: Built, logs: Logs) -> None:
         self.run, self.session, self.built, self.logs = run, session, built, logs
         self.metrics: dict[str, float] = {}
         """The metrics of the last evaluation."""

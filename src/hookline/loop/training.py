@@ -14,10 +14,9 @@ from hookline import data
 from hookline.cadence import every, seconds
 from hookline.counters import UNITS, snapshot
 from hookline.interfaces import Loader, Stage, plain_name
-from hookline.loop.building import Built, epochs_asked, warn_of_modes
+from hookline.loop.building import epochs_asked, warn_of_modes
 from hookline.loop.ends import Ends
 from hookline.loop.evaluation import Evaluation
-from hookline.loop.logs import Logs
 from hookline.loop.window import Window
 from hookline.monitored import require_metrics
 from hookline.outputs import Collector, Outputs, WindowCut, collate, detached
@@ -33,19 +32,9 @@ log = logging.getLogger("hookline.trainer")
 class Training:
     """Trains: sets up, takes the epochs and their steps, and brings each step to its boundary."""
 
-    def __init__(
-        self,
-        run: Run,
-        *,
-        built: Built,
-        ends: Ends,
-        logs: Logs,
-        window: Window,
-        evaluation: Evaluation,
-        randomness: Randomness,
-    ) -> None:
-        self.run, self.built, self.ends, self.logs, self.window = run, built, ends, logs, window
-        self.evaluation, self.randomness = evaluation, randomness
+    def __init__(self, run: Run, evaluation: Evaluation, ends: Ends, window: Window, randomness: Randomness) -> None:
+        self.run, self.evaluation, self.ends, self.window, self.randomness = run, evaluation, ends, window, randomness
+        self.built, self.logs = evaluation.built, evaluation.logs
         self.settled = snapshot(run.counters)
         """The counters at the last boundary; a cadence is due when a multiple lies between the two."""
         self._unsettled = False  # whether a step has not come to its boundary yet

@@ -6,9 +6,19 @@
 - `build`: plugin objects of names and options.
 """
 
-from hookline.plugins.build import build, options_of
+from hookline.plugins.build import build, describe, options_of
 from hookline.plugins.manager import CORE, MODULE, PluginManager
 from hookline.plugins.observers import FAILURES_ALLOWED, is_observer
 from hookline.plugins.seed import SEED
 
-__all__ = ["CORE", "FAILURES_ALLOWED", "MODULE", "SEED", "PluginManager", "build", "is_observer", "options_of"]
+__all__ = [
+    "CORE",
+    "FAILURES_ALLOWED",
+    "MODULE",
+    "SEED",
+    "PluginManager",
+    "build",
+    "describe",
+    "is_observer",
+    "options_of",
+]

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hookline.installed import load, name_of
+from hookline.interfaces import ModuleInterface
+from hookline.masking import mask
+from hookline.options import Options
 
 
 def build(plugins: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
@@ -73,3 +76,13 @@ def options_of(plugin: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(plugin):
         return {}
     return {field.name: getattr(plugin, field.name) for field in dataclasses.fields(plugin) if field.init}
+
+
+def describe(module: ModuleInterface, options: Options, plugins: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the configuration of a run would be that was built in Python, without secrets."""
+    described = {
+        "module": {"_target_": f"{type(module).__module__}.{type(module).__qualname__}"},
+        "trainer": dataclasses.asdict(options),
+        "plugins": {name: options_of(plugin) for name, plugin in plugins.items()},
+    }
+    return mask(described)  # type: ignore[no-any-return]

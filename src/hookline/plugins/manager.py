@@ -82,6 +82,14 @@ class PluginManager(pluggy.PluginManager):
             plugin.update_state(self._pending.pop(name))
         return registered
 
+    def register_all(self, plugins: Mapping[str, Any]) -> None:
+        """Register plugins by name, with the hooks that they bring; the first is called first."""
+        for name, plugin in plugins.items():
+            if getattr(plugin, "hookspecs", None) is not None:
+                self.add_contract(plugin.hookspecs, f"{name}.hookspecs")
+        for name, plugin in reversed(list(plugins.items())):
+            self.register(plugin, name)
+
     def unregister(self, plugin: Any = None, name: str | None = None) -> Any:
         """Unregister a plugin; the loop no longer calls it from its next hook on."""
         unregistered = super().unregister(plugin, name)

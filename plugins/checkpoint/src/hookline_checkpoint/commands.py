@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hookline.commands import add_command, new_parser
 from hookline_checkpoint import storage
 from hookline_checkpoint.headers import tensors_of
 from hookline_checkpoint.storage import FOLDER, CheckpointError
@@ -50,17 +51,12 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "hookline checkpoints",
-        description="Look at the checkpoints of a run, check them, take weights out and in, compare two.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    about = "Look at the checkpoints of a run, check them, take weights out and in, compare two."
+    parser = new_parser("hookline checkpoints", about, EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, summary: str, command: Any, *runs: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        added.set_defaults(command=command)
+        added = add_command(commands, name, summary, command)
         for run in runs:
             added.add_argument(run, metavar=run.upper(), help="a run folder, a run's name, or a checkpoint")
         if runs:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline import CallbackInterface, hookimpl
+from hookline.commands import add_configuration, new_parser
 from hookline_checkpoint import storage
 from hookline_checkpoint.compare import differences
 
@@ -84,17 +85,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "hookline verify-resume",
-        description="Train a configuration undisturbed and with kills and resumes, and compare the bits.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", help="a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, as in hookline fit")
-    parser.add_argument(
-        "-p", dest="plugins", action="append", default=[], metavar="[no:]NAME", help="as in hookline fit"
-    )
+    about = "Train a configuration undisturbed and with kills and resumes, and compare the bits."
+    parser = new_parser("hookline verify-resume", about, EXAMPLES)
+    add_configuration(parser)
     parser.add_argument("--kills", type=int, default=3, help="how often to kill it (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the places of the kills (default: 0)")
     parser.add_argument("--folder", default="runs", help="where both runs are made (default: runs)")

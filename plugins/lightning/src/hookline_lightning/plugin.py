@@ -585,11 +585,11 @@ class Manual(CallbackInterface):
             optimizer.stepped = False
         batch = hook.prepare_batch(trainer=trainer, batch=window[0], stage=Stage.TRAIN)
         model = trainer.model
-        trainer.use_model(trainer.module)  # what averages gradients in backward must not see this
+        trainer.built.use_model(trainer.module)  # what averages gradients in backward must not see this
         try:
             outputs = hook.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN)
         finally:
-            trainer.use_model(model)
+            trainer.built.use_model(model)
         bridge.lossless = not isinstance(outputs, torch.Tensor)
         return [() if bridge.lossless else (outputs.detach(),)]
 

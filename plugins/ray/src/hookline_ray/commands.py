@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hookline.commands import new_parser
 from hookline_ray import FOLDER, STORE, connect
 
 EXAMPLES = """\
@@ -56,12 +57,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "hookline ray",
-        description="Run a configuration on workers of Ray Train.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = new_parser("hookline ray", "Run a configuration on workers of Ray Train.", EXAMPLES)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     fit = commands.add_parser("fit", help="train a module", epilog=EXAMPLES, allow_abbrev=False,
                               formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip

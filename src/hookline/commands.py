@@ -1,0 +1,97 @@
+"""What commands share, those of the core and those that plugins bring. No torch is imported before one needs it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+class UserError(Exception):
+    """Something that the user wrote and can mend: told in one line, without a traceback."""
+
+
+def new_parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """Return the parser of a command, e.g. "hookline checkpoints"; what stands below the help keeps its lines."""
+    return argparse.ArgumentParser(
+        name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_command(
+    commands: Any, name: str, summary: str, command: Callable[[argparse.Namespace], Any], **more: Any
+) -> argparse.ArgumentParser:
+    """Add a command to subparsers, and return its parser; `options.command` does it."""
+    description = summary[0].upper() + summary[1:] + "."
+    added: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description, **more)
+    added.set_defaults(command=command)
+    return added
+
+
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """Let a command take a configuration as `hookline fit` does; `read_configuration` reads it."""
+    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, e.g. trainer.epochs=3")
+    parser.add_argument(
+        "-p", dest="plugins", action="append", default=[], metavar="[no:]NAME", help="turn a plugin on, or off"
+    )
+
+
+def read_configuration(options: argparse.Namespace, *overrides: str) -> DictConfig:
+    """Read the configuration that was asked for, with overrides of the command's own behind the user's.
+
+    Raises:
+        ValueError: it cannot be used, and why.
+    """
+    from hookline import config
+
+    return config.load_config(options.config, [*options.overrides, *overrides], options.plugins)
+
+
+@contextlib.contextmanager
+def mendable(*kinds: type[Exception]) -> Iterator[None]:
+    """Tell what we refuse in one line, with its notes; what the user's code raises keeps its traceback.
+
+    Warnings are told in one line as well.
+
+    Raises:
+        UserError: one of these kinds was raised by `hookline` or a plugin of it.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning  # type: ignore[assignment]
+        try:
+            yield
+        except kinds as error:
+            if _raised_by_user_code(error):
+                raise
+            raise UserError("\n  ".join([str(error), *getattr(error, "__notes__", ())])) from error
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    name = "" if category is UserWarning else f"{category.__name__}: "
+    print(f"hookline: {name}{message}", file=sys.stderr)
+
+
+def _raised_by_user_code(error: BaseException) -> bool:
+    """Tell whether an error comes out of the user's module rather than out of what we checked for him."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and not traceback.tb_frame.f_globals.get("__name__", "").startswith("hookline")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Return lines of aligned columns below their heads, to the left unless they are among `right`."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    aligned = [
+        [cell.rjust(w) if c in right else cell.ljust(w) for c, (cell, w) in enumerate(zip(line, widths, strict=True))]
+        for line in lines
+    ]
+    return ["  ".join(line).rstrip() for line in aligned]
