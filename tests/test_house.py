@@ -66,8 +66,11 @@ def test_a_plugin_costs_no_more_than_its_readme_says(name, needed, without, tmp_
     steps = running(lambda: {name: options}, tmp_path)
     steps(1)  # what an SDK imports in a thread of its own empties caches of this one
     with_it = calls_per_step(steps)
-    if with_it.calls - without.calls > int(budget) + 0.5:  # what was imported since may cost all steps a call
-        without, with_it = calls_per_step(running(tuple, tmp_path)), calls_per_step(steps)
+    for _ in range(
+        2
+    ):  # what was imported since may cost all steps a call; and a busy machine one that draws by the clock
+        if with_it.calls - without.calls > int(budget) + 0.5:
+            without, with_it = calls_per_step(running(tuple, tmp_path)), calls_per_step(steps)
     assert with_it.calls - without.calls <= int(budget) + 0.5
     assert with_it.syncs <= without.syncs + 0.05  # a verdict may be read every 50 steps, and no more often
     assert "is switched off" not in caplog.text  # a tracker that failed costs little

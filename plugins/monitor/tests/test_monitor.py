@@ -227,9 +227,11 @@ def test_nothing_waits_for_the_device():
         return steps
 
     watched = {**ALL, "cpu_utilization": False, "plugin_time": False}  # those cost nothing in a step
-    plain, ours = calls_per_step(run(lambda: [Logs()])), calls_per_step(run(lambda: [Monitor(**watched), Logs()]))
+    few, many = 20, 60
+    plain = calls_per_step(run(lambda: [Logs()]), few, many)
+    ours = calls_per_step(run(lambda: [Monitor(**watched), Logs()]), few, many)
     assert ours.syncs == plain.syncs
-    plain, ours = calls_per_step(run(list)), calls_per_step(run(lambda: [Monitor()]))
+    plain, ours = calls_per_step(run(list), few, many), calls_per_step(run(lambda: [Monitor()]), few, many)
     assert ours.calls - plain.calls < 40
 
 

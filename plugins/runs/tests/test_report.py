@@ -581,7 +581,7 @@ def test_the_command_serves_until_it_is_ended(tmp_path, number, code):
         with socket.create_connection((client.url.hostname, client.url.port)):  # a browser that still listens
             assert client.runs()["names"] == ["run-1"]
             process.send_signal(number)
-            _, said = process.communicate(timeout=20)
+            _, said = process.communicate(timeout=60)
         assert process.returncode == code
         assert said == ("hookline: interrupted\n" if code == 130 else "")
     with command("--folder", "runs", "--port", client.url.port, cwd=tmp_path) as (_, again):  # the port is free at once
@@ -592,7 +592,7 @@ def test_more_than_this_machine_is_warned_of(tmp_path):
     with command(tmp_path, "--host", "0.0.0.0") as (process, url):
         assert Client(url).ask("/", Host="any.example")[0] == 200
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=60)
         assert said.splitlines()[0] == (
             f"hookline: whoever reaches 0.0.0.0 can read all runs of {tmp_path}, without a password"
         )
