@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from hookline import data
-from hookline.counters import Best, Counters, Cursor, Totals
+from hookline.cadence import every
+from hookline.counters import UNITS, Best, Counters, Cursor, Totals, snapshot
 from hookline.interfaces import Stage, join
 from hookline.loop.building import Built, adapt_module
 from hookline.loop.ends import Ends
@@ -205,7 +206,11 @@ class Trainer:
 
     def due(self, cadence: str | None) -> bool:
         """Tell whether a cadence ("50 steps", "epoch", "10 min") has become due since the last boundary."""
-        return self.training.due(cadence)
+        if cadence is None:
+            return False
+        number, unit = every(cadence)
+        place = UNITS.index(unit)
+        return bool(snapshot(self.counters)[place] // number > self.training.settled[place] // number)
 
     def say_once(self, text: str, about: str = "") -> None:
         """Warn in the log, once in the life of this trainer; "" says nothing.

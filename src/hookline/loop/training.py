@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline import data
-from hookline.cadence import every, seconds
-from hookline.counters import UNITS, snapshot
+from hookline.cadence import seconds
+from hookline.counters import snapshot
 from hookline.interfaces import Loader, Stage, plain_name
 from hookline.loop.building import epochs_asked, warn_of_modes
 from hookline.loop.ends import Ends
@@ -163,9 +163,9 @@ class Training:
             train_step_collated_outputs=self._collect(outputs) if run.plugins.asking or several else [],
             stepped=self._stepped,
         )
-        if self.evaluation.by_counter and self.due(run.options.evaluate_every):
+        if self.evaluation.by_counter and run.due(run.options.evaluate_every):
             self.evaluation.validate()
-        if (run.plugins.logging or several) and self.due(run.options.log_every):
+        if (run.plugins.logging or several) and run.due(run.options.log_every):
             self.logs.flush_interval()
         return True
 
@@ -254,7 +254,7 @@ class Training:
             self.evaluation.validate()
         run.hook.on_boundary(trainer=run, global_step=run.counters.global_step)
         followed = self.built.followed
-        if followed and self.due("eval"):
+        if followed and run.due("eval"):
             require_metrics(run, self.evaluation.metrics, followed, boundary=True)
         back = self.randomness.restored is not None  # another state was put back: the data go on where that one stood
         if back:
@@ -265,14 +265,6 @@ class Training:
             run.hook.save(trainer=run, reason=ends.take_saves(), state=None)
         self.settled = snapshot(run.counters)
         return not finished and not back
-
-    def due(self, cadence: str | None) -> bool:
-        """Tell whether a cadence has become due since the last boundary; see `Trainer.due`."""
-        if cadence is None:
-            return False
-        number, unit = every(cadence)
-        place = UNITS.index(unit)
-        return bool(snapshot(self.run.counters)[place] // number > self.settled[place] // number)
 
     # State ----------------------------------------------------------------------------
 

@@ -371,7 +371,7 @@ class Bridge(ModuleInterface):
         metrics, self.epoch_metrics = self.epoch_metrics, {}
         over = "epoch" if self.trainer.stage is Stage.TRAIN else "interval"
         for full_name, (name, metric, options) in metrics.items():
-            with nullcontext() if full_name != name else self.without_key():
+            with nullcontext() if full_name != name else self.trainer.logs.suffixed(""):
                 self.trainer.log(over=over, **options, **{name: metric.compute()})
         for metric in {id(metric): metric for _, metric, _ in metrics.values()}.values():
             metric.reset()

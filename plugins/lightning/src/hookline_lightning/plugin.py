@@ -313,7 +313,7 @@ class Following(CallbackInterface):
 
     def _of_all(self, event: str) -> None:
         """Tell an event that is of all loaders: what is logged in it has no loader's key."""
-        with self.bridge.without_key():
+        with self.bridge.trainer.logs.suffixed(""):
             self.bridge.tell(event)
 
     @hookimpl
@@ -347,7 +347,7 @@ class Following(CallbackInterface):
         self.bridge.log_epoch_metrics()
         if key == self._keys[-1]:
             self._of_all(f"on_{word}_epoch_end")
-            with self.bridge.without_key():
+            with self.bridge.trainer.logs.suffixed(""):
                 self.bridge.log_epoch_metrics()
 
     # Values ---------------------------------------------------------------------------
