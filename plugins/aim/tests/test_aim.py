@@ -388,16 +388,16 @@ def test_without_the_sdk_a_run_goes_on_and_says_what_to_install(empty, tmp_path,
     said, lost = warnings_of(caplog)
     assert lost.startswith("calls of aim failed or were dropped, and may be missing in its run: ")
     assert "aim is switched off" in said
-    assert "aim needs the package of this name, which cannot be imported" in said
+    assert "aim needs the module aim, which cannot be imported" in said
     assert "`pip install 'aim>=3.29'`" in said
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"axis": "seconds"}, r"aim\.axis='seconds': places are whole numbers in Aim"),
+        ({"axis": "seconds"}, r"aim\.axis='seconds': the service takes whole numbers for places"),
         ({"artifacts_uri": "/tmp/a"}, r"aim\.artifacts_uri='/tmp/a' is no URI; write one like file:///folder or s3://"),
-        ({"init": {"experiment": "p"}}, r"aim\.init: experiment is an option of the plugin itself, aim\.experiment"),
+        ({"init": {"experiment": "p"}}, r"aim\.init: experiment is set by the option aim\.experiment"),
         ({"init": {"run_hash": "k"}}, r"aim\.init: run_hash is set by the plugin, from the run; leave it out"),
     ],
 )

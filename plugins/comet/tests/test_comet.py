@@ -484,7 +484,7 @@ def test_without_the_sdk_a_run_goes_on_and_says_what_to_install(tmp_path, caplog
     said, lost = warnings_of(caplog)
     assert lost.startswith("calls of comet failed or were dropped, and may be missing in its run: ")
     assert "comet is switched off" in said
-    assert "comet needs the package comet_ml, which cannot be imported" in said
+    assert "comet needs the module comet_ml, which cannot be imported" in said
     assert "`pip install 'comet-ml>=3.58'`" in said
 
 
@@ -492,10 +492,13 @@ def test_without_the_sdk_a_run_goes_on_and_says_what_to_install(tmp_path, caplog
     ("options", "words"),
     [
         ({"mode": "disabled"}, r"comet\.mode='disabled' must be one of offline, online; .*write `comet: null`"),
-        ({"axis": "seconds"}, r"comet\.axis='seconds': places are whole numbers in Comet"),
-        ({"init": {"project_name": "p"}}, r"comet\.init: project_name is an option of the plugin itself, comet\.proj"),
+        ({"axis": "seconds"}, r"comet\.axis='seconds': the service takes whole numbers for places"),
+        ({"init": {"project_name": "p"}}, r"comet\.init: project_name is set by the option comet\.project; leave"),
         ({"init": {"experiment_key": "k"}}, r"comet\.init: experiment_key is set by the plugin, from the run"),
-        ({"init": {"api_key": "k"}}, r"comet\.init: leave api_key out, .* set COMET_API_KEY instead"),
+        (
+            {"init": {"api_key": "k"}},
+            r"comet\.init: api_key is set by the variable COMET_API_KEY",
+        ),
     ],
 )
 def test_options_that_cannot_be(options, words):

@@ -83,7 +83,7 @@ def test_without_tensorboard_a_run_goes_on_and_says_what_to_install(tmp_path, ca
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train(tmp_path, Tensorboard()).status == "finished"
     assert "tensorboard is switched off" in caplog.text
-    assert "tensorboard needs TensorBoard, which cannot be imported" in caplog.text
+    assert "tensorboard needs the module torch.utils.tensorboard, which cannot be imported" in caplog.text
     assert "`pip install 'tensorboard>=2.18'`" in caplog.text
 
 
@@ -97,8 +97,8 @@ def test_a_folder_that_is_not_the_runs(folder):
     ("init", "words"),
     [
         ({"flush_sec": 1}, "SummaryWriter has no argument 'flush_sec', did you mean 'flush_secs'.*max_queue"),
-        ({"x": 1}, "SummaryWriter has no argument 'x'; it has max_queue, flush_secs, filename_suffix"),
-        ({"log_dir": "x"}, "log_dir is set by the plugin; the folder is tensorboard.folder"),
+        ({"x": 1}, "SummaryWriter has no argument 'x'; it has filename_suffix, flush_secs, max_queue"),
+        ({"log_dir": "x"}, r"log_dir is set by the option tensorboard\.folder; leave it out"),
     ],
 )
 def test_arguments_that_the_writer_does_not_take(init, words):

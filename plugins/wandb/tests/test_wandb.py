@@ -133,7 +133,7 @@ def test_without_the_sdk_a_run_goes_on_and_says_what_to_install(tmp_path, caplog
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert train(tmp_path, Wandb()).status == "finished"
     assert "wandb is switched off" in caplog.text
-    assert "wandb needs the package of this name, which cannot be imported" in caplog.text
+    assert "wandb needs the module wandb, which cannot be imported" in caplog.text
     assert "`pip install 'wandb>=0.31'`" in caplog.text
 
 
@@ -142,7 +142,7 @@ def test_without_the_sdk_a_run_goes_on_and_says_what_to_install(tmp_path, caplog
     [
         ({"mode": "disabled"}, r"wandb\.mode='disabled' must be one of offline, online; .*write `wandb: null`"),
         ({"axis": "miles"}, r"wandb\.axis='miles' must be one of steps, batches"),
-        ({"init": {"project": "p"}}, r"wandb\.init: project is an option of the plugin itself, wandb\.project"),
+        ({"init": {"project": "p"}}, r"wandb\.init: project is set by the option wandb\.project"),
         ({"init": {"dir": "/tmp"}}, r"wandb\.init: dir is set by the plugin, from the run; leave it out"),
         ({"init": {"settings": [1]}}, r"wandb\.init\.settings must be a mapping of names to values, not \[1\]"),
     ],
@@ -158,10 +158,10 @@ def test_options_that_cannot_be(options, words):
 @pytest.mark.parametrize(
     ("init", "words"),
     [
-        ({"note": "x"}, r"wandb\.init: wandb has no argument 'note', did you mean 'notes'\?; it has .*job_type"),
+        ({"note": "x"}, r"wandb\.init: wandb\.init has no argument 'note', did you mean 'notes'\?; it has .*job_type"),
         (
             {"settings": {"consol": "off"}},
-            r"wandb\.init\.settings: wandb has no argument 'consol', did you mean 'console'\?",
+            r"wandb\.init\.settings: wandb\.Settings has no argument 'consol', did you mean 'console'\?",
         ),
     ],
 )
