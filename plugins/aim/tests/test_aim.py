@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tracker_readers import of_aim
 
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, check_plugin, digest, tiny_trainer
+from hookline.testing import TinyModule, check_killed_tracker, check_plugin, check_tracker, digest, tiny_trainer
 from hookline.testing.faults import kill, run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_aim import Aim
@@ -300,6 +301,14 @@ def test_it_makes_its_repository_and_writes_nothing_elsewhere(tmp_path):
 # Going on -----------------------------------------------------------------------------
 
 
+class Notes(CallbackInterface):
+    """Logs a text at each step."""
+
+    @hookimpl
+    def on_boundary(self, trainer, global_step):
+        trainer.log_object("note", f"at {global_step}")
+
+
 class Checkpoints(CallbackInterface):
     """Saves at a step, and kills the process at a later one, when all that was logged before has been taken."""
 
@@ -320,7 +329,6 @@ class Checkpoints(CallbackInterface):
     def save(self, trainer):
         if trainer.global_step == 3:
             torch.save(trainer.hook.get_run_state(trainer=trainer), trainer.run_dir / "state.pt")
-            shutil.copytree(trainer.run_dir / "aim", trainer.run_dir.parent / "had", dirs_exist_ok=True)
         return True
 
     @hookimpl
@@ -350,23 +358,15 @@ def resume(empty, folder, repo=None):
     return digest(train(empty, folder, Checkpoints(tracker), **options).module.state_dict())
 
 
-def test_a_run_that_is_killed_is_readable_and_goes_on_with_each_value_once(empty, tmp_path):
-    folder = killed_run(empty, tmp_path / "cut")
-    killed = Kept(shutil.copytree(folder / "aim", tmp_path / "copy"))
-    assert [step for step, _ in killed.points["train_loss"]][:5] == [1, 2, 3, 4, 5]
-    assert (killed.run.active, killed.run["config"]["trainer"]["epochs"]) == (True, 1)
-    at_the_save = Kept(folder.parent / "had")  # with the state, all that stands before it is stored
-    assert [step for step, _ in at_the_save.points["train_loss"]] == [1, 2, 3]
+def test_what_every_tracker_does(empty, tmp_path):
+    check_tracker(Aim, of_aim, tmp_path, [Prepared(empty)], sdk="aim")
 
-    told = Told()
-    whole = train(empty, tmp_path / "whole", told, evaluate_every="2 steps")
-    resumed = resume(empty, tmp_path / "cut")
-    kept = Kept(folder / "aim")
-    assert kept.run.hash == killed.run.hash
-    assert kept.points == told.points
-    assert kept.texts["note"] == {step: f"at {step}" for step in range(1, 8)}
+
+def test_a_run_that_is_killed_is_readable_and_goes_on_with_each_value_once(empty, tmp_path):
+    check_killed_tracker(Aim, of_aim, tmp_path, [Prepared(empty), Notes()])
+    kept = Kept(tmp_path / "cut" / "run-1" / "aim")  # which has one run alone
+    assert kept.texts["note"] == {step: f"at {step}" for step in range(1, 15)}
     assert (kept.run["status"], kept.run.active) == ("finished", False)
-    assert resumed == digest(whole.module.state_dict())
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,11 +17,11 @@ import psutil
 import pytest
 import torch
 from PIL import Image as Pictures
+from tests.tracker_readers import of_clearml
 
 import hookline_clearml
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import Memory, TinyModule, digest, tiny_trainer
-from hookline.testing.faults import kill, run
+from hookline.testing import TinyModule, check_killed_tracker, check_tracker, digest, tiny_trainer
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_clearml import Clearml
 
@@ -321,65 +320,35 @@ def test_a_run_that_was_preempted_and_an_evaluation_are_told_apart(alone, tmp_pa
     assert note.read_text() == before  # nobody goes on with an evaluation
 
 
-class Stores(CallbackInterface):
-    """Stores the state after step 4, and kills the process after step 9."""
+class Draws(CallbackInterface):
+    """Logs an image at each step."""
 
     @hookimpl
     def on_boundary(self, trainer, global_step):
-        if global_step == 4:
-            trainer.save("fourth")
-        if global_step == 9:
-            kill()
-
-    @hookimpl
-    def save(self, trainer):
-        state = trainer.hook.get_run_state(trainer=trainer)
-        if trainer.global_step == 4:
-            (kept,) = tasks(trainer.run_dir)  # with the state, all that stands before it is stored
-            assert [step for step, _ in kept.points("train_loss")] == [1, 2, 3, 4]
-        torch.save(state, trainer.run_dir / "state.pt")
-        return True
+        trainer.log_object("square", Image(torch.full((3, 4, 5), 10 * global_step)))
 
 
-class Draws(TinyModule):
-    def on_end_train_step(self, global_step, *outputs):
-        self.trainer.log_object("square", Image(torch.full((3, 4, 5), 10 * global_step)))
+@pytest.mark.slow
+def test_what_every_tracker_does(alone, tmp_path):
+    check_tracker(Clearml, of_clearml, tmp_path / "runs", sdk="clearml")
+
+
+def test_a_run_that_was_killed_is_readable_and_goes_on_with_each_place_once(alone, tmp_path):
+    check_killed_tracker(Clearml, of_clearml, tmp_path / "runs", [Draws()])
+    folder = tmp_path / "runs" / "cut" / "run-1"
+    (kept,) = tasks(folder)
+    assert [event["iter"] for event in kept.of("square")] == [*range(1, 15)]
+    pictures = [Pictures.open(io.BytesIO(kept.content(event))) for event in kept.of("square")]
+    assert [one.getpixel((0, 0))[0] for one in pictures] == [10 * n for n in range(1, 15)]
+    assert kept.parameters["hookline/status"] == "finished"
+    assert kept.task["id"] == json.loads((folder / "trackers" / "clearml.json").read_text())["id"]
+    assert not alone.exists(), alone.read_text()
 
 
 def settle(folder):
     """Wait until the SDK's process has stored what it was told, and ended."""
     with (folder / "clearml" / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def until_killed(folder):
-    torch.set_num_threads(1)
-    train(folder, Clearml(), Stores(), module=Draws(), epochs=2, evaluate_every="3 steps")
-
-
-def test_a_run_that_was_killed_is_readable_and_goes_on_with_each_place_once(alone, tmp_path):
-    killed = run(until_killed, tmp_path / "runs")
-    assert killed.code == -signal.SIGKILL, killed.output
-    folder = tmp_path / "runs" / "run-1"
-    settle(folder)
-    (cut,) = tasks(folder)
-    seen = [step for step, _ in cut.points("train_loss")]
-    assert seen[:4] == [1, 2, 3, 4]
-
-    state = torch.load(folder / "state.pt", weights_only=False)
-    options = {"module": Draws(), "epochs": 2, "evaluate_every": "3 steps"}
-    resumed = train(tmp_path / "runs", Clearml(), Memory(state), **options, resume=str(folder))
-    assert len(resumed.module.seen) == 10
-    recorder = Recorder()
-    train(tmp_path / "whole", recorder, **options | {"module": Draws()})
-    (kept,) = tasks(folder)
-    assert {name: kept.points(name) for name in recorder.points} == recorder.points
-    assert [event["iter"] for event in kept.of("square")] == [*range(1, 15)]
-    pictures = [Pictures.open(io.BytesIO(kept.content(event))) for event in kept.of("square")]
-    assert [one.getpixel((0, 0))[0] for one in pictures] == [10 * n for n in range(1, 15)]
-    assert kept.parameters["hookline/status"] == "finished"
-    assert kept.task["id"] == cut.task["id"] == json.loads((folder / "trackers" / "clearml.json").read_text())["id"]
-    assert not alone.exists(), alone.read_text()
 
 
 # Slow, gone ---------------------------------------------------------------------------
