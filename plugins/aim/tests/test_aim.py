@@ -22,7 +22,7 @@ import torch
 from tests.tracker_readers import of_aim
 
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, check_killed_tracker, check_plugin, check_tracker, digest, tiny_trainer
+from hookline.testing import TinyModule, Told, check_killed_tracker, check_plugin, check_tracker, digest, tiny_trainer
 from hookline.testing.faults import kill, run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_aim import Aim
@@ -89,18 +89,6 @@ class Kept:
 
     def artifact(self, name):
         return Path(self.run.artifacts[name].uri.removeprefix("file://"))
-
-
-class Told(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
 
 
 def warnings_of(caplog):

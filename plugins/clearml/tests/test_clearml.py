@@ -21,7 +21,7 @@ from tests.tracker_readers import of_clearml
 
 import hookline_clearml
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, check_killed_tracker, check_tracker, digest, tiny_trainer
+from hookline.testing import TinyModule, Told, check_killed_tracker, check_tracker, digest, tiny_trainer
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_clearml import Clearml
 
@@ -70,18 +70,6 @@ def train(folder, *plugins, module=None, method="train", **options):
     trainer = tiny_trainer(plugins, module, runs_folder=str(folder), **options)
     getattr(trainer, method)()
     return trainer
-
-
-class Recorder(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
 
 
 PROGRAM = str(Path(hookline_clearml.__file__).with_name("service.py"))
@@ -188,7 +176,7 @@ def drawn():
 def test_all_that_is_logged_is_below_the_folder_of_the_run_and_no_bit_changes(alone, tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "notes.txt").write_text("some notes")
-    recorder, before = Recorder(), dict(os.environ)
+    recorder, before = Told(), dict(os.environ)
     config = {"lr": 0.25, "net": {"sizes": [1, 2], "name": "x"}, "none": None}
     tracker = Clearml(project_name="digits", task_name="first try", tags=["a", "b"], init={"task_type": "qc"})
     module = Shows(tmp_path / "files" / "notes.txt")

@@ -22,7 +22,7 @@ from tests.tracker_readers import of_comet
 
 import hookline_comet
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, check_killed_tracker, check_plugin, check_tracker, digest, tiny_trainer
+from hookline.testing import TinyModule, Told, check_killed_tracker, check_plugin, check_tracker, digest, tiny_trainer
 from hookline.testing.faults import kill, run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_comet import Comet, is_whole, pack
@@ -102,18 +102,6 @@ def on_disk(folder):
     """Return the steps of the training loss that are anywhere on disk, while a part is written."""
     found = [under_way(folder), *(Archive(path) for path in (folder / "comet").glob("*.zip") if is_whole(path))]
     return sorted(step for part in found for step, _ in part.points.get("train_loss", []))
-
-
-class Told(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
 
 
 def train(folder, *plugins, **options):

@@ -12,8 +12,8 @@ import torch
 from PIL import Image as Pictures
 from tests.tracker_readers import of_dvclive
 
-from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, check_killed_tracker, check_tracker, digest, tiny_trainer
+from hookline import Stage
+from hookline.testing import TinyModule, Told, check_killed_tracker, check_tracker, digest, tiny_trainer
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_dvclive import Dvclive
 
@@ -49,18 +49,6 @@ def train(folder, *plugins, module=None, method="train", **options):
     trainer = tiny_trainer(plugins, module, runs_folder=str(folder), **options)
     getattr(trainer, method)()
     return trainer
-
-
-class Recorder(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
 
 
 # Options ------------------------------------------------------------------------------
@@ -132,7 +120,7 @@ def drawn():
 
 
 def test_all_that_is_logged_can_be_read_and_no_bit_changes(tmp_path):
-    recorder, before = Recorder(), dict(os.environ)
+    recorder, before = Told(), dict(os.environ)
     config = {"lr": 0.25, "net": {"sizes": [1, 2], "name": "x"}, "none": None}
     trainer = train(tmp_path / "runs", Dvclive(), recorder, module=Shows(), config=config)
     kept = Kept(trainer.run_dir / "dvclive")

@@ -20,7 +20,16 @@ import torch
 from tests.tracker_readers import of_wandb
 
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import Memory, TinyModule, check_killed_tracker, check_plugin, check_tracker, digest, tiny_trainer
+from hookline.testing import (
+    Memory,
+    TinyModule,
+    Told,
+    check_killed_tracker,
+    check_plugin,
+    check_tracker,
+    digest,
+    tiny_trainer,
+)
 from hookline.testing.faults import run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_wandb import RunLog, Wandb
@@ -78,18 +87,6 @@ def parts(folder):
     """Return the parts of a run, the oldest first."""
     paths = (folder / "wandb").glob("*run-*/run-*.wandb")
     return [Kept(path) for path in sorted(paths, key=lambda path: path.parent.name)]
-
-
-class Recorder(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
 
 
 def train(folder, *plugins, **options):
@@ -171,7 +168,7 @@ def test_arguments_that_the_sdk_does_not_take(sdk, tmp_path, init, words):
 
 
 def test_every_flush_is_a_row_and_nothing_is_written_elsewhere(sdk, tmp_path):
-    recorder, before = Recorder(), dict(os.environ)
+    recorder, before = Told(), dict(os.environ)
     config = {"lr": 0.25, "net": {"sizes": [1, 2], "name": "x"}}
     options = {"project": "p", "entity": "e", "name": "n", "group": "g", "tags": ["a", "b"]}
     trainer = train(tmp_path / "runs", quick(**options), recorder, config=config)
@@ -358,7 +355,7 @@ def test_another_run_in_the_middle_has_files_of_its_own(sdk, tmp_path):
 
 
 def test_values_within_validations_have_an_axis_of_their_own(sdk, tmp_path):
-    memory, recorder = Memory(every="1 steps"), Recorder()
+    memory, recorder = Memory(every="1 steps"), Told()
     options = {"epochs": 1, "log_every": "3 steps", "report_loss_after_eval": False}
     trainer = train(tmp_path, quick(), memory, recorder, **options)
     (kept,) = parts(trainer.run_dir)

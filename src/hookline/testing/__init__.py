@@ -6,12 +6,13 @@ from hookline.testing.digest import digest
 from hookline.testing.memory import Memory
 from hookline.testing.ranks import run_ranks
 from hookline.testing.tiny import TinyModule, hand_written_loop, tiny_trainer
-from hookline.testing.trackers import check_killed_tracker, check_tracker
+from hookline.testing.trackers import Told, check_killed_tracker, check_tracker
 
 __all__ = [
     "Budget",
     "Memory",
     "TinyModule",
+    "Told",
     "calls_per_step",
     "check_killed_tracker",
     "check_plugin",

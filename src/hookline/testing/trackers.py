@@ -34,21 +34,29 @@ SAVED, KILLED = 4, 9  # steps
 OPTIONS: dict[str, Any] = {"log_every": "1 steps", "evaluate_every": "3 steps", "report_loss_after_eval": False}
 
 
-class _Told(CallbackInterface):
-    """Keeps what is logged: places and values by name."""
+class Told(CallbackInterface):
+    """Keeps what trackers are told, in order.
+
+    Args:
+        batches: also values within validations, which lie at the number of the batch.
+    """
 
     observer = True
 
-    def __init__(self, tracker: Tracker) -> None:
+    def __init__(self, batches: bool = True) -> None:
         self.points: Points = {}
-        self._with_batches = type(tracker).log_batch is not Tracker.log_batch
+        """Places and values by name."""
+        self._batches, self._stage = batches, Stage.TRAIN
+
+    @hookimpl
+    def on_begin_run(self, stage: Stage) -> None:
+        self._stage = stage
 
     @hookimpl
     def on_log(self, trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
-        if trainer.stage is Stage.VAL and not self._with_batches:
-            return
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
+        if trainer.stage is self._stage or self._batches:
+            for name, value in metrics.items():
+                self.points.setdefault(name, []).append((global_step, value))
 
 
 @dataclass(eq=False)
@@ -142,7 +150,7 @@ def check_killed_tracker(
         f"only places up to {len(seen)} are on disk of a run that was killed behind {KILLED - 1}, after get_state()"
     )
 
-    told = _Told(make())
+    told = Told(_keeps_batches(make()))
     tiny_trainer([told], runs_folder=str(folder / "alone"), **OPTIONS).train()
     memory = Memory(torch.load(cut / "state.pt", weights_only=False))
     with _warned() as warned:
@@ -150,6 +158,10 @@ def check_killed_tracker(
         trainer.train()
     assert trainer.run_dir == cut
     _compare(_points(read, cut), told.points, stored, "killed and gone on with", warned)
+
+
+def _keeps_batches(tracker: Tracker) -> bool:
+    return type(tracker).log_batch is not Tracker.log_batch
 
 
 def _until_killed(make: Callable[[], Tracker], folder: Path, plugins: Sequence[Any]) -> None:
@@ -163,7 +175,7 @@ def _check_a_run(
     make: Callable[[], Tracker], read: Reader, folder: Path, plugins: Sequence[Any], stored: Callable[[float], float]
 ) -> None:
     tracker = make()
-    told = _Told(tracker)
+    told = Told(_keeps_batches(tracker))
     with _warned() as warned:
         trainer = tiny_trainer([*plugins, told, _Service(), tracker], runs_folder=str(folder), **OPTIONS)
         trainer.train()
