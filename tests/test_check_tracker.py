@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from hookline import Stage, hookimpl
-from hookline.testing import check_killed_tracker, check_tracker
+from hookline.testing import check_killed_tracker, check_quiet_tracker, check_tracker
 from hookline.tracking import Tracker
 
 
@@ -219,3 +221,43 @@ def test_a_tracker_that_is_killed_and_goes_on(tmp_path):
 def test_one_that_does_not_go_on_is_found(tmp_path, broken, words):
     with pytest.raises(AssertionError, match=words):
         check_killed_tracker(broken, read, tmp_path)
+
+
+# Elsewhere ----------------------------------------------------------------------------
+
+
+class WritesAtHome(Keeps):
+    """Keeps something at home, as SDKs do."""
+
+    def start(self, run):
+        (Path.home() / ".keeps").write_text("x")
+        return super().start(run)
+
+
+class Prints(Keeps):
+    """Says something."""
+
+    def finish(self, status):
+        print("the run is at https://example.org")
+
+
+class Calls(Keeps):
+    """Asks whether there is a newer version."""
+
+    def start(self, run):
+        with socket.socket() as caller:
+            caller.connect_ex(("127.0.0.1", 1))
+        return super().start(run)
+
+
+def test_a_tracker_that_is_quiet(tmp_path):
+    check_quiet_tracker(Keeps, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [(WritesAtHome, r"written elsewhere: .*\.keeps"), (Prints, r"example\.org"), (Calls, r"socket\.connect")],
+)
+def test_one_that_is_not_is_found(tmp_path, broken, words):
+    with pytest.raises(AssertionError, match=words):
+        check_quiet_tracker(broken, tmp_path)

@@ -15,6 +15,7 @@ import time
 import urllib.request
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,16 @@ import torch
 from tests.tracker_readers import of_aim
 
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, Told, check_killed_tracker, check_plugin, check_tracker, digest, tiny_trainer
+from hookline.testing import (
+    TinyModule,
+    Told,
+    check_killed_tracker,
+    check_plugin,
+    check_quiet_tracker,
+    check_tracker,
+    digest,
+    tiny_trainer,
+)
 from hookline.testing.faults import kill, run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_aim import Aim
@@ -243,47 +253,12 @@ def test_a_repository_for_several_runs(empty, tmp_path):
     assert sorted(found.get_run(name).name for name in found.list_all_runs()) == ["run-1", "run-2"]
 
 
-SCRIPT = """
-import socket, sys
-called = []
-watched = ("socket.connect", "socket.getaddrinfo")
-sys.addaudithook(lambda event, arguments: called.append((event, arguments)) if event in watched else None)
-import torch
-from hookline import CallbackInterface, hookimpl
-from hookline.testing import tiny_trainer
-from hookline.tracking import Histogram, Image, Table
-from hookline_aim import Aim
-objects = {"a": "text", "b": Image(torch.ones(3, 4, 5)), "c": Histogram(torch.ones(5)), "d": Table(["x"], [[1]])}
-
-class Shows(CallbackInterface):
-    @hookimpl
-    def on_end_train_step(self, trainer, global_step):
-        if global_step == 1:
-            for name, value in objects.items():
-                trainer.log_object(name, value)
-
-trainer = tiny_trainer([Shows(), Aim(close_timeout="2 min")], runs_folder="runs", epochs=1)
-trainer.train()
-assert not called, called
-"""
-
-
 @pytest.mark.slow
 def test_it_makes_its_repository_and_writes_nothing_elsewhere(tmp_path):
-    home, place, temporary = (tmp_path / name for name in ("home", "place", "temporary"))
-    for folder in (home, place, temporary):
-        folder.mkdir()
-    cache = importlib.import_module("matplotlib").get_cachedir()
-    environment = {**os.environ, "HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"MPLCONFIGDIR": cache, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch")}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=place, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == ""
-    assert [*home.rglob("*"), *temporary.rglob("*")] == []
-    assert [path.name for path in place.iterdir()] == ["runs"]
-    assert sorted(path.name for path in (place / "runs" / "run-1").iterdir()) == ["aim", "trackers"]
-    kept = Kept(place / "runs" / "run-1" / "aim")
-    assert len(kept.texts) == 2
+    check_quiet_tracker(partial(Aim, close_timeout="2 min"), tmp_path)
+    folder = tmp_path / "runs" / "run-1"
+    assert sorted(path.name for path in folder.iterdir()) == ["aim", "trackers"]
+    assert len(Kept(folder / "aim").texts) == 2
 
 
 # Going on -----------------------------------------------------------------------------

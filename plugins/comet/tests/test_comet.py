@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -22,7 +21,16 @@ from tests.tracker_readers import of_comet
 
 import hookline_comet
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, Told, check_killed_tracker, check_plugin, check_tracker, digest, tiny_trainer
+from hookline.testing import (
+    TinyModule,
+    Told,
+    check_killed_tracker,
+    check_plugin,
+    check_quiet_tracker,
+    check_tracker,
+    digest,
+    tiny_trainer,
+)
 from hookline.testing.faults import kill, run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_comet import Comet, is_whole, pack
@@ -286,47 +294,14 @@ def test_other_axes(tmp_path, axis, places):
     assert [place for place, _ in kept.points["train_loss"]] == places
 
 
-SCRIPT = """
-import socket, sys
-called = []
-watched = ("socket.connect", "socket.getaddrinfo")
-sys.addaudithook(lambda event, arguments: called.append((event, arguments)) if event in watched else None)
-import torch
-from hookline import CallbackInterface, hookimpl
-from hookline.testing import tiny_trainer
-from hookline.tracking import Histogram, Image, Table
-from hookline_comet import Comet
-objects = {"a": "text", "b": Image(torch.ones(3, 4, 5)), "c": Histogram(torch.ones(5)), "d": Table(["x"], [[1]])}
-
-class Shows(CallbackInterface):
-    @hookimpl
-    def on_end_train_step(self, trainer, global_step):
-        if global_step == 1:
-            for name, value in objects.items():
-                trainer.log_object(name, value)
-
-trainer = tiny_trainer([Shows(), Comet()], runs_folder="runs", epochs=1)
-trainer.train()
-assert not called, called
-"""
-
-
 @pytest.mark.slow
-def test_nothing_is_written_elsewhere_and_nobody_is_called(tmp_path):
-    home, place, temporary = (tmp_path / name for name in ("home", "place", "temporary"))
-    for folder in (home, place, temporary):
-        folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COMET_")}
-    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-    cache = importlib.import_module("matplotlib").get_cachedir()  # the SDK imports it, and it keeps its fonts at home
-    environment |= {"MPLCONFIGDIR": cache, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch")}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=place, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == ""
-    assert [*home.rglob("*"), *temporary.rglob("*")] == []
-    assert [path.name for path in place.iterdir()] == ["runs"]
-    assert sorted(path.name for path in (place / "runs" / "run-1").iterdir()) == ["comet", "trackers"]
-    (kept,) = parts(place / "runs" / "run-1")
+def test_nothing_is_written_elsewhere_and_nobody_is_called(tmp_path, monkeypatch):
+    for name in hookline_comet.ENVIRONMENT:
+        monkeypatch.delenv(name)
+    check_quiet_tracker(Comet, tmp_path)
+    folder = tmp_path / "runs" / "run-1"
+    assert sorted(path.name for path in folder.iterdir()) == ["comet", "trackers"]
+    (kept,) = parts(folder)
     assert len(kept.of("file_upload")) == 4
 
 

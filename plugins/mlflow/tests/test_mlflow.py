@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import shutil
 import socket
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import PIL.Image
@@ -19,7 +18,15 @@ from tests.tracker_readers import of_mlflow
 
 import hookline_mlflow
 from hookline import CallbackInterface, hookimpl
-from hookline.testing import Memory, TinyModule, check_killed_tracker, check_plugin, check_tracker, tiny_trainer
+from hookline.testing import (
+    Memory,
+    TinyModule,
+    check_killed_tracker,
+    check_plugin,
+    check_quiet_tracker,
+    check_tracker,
+    tiny_trainer,
+)
 from hookline.tracking import Histogram, Image, Table
 from hookline_mlflow import Mlflow
 
@@ -437,30 +444,15 @@ def test_a_store_that_goes_in_the_middle_is_left_alone_after_three_failures(empt
 
 # Where it writes, and what --------------------------------------------------------------
 
-SCRIPT = """
-import sys
-from hookline.testing import tiny_trainer
-from hookline_mlflow import Mlflow
-trainer = tiny_trainer([Mlflow(close_timeout="2 min")], runs_folder=sys.argv[1], epochs=1)
-trainer.log_object("note", "hello")
-trainer.train()
-"""
-
 
 @pytest.mark.slow
-def test_it_makes_its_store_and_writes_below_the_run_folder_alone(tmp_path):
-    home, place, runs = (tmp_path / name for name in ("home", "place", "runs 100%20#1"))
-    home.mkdir()
-    place.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name not in hookline_mlflow.ENVIRONMENT}
-    environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(runs)], cwd=place, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    assert [*home.rglob("*"), *place.rglob("*")] == []
-    assert sorted(path.name for path in (runs / "run-1").iterdir()) == ["mlflow", "trackers"]
-    assert (runs / "run-1" / "mlflow" / "mlflow.db").exists()
+def test_it_makes_its_store_and_writes_below_the_run_folder_alone(tmp_path, monkeypatch):
+    for name in hookline_mlflow.ENVIRONMENT:
+        monkeypatch.delenv(name)
+    check_quiet_tracker(partial(Mlflow, close_timeout="2 min"), tmp_path / "100%20#1")
+    folder = tmp_path / "100%20#1" / "runs" / "run-1"
+    assert sorted(path.name for path in folder.iterdir()) == ["mlflow", "trackers"]
+    assert (folder / "mlflow" / "mlflow.db").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from hookline.testing.digest import digest
 from hookline.testing.memory import Memory
 from hookline.testing.ranks import run_ranks
 from hookline.testing.tiny import TinyModule, hand_written_loop, tiny_trainer
-from hookline.testing.trackers import Told, check_killed_tracker, check_tracker
+from hookline.testing.trackers import Told, check_killed_tracker, check_quiet_tracker, check_tracker
 
 __all__ = [
     "Budget",
@@ -16,6 +16,7 @@ __all__ = [
     "calls_per_step",
     "check_killed_tracker",
     "check_plugin",
+    "check_quiet_tracker",
     "check_tracker",
     "count_syncs",
     "digest",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
+import pickle
 import signal
+import subprocess
 import sys
 import warnings
 import zipfile
@@ -21,7 +25,7 @@ from hookline.testing.digest import digest
 from hookline.testing.faults import kill, run
 from hookline.testing.memory import Memory
 from hookline.testing.tiny import tiny_trainer
-from hookline.tracking import Tracker
+from hookline.tracking import Histogram, Image, Table, Tracker
 
 if TYPE_CHECKING:
     from hookline.trainer import Trainer
@@ -32,6 +36,14 @@ Reader = Callable[[Path], Iterable[tuple[str, float, float]]]
 SECRET = "hunter22"
 SAVED, KILLED = 4, 9  # steps
 OPTIONS: dict[str, Any] = {"log_every": "1 steps", "evaluate_every": "3 steps", "report_loss_after_eval": False}
+QUIET = """
+import pickle, sys
+called, watched = [], ("socket.connect", "socket.getaddrinfo")
+sys.addaudithook(lambda event, arguments: called.append((event, arguments)) if event in watched else None)
+from hookline.testing.trackers import train_quietly
+train_quietly(pickle.loads(bytes.fromhex(sys.argv[1])), sys.argv[2])
+assert not called, called
+"""
 
 
 class Told(CallbackInterface):
@@ -64,6 +76,16 @@ class _Service(CallbackInterface):
     """Has a secret among its options."""
 
     password: str = SECRET
+
+
+class _Shows(CallbackInterface):
+    """Logs one of each kind besides numbers."""
+
+    @hookimpl
+    def on_end_train_step(self, trainer: Trainer, global_step: int) -> None:  # type: ignore[override]
+        if global_step == 1:
+            for value in ("a text", Image(torch.ones(3, 4, 5)), Histogram(torch.ones(5)), Table(["x"], [[1]])):
+                trainer.log_object(f"{type(value).__name__} of step 1", value)
 
 
 class _SecondRank(CallbackInterface):
@@ -158,6 +180,39 @@ def check_killed_tracker(
         trainer.train()
     assert trainer.run_dir == cut
     _compare(_points(read, cut), told.points, stored, "killed and gone on with", warned)
+
+
+def check_quiet_tracker(make: Callable[[], Tracker], folder: Path) -> None:
+    """Assert that a run in a process of its own writes below its folder alone, calls nobody and prints nothing.
+
+    Its home, the place where it is started and the folder for temporary files have afterwards what they had before.
+
+    Args:
+        make: the class, or what makes a tracker of it; it can be pickled.
+        folder: for the runs (`runs`), the home (`home`), the place (`place`) and temporary files (`temporary`).
+    """
+    homes = [folder / name for name in ("home", "place", "temporary")]
+    for home in homes:
+        home.mkdir(parents=True, exist_ok=True)
+    before = _below(homes)
+    environment = {**os.environ, "HOME": str(homes[0]), "TMPDIR": str(homes[2]), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    if importlib.util.find_spec("matplotlib") is not None:  # an SDK may import it, and it keeps its fonts at home
+        environment["MPLCONFIGDIR"] = importlib.import_module("matplotlib").get_cachedir()
+    command = [sys.executable, "-c", QUIET, pickle.dumps(make).hex(), str(folder / "runs")]
+    done = subprocess.run(command, cwd=homes[1], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"the run has ended with {done.returncode}:\n{done.stderr}"
+    assert not done.stdout + done.stderr, f"printed: {done.stdout + done.stderr}"
+    assert _below(homes) == before, f"written elsewhere: {sorted(_below(homes) - before)}"
+
+
+def train_quietly(make: Callable[[], Tracker], runs_folder: str) -> None:
+    """Train with a tracker that is told of one of each kind: what `check_quiet_tracker` starts."""
+    tiny_trainer([_Shows(), make()], runs_folder=runs_folder, epochs=1, log_every="1 steps").train()
+
+
+def _below(folders: Iterable[Path]) -> set[Path]:
+    return {path for folder in folders for path in folder.rglob("*")}
 
 
 def _keeps_batches(tracker: Tracker) -> bool:
