@@ -136,6 +136,76 @@ def test_plugins_import_public_names_and_no_other_plugin(plugin):
             assert not first.startswith("hookline_") or first == f"hookline_{plugin}", f"{path.name} imports {name}"
 
 
+TYPED = {"hookline.hookspecs", "hookline.interfaces"}  # the contract, which names the type of the trainer
+
+
+def modules_of(home):
+    """Return the files of a distribution by the names of the modules."""
+    paths = {".".join(path.relative_to(home).with_suffix("").parts): path for path in home.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for name, path in paths.items()}
+
+
+def named(node):
+    """Give the names of what a statement or a call may import."""
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield from (f"{node.module}.{name.name}" for name in node.names)
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        yield from (word.value for word in node.args if isinstance(word, ast.Constant))
+
+
+def arrows(home):
+    """Return which modules of a distribution a module imports, anywhere in it: in functions and for types too."""
+    modules, found = modules_of(home), {}
+    for module, path in modules.items():
+        names = {name for node in ast.walk(ast.parse(path.read_text())) for name in named(node)}
+        homes = {name if name in modules else name.rpartition(".")[0] for name in names}
+        found[module] = homes & modules.keys() - {module}
+    return found
+
+
+def circles(graph):
+    """Return the groups of modules in which each leads to each."""
+
+    def reached(begin):
+        found, new = set(), {begin}
+        while new:
+            found |= new
+            new = {after for module in new for after in graph[module]} - found
+        return found
+
+    ways = {module: reached(module) for module in graph}
+    groups = {frozenset(other for other in ways[module] if module in ways[other]) for module in graph}
+    return sorted(sorted(group) for group in groups if len(group) > 1)
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set(), "f": {"g"}, "g": {"f", "a"}}
+    assert circles(graph) == [["a", "b", "c"], ["f", "g"]]
+
+
+def test_an_arrow_is_seen_wherever_an_import_stands(tmp_path):
+    for name, text in {
+        "pack/__init__.py": "",
+        "pack/one.py": "import importlib\ndef load():\n    return importlib.import_module('pack.two')\n",
+        "pack/two.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from pack.three import Three\n",
+        "pack/three.py": "def load():\n    from pack import one\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert circles(arrows(tmp_path)) == [["pack.one", "pack.three", "pack.two"]]
+
+
+@pytest.mark.parametrize("home", ["src", *(f"plugins/{plugin}/src" for plugin in PLUGINS)])
+def test_no_imports_in_circles(home):
+    graph = arrows(ROOT / home)
+    if home == "src":
+        for contract in TYPED:
+            graph[contract].discard("hookline.trainer")
+    assert circles(graph) == []
+
+
 def test_the_core_names_no_feature():
     features = {WORDS.get(plugin) or plugin for plugin in PLUGINS}
     features -= {"metrics"}  # a word of its own: what an evaluation answers

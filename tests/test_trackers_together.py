@@ -11,7 +11,7 @@ from tests.tracker_readers import READERS, points_of
 
 from hookline import CallbackInterface, hookimpl
 from hookline.installed import installed, load
-from hookline.testing import Memory, digest, tiny_trainer
+from hookline.testing import Memory, Told, digest, tiny_trainer
 from hookline.testing.faults import kill, run
 from hookline.tracking import Tracker
 
@@ -48,18 +48,6 @@ class Hangs(Tracker):
 
     def log_metrics(self, metrics, place):
         """Keep nothing."""
-
-
-class Told(CallbackInterface):
-    """Keeps what all of them are told."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
 
 
 class Stores(CallbackInterface):

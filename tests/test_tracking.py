@@ -1,15 +1,17 @@
 """The contract of trackers: what a service is told, in which order, and that it cannot hold up or break training."""
 
+import json
 import logging
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from hookline import CallbackInterface, hookimpl, tracking
+from hookline import CallbackInterface, Stage, hookimpl, tracking
 from hookline.testing import Memory, TinyModule, check_plugin, digest, tiny_trainer
 from hookline.tracking import Histogram, Image, Table, Tracker
 
@@ -191,6 +193,7 @@ class Shows(TinyModule):
             for name, value in {
                 "note": "a text",
                 "numbers": Histogram(numbers),
+                "no number": Histogram(numbers[1:2]),
                 "gray": Image(torch.rand(2, 3)),
                 "colours": Image(torch.full((3, 4, 5), 200)),
                 "rows": Table(["a", "b"], [[1, "x"]]),
@@ -309,7 +312,7 @@ def test_one_that_cannot_end_its_run_does_not_keep_the_run_from_ending(caplog):
 
 @pytest.mark.parametrize("where", ["start", "later"])
 def test_one_that_hangs_is_not_waited_for_for_ever(where, caplog, monkeypatch):
-    monkeypatch.setattr(tracking, "WAITING", 3)
+    monkeypatch.setattr(tracking.clerk, "WAITING", 3)
     keeper = Keeper(close_timeout="1 s")
     if where == "start":
         keeper.go.clear()
@@ -362,6 +365,66 @@ def test_bad_options(options, words):
         Keeper(**options)
 
 
+# What is said to an SDK ---------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Whole(Keeper):
+    """Speaks to a service whose places are whole numbers."""
+
+    whole_places = True
+
+
+def test_a_service_of_whole_places_is_given_these():
+    with pytest.raises(ValueError, match=r"whole\.axis='seconds': the service takes whole numbers for places"):
+        Whole(axis="seconds")
+    whole = Whole(axis="tokens")
+    train(whole, module=Counts(), epochs=1)
+    places = [place for _, place in whole.of("metrics")]
+    assert (places[0], {type(place) for place in places}) == (200, {int})
+
+
+def test_arguments_that_something_else_sets_or_that_nobody_knows():
+    keeper = Keeper()
+    keeper.refuse_set({"notes": "x"}, {"dir": "the plugin, from the run"})
+    with pytest.raises(ValueError, match=r"keeper\.init: dir is set by the plugin, from the run; leave it out"):
+        keeper.refuse_set({"dir": "x"}, {"dir": "the plugin, from the run"})
+    keeper.refuse_unknown("init", ["notes"], "open", ["notes", "mode"])
+    few = r"keeper\.init: open has no argument 'note', did you mean 'notes'\?; it has mode, notes$"
+    with pytest.raises(ValueError, match=few):
+        keeper.refuse_unknown("init", ["note"], "open", ["notes", "mode"])
+    with pytest.raises(ValueError, match=r"keeper\.init: open has no argument 'x'$"):  # more are no help
+        keeper.refuse_unknown("init", ["x"], "open", map("name {}".format, range(100)))
+
+
+def test_an_sdk_that_is_not_there():
+    assert Keeper().import_sdk("json", "json") is json
+    words = r"keeper needs the module no\.such, which cannot be imported \(No module .*\): `pip install such>=2`"
+    with pytest.raises(ValueError, match=words):
+        Keeper().import_sdk("no.such", "such>=2")
+
+
+def test_what_others_do_is_waited_for_but_not_for_ever():
+    answers = iter([False, False, True])
+    assert Keeper().wait_until(lambda: next(answers))
+    assert not Keeper(close_timeout="1 s").wait_until(lambda: False)
+
+
+def test_a_configuration_in_the_forms_that_services_take():
+    config = {"lr": 0.5, "net": {"sizes": (1, 2), "at": Path("x")}, "none": {}}
+    assert [*tracking.flat(config)] == [("lr", 0.5), ("net.sizes", (1, 2)), ("net.at", Path("x")), ("none", {})]
+    run = tracking.Run("run-1", Path(), config, Stage.TRAIN, 0, None)
+    assert run.plain_config == {"lr": 0.5, "net": {"sizes": [1, 2], "at": "x"}, "none": {}}
+
+
+def test_names_and_tables_in_the_forms_that_services_take():
+    names = ("a/b", "../../a", "/a//./b", "..", "")
+    assert [tracking.below(name) for name in names] == ["a/b", "a", "a/b", "_", "_"]
+    table = Table(["name", "n"], [["a|b", 1], [Path("two\nlines"), None]])
+    assert table.plain_rows == [["a|b", 1], ["two\nlines", None]]
+    assert table.markdown == "| name | n |\n| --- | --- |\n| a\\|b | 1 |\n| two lines | None |"
+
+
 # Going on -----------------------------------------------------------------------------
 
 
@@ -384,13 +447,15 @@ def test_a_slow_tracker_has_all_that_was_logged_before_a_save_returns():
             super().keep(*what)
             threading.Event().wait(0.02)  # its service takes its time
 
+        local = True
+
         def get_state(self):
             before = len(self.of("metrics"))
             self.go.set()
-            self.catch_up()
+            state = super().get_state()
             saves.append((before, len(self.of("metrics")), counter.count))
             self.go.clear()
-            return super().get_state()
+            return state
 
         def finish(self, status): ...
 
@@ -409,9 +474,7 @@ def test_a_slow_tracker_has_all_that_was_logged_before_a_save_returns():
 
 def test_a_save_does_not_wait_for_ever():
     class Hangs(Keeper):
-        def get_state(self):
-            self.catch_up()
-            return super().get_state()
+        local = True
 
     keeper = Hangs(close_timeout="1 s")
     keeper.go.clear()

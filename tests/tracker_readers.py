@@ -1,77 +1,92 @@
-"""What each service's own reader finds of a run, as points by name: for tests of several trackers at once."""
+"""What each service's own reader finds of a run: a name, a place and a value for each point."""
 
 import csv
+import fcntl
 import importlib
 import json
+import shutil
+import tempfile
 import types
 import zipfile
 from pathlib import Path
 
 
 def of_aim(folder):
-    repo = importlib.import_module("aim").Repo(str(folder / "aim"))
-    repo._recreate_index()  # as `aim storage reindex` does
-    (run,) = (repo.get_run(name) for name in repo.list_all_runs())
-    for metric in run.metrics():
-        metric.preload()
-        steps, (values, *_) = metric.data.items_list()
-        for step, value in zip(steps, values, strict=True):
-            yield metric.name, step, value
+    with tempfile.TemporaryDirectory() as copy:  # to read it locks it
+        shutil.copytree(folder / "aim", copy, dirs_exist_ok=True)
+        repo = importlib.import_module("aim").Repo(copy)
+        repo._recreate_index()  # as `aim storage reindex` does
+        for run in [repo.get_run(name) for name in repo.list_all_runs()]:
+            for metric in run.metrics():
+                metric.preload()
+                steps, (values, *_) = metric.data.items_list()
+                yield from ((metric.name, step, value) for step, value in zip(steps, values, strict=True))
 
 
 def of_clearml(folder):
+    with (folder / "clearml" / "lock").open() as lock:  # the SDK's process may be still at work
+        fcntl.flock(lock, fcntl.LOCK_EX)
     for path in (folder / "clearml" / "offline").glob("*/metrics.jsonl"):
         for event in (event for line in path.read_text().splitlines() for event in json.loads(line)):
-            if event["type"] == "training_stats_scalar" and event["metric"] == event["variant"]:
-                yield event["metric"], event["iter"], event["value"]
+            if event["type"] == "training_stats_scalar" and event["metric"] in (event["variant"], "validation batches"):
+                yield event["variant"], event["iter"], event["value"]
 
 
 def of_comet(folder):
-    for path in sorted((folder / "comet").glob("*.zip"), key=lambda path: path.stat().st_mtime_ns):
+    """Give the points in archives, and in what is no archive yet: of a process that was killed, or is at work."""
+    texts = [path.read_text() for path in (folder / "comet").glob("*/messages.json")]
+    for path in filter(zipfile.is_zipfile, (folder / "comet").glob("*.zip")):
         with zipfile.ZipFile(path) as archive:
-            messages = [json.loads(line) for line in archive.read("messages.json").splitlines()]
-        for metric in (message["payload"]["metric"] for message in messages if message["type"] == "metric_msg"):
-            if metric["metricName"] != "process duration":  # the SDK's own
-                yield metric["metricName"], metric["step"], float(metric["metricValue"])
+            texts += [archive.read(name).decode() for name in archive.namelist() if name == "messages.json"]
+    lines = [line for text in texts for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    for message in map(json.loads, lines):
+        if message["type"] == "metric_msg" and message["payload"]["metric"]["metricName"] != "process duration":
+            metric = message["payload"]["metric"]  # that one is the SDK's own
+            yield metric["metricName"], metric["step"], float(metric["metricValue"])
 
 
 def of_csv(folder):
-    with (folder / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            place = float(row.pop("steps"))
-            yield from ((name, place, float(text)) for name, text in row.items() if text)
+    for path in folder.glob("metrics*.csv"):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                (_, place), *texts = row.items()
+                yield from ((name, float(place), float(text)) for name, text in texts if text)
 
 
 def of_dvclive(folder):
-    plots = folder / "dvclive" / "plots"
-    files = types.SimpleNamespace(plots_dir=str(plots), metrics_file=str(folder / "dvclive" / "metrics.json"))
-    history, _ = importlib.import_module("dvclive.utils").parse_metrics(files)
-    for path, rows in history.items():
-        name = Path(path).relative_to(plots / "metrics").with_suffix("").as_posix()
-        yield from ((name, float(row["step"]), float(row[name])) for row in rows)
+    for home in folder.glob("dvclive*"):
+        files = types.SimpleNamespace(plots_dir=str(home / "plots"), metrics_file=str(home / "metrics.json"))
+        history, _ = importlib.import_module("dvclive.utils").parse_metrics(files)
+        for path, rows in history.items():
+            name = Path(path).relative_to(home / "plots" / "metrics").with_suffix("").as_posix()
+            name = name.removeprefix("validation_batches/")
+            yield from ((name, float(row["step"]), float(row[name])) for row in rows)
 
 
 def of_mlflow(folder):
     client = importlib.import_module("mlflow").MlflowClient(f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}")
-    (run,) = client.search_runs([client.get_experiment_by_name("hookline").experiment_id])
-    for name in run.data.metrics:
-        for kept in client.get_metric_history(run.info.run_id, name):
-            yield name, kept.step, kept.value
+    for run in client.search_runs([client.get_experiment_by_name("hookline").experiment_id]):
+        for name in run.data.metrics:
+            for kept in client.get_metric_history(run.info.run_id, name):
+                yield name, kept.step, kept.value
 
 
 def of_tensorboard(folder):
     reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    events = reader.EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    for name in events.Tags()["scalars"]:
-        yield from ((name, event.step, event.value) for event in events.Scalars(name))
+    home = folder / "tensorboard"
+    for path in [home, *(path for path in home.iterdir() if path.is_dir())]:
+        events = reader.EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for name in events.Tags()["scalars"]:
+            yield from ((name, event.step, event.value) for event in events.Scalars(name))
 
 
 def of_wandb(folder):
     """Give the points by the SDK's own messages and the plugin's reader of the file: the SDK has none."""
-    run_log = importlib.import_module("hookline_wandb").RunLog
+    run_log, axes = importlib.import_module("hookline_wandb").RunLog, ("validation_batch", "steps")
     for path in sorted((folder / "wandb").glob("*run-*/run-*.wandb"), key=lambda path: path.parent.name):
         for row in run_log(path).rows():
-            yield from ((name, row["steps"], row[name]) for name in row if name != "steps" and name[0] != "_")
+            place = row[next(axis for axis in axes if axis in row)]
+            yield from ((name, place, row[name]) for name in row if name not in axes and name[0] != "_")
 
 
 READERS = {name.removeprefix("of_"): reader for name, reader in globals().items() if name.startswith("of_")}

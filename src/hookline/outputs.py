@@ -50,7 +50,7 @@ def kept(value: torch.Tensor) -> torch.Tensor:
     Copied, on its device, where that can happen: a parameter, a buffer, a batch, a part of one. What was just computed
     with a graph is nobody else's.
     """
-    fresh = value.grad_fn is not None and not value._is_view()
+    fresh = value.grad_fn is not None and not value._is_view()  # whether it shares memory; torch says it nowhere else
     return value.detach() if fresh else value.detach().clone()
 
 

@@ -349,13 +349,7 @@ class Trainer:
     @property
     def micro_batch_size(self) -> int:
         """Samples of one micro-batch on one rank: what `get_train_dataloader` is asked for."""
-        total, parts = self.options.train_batch_size, self.shares * self.window.size
-        if total % parts:
-            raise ValueError(
-                f"train_batch_size={total} cannot be shared equally by {self.shares} rank(s) × "
-                f"{self.window.size} micro-batch(es) = {parts}; it leaves {total % parts} over"
-            )
-        return int(total // parts)
+        return self.window.micro_batch_size
 
     @property
     def stop_reason(self) -> str | None:

@@ -623,6 +623,9 @@ def test_the_monitor_says_what_is_logged():
     assert "train_loss" in logged
     assert not {"val_loss", "val_sure"} & logged
     assert made(monitor={"cpu_utilization": True, "gpu_utilization": True})._plugins["monitor"]["gpu_utilization"]
+    assert made(monitor=Monitor(throughput=True))._plugins["monitor"] == {"throughput": True}
+    with pytest.raises(TypeError, match="monitor has no 'grad_nrom', did you mean 'grad_norm'"):
+        Monitor(grad_nrom=True)
 
 
 def models():

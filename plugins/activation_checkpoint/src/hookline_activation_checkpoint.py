@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # what batch norms of other packages derive from, too
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from hookline import CallbackInterface, find_blocks, hookimpl

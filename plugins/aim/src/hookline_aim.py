@@ -5,20 +5,21 @@ from __future__ import annotations
 import atexit
 import importlib
 import inspect
-import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookline import nearest
-from hookline.tracking import Run, Table, Tracker
+from hookline.tracking import Run, Table, Tracker, below
 
 __version__ = "0.1.0"
 
-OWN = ("repo", "experiment")  # arguments of aim.Run that are options
-GIVEN = ("run_hash", "read_only", "force_resume")  # those that the plugin knows
+SET_BY = {  # what sets arguments of aim.Run
+    "repo": "the option aim.repo",
+    "experiment": "the option aim.experiment",
+    **dict.fromkeys(("run_hash", "read_only", "force_resume"), "the plugin, from the run"),
+}
 PATIENCE = 10.0  # seconds that a server has at the exit of the process
 SETTINGS = {"capture_terminal_logs": False, "log_system_params": False, "system_tracking_interval": None}
 
@@ -40,26 +41,20 @@ class Aim(Tracker):
     init: dict[str, Any] = field(default_factory=dict)
     """Other arguments of `aim.Run`, such as `system_tracking_interval`."""
 
+    whole_places = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.axis == "seconds":
-            raise ValueError(
-                "aim.axis='seconds': places are whole numbers in Aim, which keeps the time of each value as well; take "
-                "steps, batches, samples or epochs"
-            )
         if self.artifacts_uri is not None and "://" not in self.artifacts_uri:
             raise ValueError(
                 f"aim.artifacts_uri={self.artifacts_uri!r} is no URI; write one like file:///folder or s3://bucket"
             )
-        for name in self.init:
-            if name in OWN:
-                raise ValueError(f"aim.init: {name} is an option of the plugin itself, aim.{name}")
-            if name in GIVEN:
-                raise ValueError(f"aim.init: {name} is set by the plugin, from the run; leave it out")
+        self.refuse_set(self.init, SET_BY)
 
     @property
-    def _is_served(self) -> bool:
-        return self.repo is not None and self.repo.startswith("aim://")
+    def local(self) -> bool:
+        """Whether the repository is on disk."""
+        return self.repo is None or not self.repo.startswith("aim://")
 
     def start(self, run: Run) -> str:
         """Begin a run of Aim, or go on with the one that was cut; return its hash.
@@ -67,13 +62,9 @@ class Aim(Tracker):
         Raises:
             ValueError: aim is not installed, or `init` names what it does not know.
         """
-        try:
-            self._aim: Any = importlib.import_module("aim")
-        except ImportError as error:
-            raise ValueError(
-                f"aim needs the package of this name, which cannot be imported ({error}): `pip install 'aim>=3.29'`"
-            ) from error
-        refuse_unknown(self.init, inspect.signature(self._aim.Run).parameters)
+        self._aim: Any = self.import_sdk("aim", "'aim>=3.29'")
+        known = inspect.signature(self._aim.Run).parameters
+        self.refuse_unknown("init", self.init, "aim.Run", known.keys() - SET_BY.keys())
         home = run.folder.absolute() / "aim"
         if self.repo is None:
             home.mkdir(parents=True, exist_ok=True)
@@ -81,21 +72,21 @@ class Aim(Tracker):
         again = run.id is not None  # the lock of a process that was killed is there then
         options = {**SETTINGS, **self.init, "experiment": self.experiment, "force_resume": again}
         self._run = self._aim.Run(run.id, repo=repo, **options)
-        if self._is_served:
+        if not self.local:
             atexit.unregister(clean_up)
             atexit.register(clean_up)  # to be called before Aim's own
         if run.id is None:
             self._run.name = self.name or run.name
             for tag in self.tags:
                 self._run.add_tag(tag)
-        self._run["config"] = json.loads(json.dumps(run.config, default=str))
+        self._run["config"] = run.plain_config
         self._run["stage"] = run.stage.value
         self._run.set_artifacts_uri(self.artifacts_uri or f"file://{home / 'artifacts'}")
         return str(self._run.hash)
 
     def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
         """Track values."""
-        self._run.track({name: float(value) for name, value in metrics.items()}, step=int(place))
+        self._run.track({name: float(value) for name, value in metrics.items()}, step=place)
 
     def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
         """Track values of a validation under way, by the number of its batch."""
@@ -110,23 +101,19 @@ class Aim(Tracker):
         self._track(name, self._aim.Image(pixels), place)
 
     def log_histogram(self, name: str, values: Any, place: float) -> None:
-        """Track a distribution; of no values there is none."""
-        if len(values):
-            self._track(name, self._aim.Distribution(values), place)
+        """Track a distribution."""
+        self._track(name, self._aim.Distribution(values), place)
 
     def log_table(self, name: str, table: Table, place: float) -> None:
         """Track a table as a text, in Markdown: Aim has none that has steps."""
-        rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-        lines = (" | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in row) for row in rows)
-        self.log_text(name, "\n".join(f"| {line} |" for line in lines), place)
+        self.log_text(name, table.markdown, place)
 
     def log_file(self, name: str, path: Path, place: float) -> None:
         """Keep a file, or a folder, as an artifact; a later one of that name takes its place."""
-        plain = "/".join(part for part in name.split("/") if part not in ("", ".", "..")) or "_"
         if path.is_dir():
-            self._run.log_artifacts(str(path), plain, block=True)
+            self._run.log_artifacts(str(path), below(name), block=True)
         else:
-            self._run.log_artifact(str(path), f"{plain}/{path.name}", block=True)
+            self._run.log_artifact(str(path), f"{below(name)}/{path.name}", block=True)
 
     def finish(self, status: str) -> None:
         """Say how the run has ended, and close it."""
@@ -135,14 +122,8 @@ class Aim(Tracker):
             self._run.report_successful_finish()
         self._run.close()
 
-    def get_state(self) -> dict[str, Any]:
-        """Return the base's state, once a repository on disk has all that stands before it: it would not come again."""
-        if not self._is_served:
-            self.catch_up()
-        return super().get_state()
-
     def _track(self, name: str, value: Any, place: float) -> None:
-        self._run.track(value, name=name, step=int(place))
+        self._run.track(value, name=name, step=place)
 
 
 def clean_up() -> None:
@@ -152,17 +133,3 @@ def clean_up() -> None:
     thread = threading.Thread(target=cleanup, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-
-
-def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse names that are not known, with the nearest that is.
-
-    Raises:
-        ValueError: a name that is not known.
-    """
-    names = sorted(set(known) - {*OWN, *GIVEN, "self"})
-    for name in given:
-        if name not in names:
-            raise ValueError(
-                f"aim.init: aim.Run has no argument {name!r}{nearest(name, names)}; it has {', '.join(names)}"
-            )

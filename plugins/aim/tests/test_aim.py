@@ -15,13 +15,24 @@ import time
 import urllib.request
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tests.tracker_readers import of_aim
 
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, check_plugin, digest, tiny_trainer
+from hookline.testing import (
+    TinyModule,
+    Told,
+    check_killed_tracker,
+    check_plugin,
+    check_quiet_tracker,
+    check_tracker,
+    digest,
+    tiny_trainer,
+)
 from hookline.testing.faults import kill, run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_aim import Aim
@@ -88,18 +99,6 @@ class Kept:
 
     def artifact(self, name):
         return Path(self.run.artifacts[name].uri.removeprefix("file://"))
-
-
-class Told(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
 
 
 def warnings_of(caplog):
@@ -254,50 +253,23 @@ def test_a_repository_for_several_runs(empty, tmp_path):
     assert sorted(found.get_run(name).name for name in found.list_all_runs()) == ["run-1", "run-2"]
 
 
-SCRIPT = """
-import socket, sys
-called = []
-watched = ("socket.connect", "socket.getaddrinfo")
-sys.addaudithook(lambda event, arguments: called.append((event, arguments)) if event in watched else None)
-import torch
-from hookline import CallbackInterface, hookimpl
-from hookline.testing import tiny_trainer
-from hookline.tracking import Histogram, Image, Table
-from hookline_aim import Aim
-objects = {"a": "text", "b": Image(torch.ones(3, 4, 5)), "c": Histogram(torch.ones(5)), "d": Table(["x"], [[1]])}
-
-class Shows(CallbackInterface):
-    @hookimpl
-    def on_end_train_step(self, trainer, global_step):
-        if global_step == 1:
-            for name, value in objects.items():
-                trainer.log_object(name, value)
-
-trainer = tiny_trainer([Shows(), Aim(close_timeout="2 min")], runs_folder="runs", epochs=1)
-trainer.train()
-assert not called, called
-"""
-
-
 @pytest.mark.slow
 def test_it_makes_its_repository_and_writes_nothing_elsewhere(tmp_path):
-    home, place, temporary = (tmp_path / name for name in ("home", "place", "temporary"))
-    for folder in (home, place, temporary):
-        folder.mkdir()
-    cache = importlib.import_module("matplotlib").get_cachedir()
-    environment = {**os.environ, "HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"MPLCONFIGDIR": cache, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch")}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=place, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == ""
-    assert [*home.rglob("*"), *temporary.rglob("*")] == []
-    assert [path.name for path in place.iterdir()] == ["runs"]
-    assert sorted(path.name for path in (place / "runs" / "run-1").iterdir()) == ["aim", "trackers"]
-    kept = Kept(place / "runs" / "run-1" / "aim")
-    assert len(kept.texts) == 2
+    check_quiet_tracker(partial(Aim, close_timeout="2 min"), tmp_path)
+    folder = tmp_path / "runs" / "run-1"
+    assert sorted(path.name for path in folder.iterdir()) == ["aim", "trackers"]
+    assert len(Kept(folder / "aim").texts) == 2
 
 
 # Going on -----------------------------------------------------------------------------
+
+
+class Notes(CallbackInterface):
+    """Logs a text at each step."""
+
+    @hookimpl
+    def on_boundary(self, trainer, global_step):
+        trainer.log_object("note", f"at {global_step}")
 
 
 class Checkpoints(CallbackInterface):
@@ -320,7 +292,6 @@ class Checkpoints(CallbackInterface):
     def save(self, trainer):
         if trainer.global_step == 3:
             torch.save(trainer.hook.get_run_state(trainer=trainer), trainer.run_dir / "state.pt")
-            shutil.copytree(trainer.run_dir / "aim", trainer.run_dir.parent / "had", dirs_exist_ok=True)
         return True
 
     @hookimpl
@@ -350,23 +321,15 @@ def resume(empty, folder, repo=None):
     return digest(train(empty, folder, Checkpoints(tracker), **options).module.state_dict())
 
 
-def test_a_run_that_is_killed_is_readable_and_goes_on_with_each_value_once(empty, tmp_path):
-    folder = killed_run(empty, tmp_path / "cut")
-    killed = Kept(shutil.copytree(folder / "aim", tmp_path / "copy"))
-    assert [step for step, _ in killed.points["train_loss"]][:5] == [1, 2, 3, 4, 5]
-    assert (killed.run.active, killed.run["config"]["trainer"]["epochs"]) == (True, 1)
-    at_the_save = Kept(folder.parent / "had")  # with the state, all that stands before it is stored
-    assert [step for step, _ in at_the_save.points["train_loss"]] == [1, 2, 3]
+def test_what_every_tracker_does(empty, tmp_path):
+    check_tracker(Aim, of_aim, tmp_path, [Prepared(empty)], sdk="aim")
 
-    told = Told()
-    whole = train(empty, tmp_path / "whole", told, evaluate_every="2 steps")
-    resumed = resume(empty, tmp_path / "cut")
-    kept = Kept(folder / "aim")
-    assert kept.run.hash == killed.run.hash
-    assert kept.points == told.points
-    assert kept.texts["note"] == {step: f"at {step}" for step in range(1, 8)}
+
+def test_a_run_that_is_killed_is_readable_and_goes_on_with_each_value_once(empty, tmp_path):
+    check_killed_tracker(Aim, of_aim, tmp_path, [Prepared(empty), Notes()])
+    kept = Kept(tmp_path / "cut" / "run-1" / "aim")  # which has one run alone
+    assert kept.texts["note"] == {step: f"at {step}" for step in range(1, 15)}
     assert (kept.run["status"], kept.run.active) == ("finished", False)
-    assert resumed == digest(whole.module.state_dict())
 
 
 @pytest.mark.slow
@@ -388,16 +351,16 @@ def test_without_the_sdk_a_run_goes_on_and_says_what_to_install(empty, tmp_path,
     said, lost = warnings_of(caplog)
     assert lost.startswith("calls of aim failed or were dropped, and may be missing in its run: ")
     assert "aim is switched off" in said
-    assert "aim needs the package of this name, which cannot be imported" in said
+    assert "aim needs the module aim, which cannot be imported" in said
     assert "`pip install 'aim>=3.29'`" in said
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"axis": "seconds"}, r"aim\.axis='seconds': places are whole numbers in Aim"),
+        ({"axis": "seconds"}, r"aim\.axis='seconds': the service takes whole numbers for places"),
         ({"artifacts_uri": "/tmp/a"}, r"aim\.artifacts_uri='/tmp/a' is no URI; write one like file:///folder or s3://"),
-        ({"init": {"experiment": "p"}}, r"aim\.init: experiment is an option of the plugin itself, aim\.experiment"),
+        ({"init": {"experiment": "p"}}, r"aim\.init: experiment is set by the option aim\.experiment"),
         ({"init": {"run_hash": "k"}}, r"aim\.init: run_hash is set by the plugin, from the run; leave it out"),
     ],
 )

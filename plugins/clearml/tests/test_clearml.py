@@ -5,7 +5,6 @@ import io
 import json
 import math
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,11 +17,11 @@ import psutil
 import pytest
 import torch
 from PIL import Image as Pictures
+from tests.tracker_readers import of_clearml
 
 import hookline_clearml
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import Memory, TinyModule, digest, tiny_trainer
-from hookline.testing.faults import kill, run
+from hookline.testing import TinyModule, Told, check_killed_tracker, check_tracker, digest, tiny_trainer
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_clearml import Clearml
 
@@ -73,18 +72,6 @@ def train(folder, *plugins, module=None, method="train", **options):
     return trainer
 
 
-class Recorder(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
-
-
 PROGRAM = str(Path(hookline_clearml.__file__).with_name("service.py"))
 AUDIT = """
 import sys
@@ -125,8 +112,8 @@ def test_the_audit_of_this_test_hears_connections(alone):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"axis": "seconds"}, r"clearml\.axis='seconds': places are whole numbers in ClearML.*take steps, batches"),
-        ({"init": {"tags": ["a"]}}, r"clearml\.init: tags is an option of the plugin itself, clearml\.tags"),
+        ({"axis": "seconds"}, r"clearml\.axis='seconds': the service takes whole numbers for places"),
+        ({"init": {"tags": ["a"]}}, r"clearml\.init: tags is set by the option clearml\.tags"),
         ({"init": {"continue_last_task": True}}, r"clearml\.init: continue_last_task is set by the plugin; leave it"),
         ({"start_timeout": "soon"}, r"clearml\.start_timeout='soon'"),
     ],
@@ -189,7 +176,7 @@ def drawn():
 def test_all_that_is_logged_is_below_the_folder_of_the_run_and_no_bit_changes(alone, tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "notes.txt").write_text("some notes")
-    recorder, before = Recorder(), dict(os.environ)
+    recorder, before = Told(), dict(os.environ)
     config = {"lr": 0.25, "net": {"sizes": [1, 2], "name": "x"}, "none": None}
     tracker = Clearml(project_name="digits", task_name="first try", tags=["a", "b"], init={"task_type": "qc"})
     module = Shows(tmp_path / "files" / "notes.txt")
@@ -321,65 +308,35 @@ def test_a_run_that_was_preempted_and_an_evaluation_are_told_apart(alone, tmp_pa
     assert note.read_text() == before  # nobody goes on with an evaluation
 
 
-class Stores(CallbackInterface):
-    """Stores the state after step 4, and kills the process after step 9."""
+class Draws(CallbackInterface):
+    """Logs an image at each step."""
 
     @hookimpl
     def on_boundary(self, trainer, global_step):
-        if global_step == 4:
-            trainer.save("fourth")
-        if global_step == 9:
-            kill()
-
-    @hookimpl
-    def save(self, trainer):
-        state = trainer.hook.get_run_state(trainer=trainer)
-        if trainer.global_step == 4:
-            (kept,) = tasks(trainer.run_dir)  # with the state, all that stands before it is stored
-            assert [step for step, _ in kept.points("train_loss")] == [1, 2, 3, 4]
-        torch.save(state, trainer.run_dir / "state.pt")
-        return True
+        trainer.log_object("square", Image(torch.full((3, 4, 5), 10 * global_step)))
 
 
-class Draws(TinyModule):
-    def on_end_train_step(self, global_step, *outputs):
-        self.trainer.log_object("square", Image(torch.full((3, 4, 5), 10 * global_step)))
+@pytest.mark.slow
+def test_what_every_tracker_does(alone, tmp_path):
+    check_tracker(Clearml, of_clearml, tmp_path / "runs", sdk="clearml")
+
+
+def test_a_run_that_was_killed_is_readable_and_goes_on_with_each_place_once(alone, tmp_path):
+    check_killed_tracker(Clearml, of_clearml, tmp_path / "runs", [Draws()])
+    folder = tmp_path / "runs" / "cut" / "run-1"
+    (kept,) = tasks(folder)
+    assert [event["iter"] for event in kept.of("square")] == [*range(1, 15)]
+    pictures = [Pictures.open(io.BytesIO(kept.content(event))) for event in kept.of("square")]
+    assert [one.getpixel((0, 0))[0] for one in pictures] == [10 * n for n in range(1, 15)]
+    assert kept.parameters["hookline/status"] == "finished"
+    assert kept.task["id"] == json.loads((folder / "trackers" / "clearml.json").read_text())["id"]
+    assert not alone.exists(), alone.read_text()
 
 
 def settle(folder):
     """Wait until the SDK's process has stored what it was told, and ended."""
     with (folder / "clearml" / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-
-
-def until_killed(folder):
-    torch.set_num_threads(1)
-    train(folder, Clearml(), Stores(), module=Draws(), epochs=2, evaluate_every="3 steps")
-
-
-def test_a_run_that_was_killed_is_readable_and_goes_on_with_each_place_once(alone, tmp_path):
-    killed = run(until_killed, tmp_path / "runs")
-    assert killed.code == -signal.SIGKILL, killed.output
-    folder = tmp_path / "runs" / "run-1"
-    settle(folder)
-    (cut,) = tasks(folder)
-    seen = [step for step, _ in cut.points("train_loss")]
-    assert seen[:4] == [1, 2, 3, 4]
-
-    state = torch.load(folder / "state.pt", weights_only=False)
-    options = {"module": Draws(), "epochs": 2, "evaluate_every": "3 steps"}
-    resumed = train(tmp_path / "runs", Clearml(), Memory(state), **options, resume=str(folder))
-    assert len(resumed.module.seen) == 10
-    recorder = Recorder()
-    train(tmp_path / "whole", recorder, **options | {"module": Draws()})
-    (kept,) = tasks(folder)
-    assert {name: kept.points(name) for name in recorder.points} == recorder.points
-    assert [event["iter"] for event in kept.of("square")] == [*range(1, 15)]
-    pictures = [Pictures.open(io.BytesIO(kept.content(event))) for event in kept.of("square")]
-    assert [one.getpixel((0, 0))[0] for one in pictures] == [10 * n for n in range(1, 15)]
-    assert kept.parameters["hookline/status"] == "finished"
-    assert kept.task["id"] == cut.task["id"] == json.loads((folder / "trackers" / "clearml.json").read_text())["id"]
-    assert not alone.exists(), alone.read_text()
 
 
 # Slow, gone ---------------------------------------------------------------------------

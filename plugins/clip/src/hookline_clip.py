@@ -68,8 +68,8 @@ def rows_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     """Return a parameter whose gradient is what a sparse one holds; both change together."""
     assert parameter.grad is not None
     parameter.grad = parameter.grad.coalesce()  # sums up rows that come several times: no element is known before
-    rows = torch.nn.Parameter(parameter.grad._values(), requires_grad=False)
-    rows.grad = parameter.grad._values()
+    rows = torch.nn.Parameter(parameter.grad.values(), requires_grad=False)
+    rows.grad = parameter.grad.values()
     return rows
 
 

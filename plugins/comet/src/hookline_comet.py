@@ -9,24 +9,26 @@ import io
 import json
 import os
 import shutil
-import time
 import uuid
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hookline import Stage, nearest, seconds
+from hookline import Stage
 from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
 
 MODES = ("offline", "online")
-OWN = {"project_name": "project", "workspace": "workspace"}  # arguments of an experiment that are options
-GIVEN = ("experiment_key", "offline_directory", "disabled")  # those that the plugin knows
-SECRET = "api_key"
+SET_BY = {  # what sets arguments of an experiment
+    "project_name": "the option comet.project",
+    "workspace": "the option comet.workspace",
+    "api_key": "the variable COMET_API_KEY, since it is a secret",
+    **dict.fromkeys(("experiment_key", "offline_directory", "disabled"), "the plugin, from the run"),
+}
 ENVIRONMENT = {  # what the SDK does unless the environment says otherwise
     "COMET_DISABLE_AUTO_LOGGING": "1",  # else it changes other packages when it is imported
     "COMET_DISABLE_ANNOUNCEMENT": "1",
@@ -70,25 +72,21 @@ class Comet(Tracker):
     init: dict[str, Any] = field(default_factory=dict)
     """Other arguments of `comet_ml.OfflineExperiment`, or online of `comet_ml.Experiment`, such as `log_code`."""
 
+    whole_places = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode not in MODES:
             raise ValueError(
                 f"comet.mode={self.mode!r} must be one of {', '.join(MODES)}; to turn it off, write `comet: null`"
             )
-        if self.axis == "seconds":
-            raise ValueError(
-                "comet.axis='seconds': places are whole numbers in Comet, which keeps the time of each value as well; "
-                "take steps, batches, samples or epochs"
-            )
-        for name in self.init:
-            if name in OWN:
-                raise ValueError(f"comet.init: {name} is an option of the plugin itself, comet.{OWN[name]}")
-            if name in GIVEN:
-                raise ValueError(f"comet.init: {name} is set by the plugin, from the run; leave it out")
-            if name == SECRET:
-                raise ValueError("comet.init: leave api_key out, which is a secret, and set COMET_API_KEY instead")
+        self.refuse_set(self.init, SET_BY)
         self._written: _Written | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether it is written below the run's folder."""
+        return self.mode == "offline"
 
     def start(self, run: Run) -> str:
         """Begin an experiment, or one more part of the one that is gone on with; return its key.
@@ -100,16 +98,12 @@ class Comet(Tracker):
         """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        try:
-            comet: Any = importlib.import_module("comet_ml")
-        except ImportError as error:
-            raise ValueError(
-                f"comet needs the package comet_ml, which cannot be imported ({error}): `pip install 'comet-ml>=3.58'`"
-            ) from error
-        refuse_unknown(self.init, inspect.signature(comet.OfflineExperiment).parameters)
-        self._stored: Counter[tuple[str, str, int]] = Counter()  # what will come again, and is there
+        comet = self.import_sdk("comet_ml", "'comet-ml>=3.58'")
+        known = inspect.signature(comet.OfflineExperiment).parameters
+        self.refuse_unknown("init", self.init, "an experiment", known.keys() - {*SET_BY, "kwargs"})
+        self._stored: Counter[tuple[str, str, float]] = Counter()  # what will come again, and is there
         key = run.id or uuid.uuid4().hex
-        if self.mode == "offline":
+        if self.local:
             self._begin_part(comet, run, key)
         else:
             kind = comet.Experiment if run.id is None else comet.ExistingExperiment
@@ -122,7 +116,7 @@ class Comet(Tracker):
         if run.id is None:
             self._experiment.set_name(self.name or run.name)
             self._experiment.add_tags(list(self.tags))
-        if self.mode == "offline":
+        if self.local:
             self._say_what_it_is()
         if run.config:
             self._experiment.log_parameters(dict(run.config))
@@ -174,7 +168,7 @@ class Comet(Tracker):
             raise RuntimeError("the experiment of Comet has ended")
         new = {name: value for name, value in metrics.items() if not self._is_stored("metric", name, place)}
         if new:
-            self._experiment.log_metrics(new, step=int(place))
+            self._experiment.log_metrics(new, step=place)
 
     def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
         """Log values of a validation under way, in the SDK's context for these."""
@@ -193,10 +187,9 @@ class Comet(Tracker):
         self._put("visualization", name, place, lambda about: self._experiment.log_image(image, name=name, **about))
 
     def log_histogram(self, name: str, values: Any, place: float) -> None:
-        """Log a histogram; of no values there is none."""
-        if len(values):
-            log = self._experiment.log_histogram_3d
-            self._put("histogram3d", name, place, lambda about: log(values, name=name, **about))
+        """Log a histogram."""
+        log = self._experiment.log_histogram_3d
+        self._put("histogram3d", name, place, lambda about: log(values, name=name, **about))
 
     def log_table(self, name: str, table: Table, place: float) -> None:
         """Log a table as a file of comma-separated values."""
@@ -208,7 +201,7 @@ class Comet(Tracker):
 
     def log_file(self, name: str, path: Path, place: float) -> None:
         """Log a file or a folder as a model; a later one of this name takes its place on the server."""
-        self._experiment.set_step(int(place))
+        self._experiment.set_step(place)
         about = {"name": name, self.axis: place}
         if self._experiment.log_model(name, str(path), overwrite=True, metadata=about) is None:
             raise RuntimeError(f"Comet did not take {path}")
@@ -221,25 +214,19 @@ class Comet(Tracker):
         self._forget()
         self._experiment.end()
 
-    def get_state(self) -> dict[str, Any]:
-        """Return the base's state, once all that stands before this state is on disk: it would not come again."""
-        if self.mode == "offline":
-            self.catch_up()
-            self._settle()
-        return super().get_state()
+    def catch_up(self) -> None:
+        """Wait until all that was logged so far is taken, and on disk."""
+        super().catch_up()
+        self._settle()
 
     def _settle(self) -> None:
         """Wait until all that was told is on disk: a thread of the SDK writes it, and a kill takes what it has not."""
         if self._written is None:
             return
-        mark = self._written.next_mark()
+        written, mark = self._written, self._written.next_mark()
         self._experiment.log_other("hookline.saved", mark)
-        deadline = time.monotonic() + seconds(self.close_timeout)
-        while not self._written.has(mark):
-            if time.monotonic() > deadline:
-                self._forget()  # that thread is gone, say: not again at each save
-                return
-            time.sleep(0.002)
+        if not self.wait_until(lambda: written.has(mark)):
+            self._forget()  # that thread is gone, say: not again at each save
 
     def _forget(self) -> None:
         if self._written is not None:
@@ -250,11 +237,11 @@ class Comet(Tracker):
         """Log an object, unless it is stored already."""
         if self._is_stored(kind, name, place):
             return
-        if log({"step": int(place), "metadata": {"name": name}}) is None:
+        if log({"step": place, "metadata": {"name": name}}) is None:
             raise RuntimeError(f"Comet did not take {name}; COMET_LOGGING_CONSOLE=ERROR shows more")
 
     def _is_stored(self, kind: str, name: str, place: float) -> bool:
-        what = (kind, name, int(place))
+        what = (kind, name, place)
         there = self._stored[what] > 0
         if there:
             self._stored[what] -= 1
@@ -330,9 +317,9 @@ def is_whole(archive: Path) -> bool:
         return {MESSAGES, ABOUT} <= set(file.namelist())
 
 
-def stored(folder: Path, key: str, place: float, batch: int) -> Counter[tuple[str, str, int]]:
+def stored(folder: Path, key: str, place: float, batch: int) -> Counter[tuple[str, str, float]]:
     """Return how often what is in the archives of an experiment for later places: kind, name and place."""
-    found: Counter[tuple[str, str, int]] = Counter()
+    found: Counter[tuple[str, str, float]] = Counter()
     for archive in folder.glob(f"{key}*.zip"):
         with zipfile.ZipFile(archive) as file, file.open(MESSAGES) as lines:
             for line in lines:
@@ -355,17 +342,3 @@ def stored(folder: Path, key: str, place: float, batch: int) -> Counter[tuple[st
                 if step is not None and step > (batch if kind == BATCHES else place):
                     found[kind, name, step] += 1
     return found
-
-
-def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse names that are not known, with the nearest that is.
-
-    Raises:
-        ValueError: a name that is not known.
-    """
-    names = sorted(set(known) - {*OWN, *GIVEN, SECRET, "self", "kwargs"})
-    for name in given:
-        if name not in names:
-            raise ValueError(
-                f"comet.init: an experiment has no argument {name!r}{nearest(name, names)}; it has {', '.join(names)}"
-            )

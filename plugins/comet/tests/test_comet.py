@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -18,10 +17,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.tracker_readers import of_comet
 
 import hookline_comet
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import TinyModule, check_plugin, digest, tiny_trainer
+from hookline.testing import (
+    TinyModule,
+    Told,
+    check_killed_tracker,
+    check_plugin,
+    check_quiet_tracker,
+    check_tracker,
+    digest,
+    tiny_trainer,
+)
 from hookline.testing.faults import kill, run
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_comet import Comet, is_whole, pack
@@ -101,18 +110,6 @@ def on_disk(folder):
     """Return the steps of the training loss that are anywhere on disk, while a part is written."""
     found = [under_way(folder), *(Archive(path) for path in (folder / "comet").glob("*.zip") if is_whole(path))]
     return sorted(step for part in found for step, _ in part.points.get("train_loss", []))
-
-
-class Told(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
 
 
 def train(folder, *plugins, **options):
@@ -297,47 +294,14 @@ def test_other_axes(tmp_path, axis, places):
     assert [place for place, _ in kept.points["train_loss"]] == places
 
 
-SCRIPT = """
-import socket, sys
-called = []
-watched = ("socket.connect", "socket.getaddrinfo")
-sys.addaudithook(lambda event, arguments: called.append((event, arguments)) if event in watched else None)
-import torch
-from hookline import CallbackInterface, hookimpl
-from hookline.testing import tiny_trainer
-from hookline.tracking import Histogram, Image, Table
-from hookline_comet import Comet
-objects = {"a": "text", "b": Image(torch.ones(3, 4, 5)), "c": Histogram(torch.ones(5)), "d": Table(["x"], [[1]])}
-
-class Shows(CallbackInterface):
-    @hookimpl
-    def on_end_train_step(self, trainer, global_step):
-        if global_step == 1:
-            for name, value in objects.items():
-                trainer.log_object(name, value)
-
-trainer = tiny_trainer([Shows(), Comet()], runs_folder="runs", epochs=1)
-trainer.train()
-assert not called, called
-"""
-
-
 @pytest.mark.slow
-def test_nothing_is_written_elsewhere_and_nobody_is_called(tmp_path):
-    home, place, temporary = (tmp_path / name for name in ("home", "place", "temporary"))
-    for folder in (home, place, temporary):
-        folder.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COMET_")}
-    environment |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
-    cache = importlib.import_module("matplotlib").get_cachedir()  # the SDK imports it, and it keeps its fonts at home
-    environment |= {"MPLCONFIGDIR": cache, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch")}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=place, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == ""
-    assert [*home.rglob("*"), *temporary.rglob("*")] == []
-    assert [path.name for path in place.iterdir()] == ["runs"]
-    assert sorted(path.name for path in (place / "runs" / "run-1").iterdir()) == ["comet", "trackers"]
-    (kept,) = parts(place / "runs" / "run-1")
+def test_nothing_is_written_elsewhere_and_nobody_is_called(tmp_path, monkeypatch):
+    for name in hookline_comet.ENVIRONMENT:
+        monkeypatch.delenv(name)
+    check_quiet_tracker(Comet, tmp_path)
+    folder = tmp_path / "runs" / "run-1"
+    assert sorted(path.name for path in folder.iterdir()) == ["comet", "trackers"]
+    (kept,) = parts(folder)
     assert len(kept.of("file_upload")) == 4
 
 
@@ -371,8 +335,6 @@ class Checkpoints(CallbackInterface):
     def save(self, trainer):
         if trainer.global_step == 3:
             torch.save(trainer.hook.get_run_state(trainer=trainer), trainer.run_dir / "state.pt")
-            if self.kill_at is not None:  # with the state, all that stands before it is on disk
-                (trainer.run_dir / "had.json").write_text(json.dumps(under_way(trainer.run_dir).points))
         return True
 
     @hookimpl
@@ -396,28 +358,28 @@ def killed_run(folder, resume=None):
     return folder / "run-1"
 
 
-def test_a_run_that_is_killed_is_readable_and_goes_on_with_each_value_once(tmp_path):
-    folder = killed_run(tmp_path / "cut")
-    had = json.loads((folder / "had.json").read_text())
-    assert [step for step, _ in had["train_loss"]] == [1, 2, 3]
-    killed = under_way(folder)
-    assert [step for step, _ in killed.points["train_loss"]][:5] == [1, 2, 3, 4, 5]
-    assert killed.parameters["trainer|epochs"] == 1
+class Notes(CallbackInterface):
+    """Logs a text at each step."""
 
-    told = Told()
-    whole = train(tmp_path / "whole", told, evaluate_every="2 steps")
-    resumed = train(tmp_path / "cut", Checkpoints(), Comet(), resume=str(folder), evaluate_every="2 steps")
-    first, second = parts(folder)
+    @hookimpl
+    def on_boundary(self, trainer, global_step):
+        trainer.log_object("note", f"at {global_step}")
+
+
+@pytest.mark.slow
+def test_what_every_tracker_does(tmp_path):
+    check_tracker(Comet, of_comet, tmp_path, sdk="comet_ml")
+
+
+def test_a_run_that_is_killed_is_readable_and_goes_on_with_each_value_once(tmp_path):
+    check_killed_tracker(Comet, of_comet, tmp_path, [Notes()])
+    first, second = parts(tmp_path / "cut" / "run-1")
     assert first.about["offline_id"] == second.about["offline_id"]
     assert (first.about["resume_strategy"], second.about["resume_strategy"]) == ("create", "get")
-    assert {*first.points["train_loss"]}.isdisjoint(second.points["train_loss"])
-    assert first.points["train_loss"] + second.points["train_loss"] == told.points["train_loss"]
-    for name in ("val_loss", "val_loss_batch"):
-        assert first.points[name] + second.points[name] == told.points[name]
+    assert first.parameters["trainer|epochs"] == 2
     notes = [(step, text) for part in (first, second) for _, step, text in part.files("text-sample")]
-    assert notes == [(step, b"at %d" % step) for step in range(1, 6)]
+    assert sorted(notes) == [(step, b"at %d" % step) for step in range(1, 15)]
     assert second.others["status"] == "finished"
-    assert digest(resumed.module.state_dict()) == digest(whole.module.state_dict())
 
 
 @pytest.mark.slow
@@ -484,7 +446,7 @@ def test_without_the_sdk_a_run_goes_on_and_says_what_to_install(tmp_path, caplog
     said, lost = warnings_of(caplog)
     assert lost.startswith("calls of comet failed or were dropped, and may be missing in its run: ")
     assert "comet is switched off" in said
-    assert "comet needs the package comet_ml, which cannot be imported" in said
+    assert "comet needs the module comet_ml, which cannot be imported" in said
     assert "`pip install 'comet-ml>=3.58'`" in said
 
 
@@ -492,10 +454,13 @@ def test_without_the_sdk_a_run_goes_on_and_says_what_to_install(tmp_path, caplog
     ("options", "words"),
     [
         ({"mode": "disabled"}, r"comet\.mode='disabled' must be one of offline, online; .*write `comet: null`"),
-        ({"axis": "seconds"}, r"comet\.axis='seconds': places are whole numbers in Comet"),
-        ({"init": {"project_name": "p"}}, r"comet\.init: project_name is an option of the plugin itself, comet\.proj"),
+        ({"axis": "seconds"}, r"comet\.axis='seconds': the service takes whole numbers for places"),
+        ({"init": {"project_name": "p"}}, r"comet\.init: project_name is set by the option comet\.project; leave"),
         ({"init": {"experiment_key": "k"}}, r"comet\.init: experiment_key is set by the plugin, from the run"),
-        ({"init": {"api_key": "k"}}, r"comet\.init: leave api_key out, .* set COMET_API_KEY instead"),
+        (
+            {"init": {"api_key": "k"}},
+            r"comet\.init: api_key is set by the variable COMET_API_KEY",
+        ),
     ],
 )
 def test_options_that_cannot_be(options, words):

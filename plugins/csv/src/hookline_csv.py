@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hookline import Stage
 from hookline.tracking import Run, Tracker
@@ -23,6 +22,8 @@ class Csv(Tracker):
     What is logged at the place of the last row joins it; a name that is new adds a column. The format stands in the
     README.
     """
+
+    local = True
 
     def start(self, run: Run) -> None:
         """Open the table, and drop the rows that training comes to again.
@@ -84,11 +85,6 @@ class Csv(Tracker):
     def _close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the base's state, once all that stands before this state is on disk: it would not come again."""
-        self.catch_up()
-        return super().get_state()
 
     def _rewrite(self, place: float, last: Mapping[str, str] | None = None) -> None:
         """Write the table anew, with the rows up to a place, and take the new for the old at once.

@@ -2,19 +2,16 @@
 
 import csv
 import math
-import os
 import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
+from tests.tracker_readers import of_csv
 
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import Memory, TinyModule, check_plugin, digest, tiny_trainer
+from hookline.testing import Memory, TinyModule, check_killed_tracker, check_plugin, check_tracker, tiny_trainer
+from hookline.testing.faults import run
 from hookline.tracking import Run
 from hookline_csv import Csv
 
@@ -67,6 +64,14 @@ def test_contract(tmp_path):
     check_plugin(Csv, runs_folder=str(tmp_path))
 
 
+def test_what_every_tracker_does(tmp_path):
+    check_tracker(Csv, of_csv, tmp_path)
+
+
+def test_a_run_that_was_killed_goes_on_without_a_row_lost_or_doubled(tmp_path):
+    check_killed_tracker(Csv, of_csv, tmp_path)
+
+
 def test_every_value_is_there_with_all_its_bits(tmp_path):
     recorder = Recorder()
     trainer = train(tmp_path, Csv(), recorder)
@@ -85,11 +90,6 @@ def test_the_axis_names_the_first_column(axis, tmp_path):
     assert places == sorted(set(places))
     assert next(iter(rows[0])) == axis
     assert len(rows) == {"epochs": 3, "seconds": 15}.get(axis, 14)  # one more for the evaluation at the end
-
-
-def test_bits_are_those_of_a_run_without_it(tmp_path):
-    with_it, without = train(tmp_path, Csv(), Recorder()), train(tmp_path, Recorder())
-    assert digest(with_it.module.state_dict()) == digest(without.module.state_dict())
 
 
 # One table, told by hand --------------------------------------------------------------
@@ -231,81 +231,31 @@ def test_rows_are_there_when_a_state_is_stored(tmp_path):
     assert stored.last == [(step, step) for step in range(1, 8)]
 
 
-def test_nothing_of_the_configuration_is_in_the_table(tmp_path):
-    trainer = train(tmp_path, Csv(), config={"tracker": {"password": "open sesame"}})
-    assert "sesame" not in (trainer.run_dir / "metrics.csv").read_text()
-
-
-# Real processes -----------------------------------------------------------------------
-
-
-class Stores(CallbackInterface):
-    """Stores the state after step 4, and kills the process after step 9."""
-
-    @hookimpl
-    def on_boundary(self, trainer, global_step):
-        if global_step == 4:
-            trainer.save("fourth")
-        if global_step == 9:
-            rows = trainer.run_dir / "metrics.csv"
-            deadline = time.monotonic() + 30
-            while not rows.exists() or len(rows.read_text().splitlines()) < 8:
-                assert time.monotonic() < deadline
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    @hookimpl
-    def save(self, trainer):
-        torch.save(trainer.hook.get_run_state(trainer=trainer), trainer.run_dir / "state.pt")
-        return True
+# A full disk --------------------------------------------------------------------------
 
 
 def train_on_a_disk_that_is_full_for_a_while(folder):
-    tracker = Csv()
-    tracker.start(run_of(Path(folder)))
+    tracker, said = Csv(), []
+    tracker.start(run_of(folder))
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for place in range(1, 9):
         if place == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, ((Path(folder) / "metrics.csv").stat().st_size + 3, hard))
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "metrics.csv").stat().st_size + 3, hard))
         if place == 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         try:
             tracker.log_metrics({"a": place / 8}, place)
         except OSError as error:
-            print(error, (Path(folder) / "metrics.csv").read_text()[-1:] == "\n")
+            said.append((str(error), (folder / "metrics.csv").read_text()[-1:]))  # no part of a row stays
     tracker.finish("finished")
-
-
-def in_a_process(what, folder):
-    return subprocess.run([sys.executable, __file__, what, str(folder)], capture_output=True, text=True, timeout=60)
-
-
-def test_a_run_that_was_killed_goes_on_without_a_row_lost_or_doubled(tmp_path):
-    killed = in_a_process("killed", tmp_path / "cut")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    path = tmp_path / "cut" / "run-1" / "metrics.csv"
-    seen = [row["steps"] for row in table(path)]
-    assert seen == list(range(1, len(seen) + 1))
-    assert len(seen) >= 7
-
-    state = torch.load(path.parent / "state.pt", weights_only=False)
-    resumed = train(tmp_path / "cut", Csv(), Recorder(), Memory(state), resume=True)
-    assert len(resumed.module.seen) == 10
-    whole = train(tmp_path / "whole", Csv(), Recorder())
-    assert path.read_bytes() == (whole.run_dir / "metrics.csv").read_bytes()
+    return said
 
 
 def test_a_full_disk_costs_the_rows_that_found_no_room_and_no_others(tmp_path):
-    done = in_a_process("full", tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run(train_on_a_disk_that_is_full_for_a_while, tmp_path)
+    assert done.code == 0, done.output
     assert [row["steps"] for row in table(tmp_path / "metrics.csv")] == [1, 2, 5, 6, 7, 8]
-    assert "only 3 of 8 bytes went into" in done.stdout
-    assert [line.split()[-1] for line in done.stdout.splitlines()] == ["True", "True"]  # no part of a row stays
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "killed":
-        train(sys.argv[2], Csv(), Recorder(), Stores())
-    else:
-        train_on_a_disk_that_is_full_for_a_while(sys.argv[2])
+    (first, _), lasts = zip(*done.value, strict=True)
+    assert "only 3 of 8 bytes went into" in first
+    assert lasts == ("\n", "\n")

@@ -12,13 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookline import Stage, nearest
-from hookline.tracking import Run, Table, Tracker
+from hookline import Stage
+from hookline.tracking import Run, Table, Tracker, below
 
 __version__ = "0.1.0"
 
-OWN = ("report", "save_dvc_exp", "exp_name", "exp_message")  # arguments of Live that are options
-GIVEN = ("dir", "resume", "monitor_system")  # those that the plugin knows, or has no use for
+SET_BY = {  # what sets arguments of Live
+    "report": "the option dvclive.report",
+    "save_dvc_exp": "the option dvclive.save_dvc_exp",
+    "exp_name": "the option dvclive.exp_name",
+    "exp_message": "the option dvclive.exp_message",
+    "dir": "the plugin: values go below the run's folder",
+    "resume": "the plugin, from the run",
+    "monitor_system": "the plugin: it is off, and the plugin monitor logs what the machine does",
+}
 OF_A_REPOSITORY = ("exp_name", "exp_message", "dvcyaml", "cache_images")
 REPORTS = ("md", "html", "notebook")
 BATCHES = "validation_batches"  # a folder of metrics, since their steps count something else
@@ -39,43 +46,28 @@ class Dvclive(Tracker):
     init: dict[str, Any] = field(default_factory=dict)
     """Other arguments of `dvclive.Live`: `dvcyaml`, `cache_images`."""
 
+    local = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.report is not None and self.report not in REPORTS:
             raise ValueError(f"dvclive.report={self.report!r} must be one of {', '.join(REPORTS)}, or null")
-        for name in self.init:
-            if name in OWN:
-                raise ValueError(f"dvclive.init: {name} is an option of the plugin itself, dvclive.{name}")
-            if name in GIVEN:
-                raise ValueError(
-                    f"dvclive.init: {name} is not for you to set; values go below the run's folder, and the plugin "
-                    "monitor logs what the machine does"
-                )
+        self.refuse_set(self.init, SET_BY)
         for name in OF_A_REPOSITORY:
             if not self.save_dvc_exp and (self.init.get(name) or getattr(self, name, None)):
                 raise ValueError(f"dvclive: {name} is about a repository of DVC: it needs dvclive.save_dvc_exp=true")
 
-    def start(self, run: Run) -> str | None:
+    def start(self, run: Run) -> str:
         """Begin to write, or go on with the files of the run that was cut.
 
         An evaluation on its own has a folder of its own.
 
         Raises:
-            RuntimeError: DVCLive is not installed.
-            ValueError: an argument that `Live` does not have.
+            ValueError: DVCLive is not installed, or `init` names what `Live` does not have.
         """
-        try:
-            live: Any = importlib.import_module("dvclive").Live
-        except ImportError as error:
-            raise RuntimeError(
-                f"DVCLive cannot be imported ({error}); `pip install 'dvclive>=3.49.1,<4' hydra-core==1.3.0`"
-            ) from error
-        known = [name for name in inspect.signature(live).parameters if name not in (*OWN, *GIVEN)]
-        for name in self.init:
-            if name not in known:
-                raise ValueError(
-                    f"dvclive.init: Live has no argument {name!r}{nearest(name, known)}; it has {', '.join(known)}"
-                )
+        live: Any = self.import_sdk("dvclive", "'dvclive>=3.49.1,<4' hydra-core==1.3.0").Live
+        known = inspect.signature(live).parameters
+        self.refuse_unknown("init", self.init, "Live", known.keys() - SET_BY.keys())
         training = run.stage is Stage.TRAIN
         self._folder = run.folder / ("dvclive" if training else f"dvclive-{run.stage.value}")
         goes_on = training and run.id is not None
@@ -94,8 +86,8 @@ class Dvclive(Tracker):
             **self.init,
         )
         self._live.step = number(run.place)
-        self._live.log_params(json.loads(json.dumps(run.config, default=str)))
-        return "dvclive" if training else None
+        self._live.log_params(run.plain_config)
+        return "dvclive"
 
     def _go_on(self, run: Run) -> dict[str, Any]:
         """Drop what training comes to again, and what is torn; return the last values."""
@@ -159,9 +151,7 @@ class Dvclive(Tracker):
         self._live.log_image(f"{legal(name)}/{number(place)}.png", pixels)
 
     def log_histogram(self, name: str, values: Any, place: float) -> None:
-        """Write the counts of 64 bins as a plot; of no values there is none."""
-        if not len(values):
-            return
+        """Write the counts of 64 bins as a plot."""
         counts, edges = importlib.import_module("numpy").histogram(values, bins=64)
         points = [
             {"from": float(low), "to": float(high), "count": int(count)}
@@ -172,24 +162,13 @@ class Dvclive(Tracker):
     def log_table(self, name: str, table: Table, place: float) -> None:
         """Write a table as a plot; a cell that is no number, text or truth value becomes its text."""
         columns = [str(column) for column in table.columns]
-        points = [
-            {
-                column: cell if isinstance(cell, bool | int | float | str | None) else str(cell)
-                for column, cell in zip(columns, row, strict=True)
-            }
-            for row in table.rows
-        ]
+        points = [dict(zip(columns, row, strict=True)) for row in table.plain_rows]
         self._live.log_plot(f"{legal(name)}/{number(place)}", points, x=columns[0], y=columns[1:] or columns)
 
     def log_file(self, name: str, path: Path, place: float) -> None:
         """Track a file or a folder, where a repository is used; DVC keeps them nowhere else."""
         if self.save_dvc_exp:
             self._live.log_artifact(str(path), type="model", name=legal(name).replace("/", "-"))
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the base's state, once all that stands before this state is on disk: it would not come again."""
-        self.catch_up()
-        return super().get_state()
 
     def finish(self, status: str) -> None:
         """Write the last values, with the status among them, and what else comes at the end."""
@@ -208,6 +187,5 @@ def number(place: float) -> float:
 
 def legal(name: str) -> str:
     """Return a name that leads nowhere else as a path, and has a column of its own beside the step."""
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-    whole = "/".join(parts) or "_"
-    return f"{whole}_" if parts and parts[-1] == "step" else whole
+    whole = below(name.replace("\\", "/"))
+    return f"{whole}_" if whole.rpartition("/")[2] == "step" else whole

@@ -1,10 +1,8 @@
 """What DVCLive's files hold of real runs, read as its own readers do; also of one that was killed and gone on with."""
 
-import csv
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import types
@@ -12,10 +10,18 @@ import types
 import pytest
 import torch
 from PIL import Image as Pictures
+from tests.tracker_readers import of_dvclive
 
-from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import Memory, TinyModule, digest, tiny_trainer
-from hookline.testing.faults import kill, run
+from hookline import Stage
+from hookline.testing import (
+    TinyModule,
+    Told,
+    check_killed_tracker,
+    check_quiet_tracker,
+    check_tracker,
+    digest,
+    tiny_trainer,
+)
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_dvclive import Dvclive
 
@@ -53,18 +59,6 @@ def train(folder, *plugins, module=None, method="train", **options):
     return trainer
 
 
-class Recorder(CallbackInterface):
-    """Keeps what was logged by name."""
-
-    def __init__(self):
-        self.points = {}
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        for name, value in metrics.items():
-            self.points.setdefault(name, []).append((global_step, value))
-
-
 # Options ------------------------------------------------------------------------------
 
 
@@ -72,8 +66,11 @@ class Recorder(CallbackInterface):
     ("options", "words"),
     [
         ({"report": "pdf"}, r"dvclive\.report='pdf' must be one of md, html, notebook, or null"),
-        ({"init": {"report": "md"}}, r"dvclive\.init: report is an option of the plugin itself, dvclive\.report"),
-        ({"init": {"monitor_system": True}}, r"dvclive\.init: monitor_system is not for you to set; .*plugin monitor"),
+        ({"init": {"report": "md"}}, r"dvclive\.init: report is set by the option dvclive\.report"),
+        (
+            {"init": {"monitor_system": True}},
+            r"dvclive\.init: monitor_system is set by the plugin: it is off, and",
+        ),
         ({"exp_name": "x"}, r"dvclive: exp_name is about a repository of DVC: it needs dvclive\.save_dvc_exp=true"),
         ({"init": {"dvcyaml": "dvc.yaml"}}, r"dvclive: dvcyaml is about a repository of DVC"),
     ],
@@ -84,7 +81,7 @@ def test_options_that_are_refused(options, words):
 
 
 def test_an_argument_that_the_sdk_does_not_take(tmp_path):
-    words = r"dvclive\.init: Live has no argument 'cache_image', did you mean 'cache_images'\?; it has dvcyaml, cache_i"
+    words = r"dvclive\.init: Live has no argument 'cache_image', did you mean 'cache_images'\?; it has cache_im"
     with pytest.raises(ValueError, match=words):
         Dvclive(init={"cache_image": True}).start(Run("run-1", tmp_path, {}, Stage.TRAIN, 0, None))
 
@@ -92,6 +89,7 @@ def test_an_argument_that_the_sdk_does_not_take(tmp_path):
 def test_without_dvclive_it_says_what_to_install(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "dvclive", None)
     assert train(tmp_path, Dvclive()).status == "finished"
+    assert "dvclive needs the module dvclive, which cannot be imported" in caplog.text
     assert "`pip install 'dvclive>=3.49.1,<4' hydra-core==1.3.0`" in caplog.text
 
 
@@ -130,7 +128,7 @@ def drawn():
 
 
 def test_all_that_is_logged_can_be_read_and_no_bit_changes(tmp_path):
-    recorder, before = Recorder(), dict(os.environ)
+    recorder, before = Told(), dict(os.environ)
     config = {"lr": 0.25, "net": {"sizes": [1, 2], "name": "x"}, "none": None}
     trainer = train(tmp_path / "runs", Dvclive(), recorder, module=Shows(), config=config)
     kept = Kept(trainer.run_dir / "dvclive")
@@ -178,47 +176,13 @@ def test_validation_batches_other_axes_and_a_step_back(tmp_path):
     assert (kept.last["step"], kept.last["status"]) == (1, "failed")
 
 
-SCRIPT = """
-import sys
-sys.addaudithook(lambda event, arguments: event == "socket.connect" and print(event, arguments))
-from hookline.testing import tiny_trainer
-from hookline_dvclive import Dvclive
-trainer = tiny_trainer([Dvclive()], runs_folder=sys.argv[1], epochs=1, log_every="1 steps")
-trainer.train()
-"""
-
-
-def test_it_writes_below_the_run_folder_alone_and_connects_nowhere(tmp_path):
-    home, place = tmp_path / "home", tmp_path / "place"
-    home.mkdir()
-    place.mkdir()
-    subprocess.run(["git", "init", "-q", str(place)], check=True)  # of which DVCLive would make one of DVC
-    before = sorted(place.rglob("*"))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("XDG_")}
-    environment |= {"HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", "DVC_STUDIO_TOKEN": "opensesame"}
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "runs")]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_it_writes_below_the_run_folder_alone_and_connects_nowhere(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("XDG_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DVC_STUDIO_TOKEN", "opensesame")
+    subprocess.run(["git", "init", "-q", str(tmp_path / "place")], check=True)  # of which DVCLive would make one of DVC
+    check_quiet_tracker(Dvclive, tmp_path)
     assert len(Kept(tmp_path / "runs" / "run-1" / "dvclive").points("train_loss")) == 7
-    assert [*home.rglob("*")] == []
-    assert sorted(place.rglob("*")) == before
-
-
-@pytest.mark.slow
-@pytest.mark.plugins
-def test_no_secret_of_the_configuration_is_written(tmp_path):
-    (tmp_path / "run.yaml").write_text(
-        "module: {_target_: hookline.testing.TinyModule}\n"
-        "trainer: {epochs: 1, train_batch_size: 8, device: cpu}\n"
-        "plugins: {dvclive: {}}\n"
-        "vars: {password: none, kept: in plain sight}\n"
-    )
-    command = [sys.executable, "-m", "hookline", "fit", "run.yaml", "vars.password=opensesame"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    written = [path.read_bytes() for path in (tmp_path / "runs" / "run-1").rglob("*") if path.is_file()]
-    assert any(b"in plain sight" in content for content in written)
-    assert not any(b"sesame" in content for content in written)
 
 
 # How it ends, and goes on -------------------------------------------------------------
@@ -244,55 +208,32 @@ def test_a_run_that_failed_and_an_evaluation_beside_it(tmp_path):
     assert not (trainer.run_dir / "trackers").exists()
 
 
-class Stores(CallbackInterface):
-    """Stores the state after step 4, and kills the process after step 9, when the values of step 8 are there."""
-
-    @hookimpl
-    def on_boundary(self, trainer, global_step):
-        if global_step == 4:
-            trainer.save("fourth")
-        if global_step == 9:
-            while "\n8\t" not in (trainer.run_dir / "dvclive" / "plots" / "metrics" / "train_loss.tsv").read_text():
-                pass
-            kill()
-
-    @hookimpl
-    def save(self, trainer):
-        state = trainer.hook.get_run_state(trainer=trainer)
-        if trainer.global_step == 4:  # with the state, all that stands before it is stored
-            kept = Kept(trainer.run_dir / "dvclive")
-            assert [step for step, _ in kept.points("train_loss")] == [1, 2, 3, 4]
-        torch.save(state, trainer.run_dir / "state.pt")
-        return True
-
-
-def until_killed(folder):
-    torch.set_num_threads(1)
-    train(folder, Dvclive(), Stores(), epochs=2, evaluate_every="3 steps")
+def test_what_every_tracker_does(tmp_path):
+    check_tracker(Dvclive, of_dvclive, tmp_path, sdk="dvclive")
 
 
 def test_a_run_that_was_killed_is_readable_and_goes_on_with_each_place_once(tmp_path):
-    killed = run(until_killed, tmp_path / "runs")
-    assert killed.code == -signal.SIGKILL, killed.output
-    folder = tmp_path / "runs" / "run-1"
-    with (folder / "dvclive" / "plots" / "metrics" / "train_loss.tsv").open() as file:
-        seen = [int(row["step"]) for row in csv.DictReader(file, delimiter="\t")]
-    assert seen == [*range(1, len(seen) + 1)]
-    assert len(seen) >= 8
-    with (folder / "dvclive" / "plots" / "metrics" / "train_loss.tsv").open("a") as file:
-        file.write("10\t0.")  # torn
-    (folder / "dvclive" / "metrics.json").write_text('{"torn": ')
-    (folder / "dvclive" / "params.yaml").write_text("torn: [")
-
-    state = torch.load(folder / "state.pt", weights_only=False)
-    options = {"epochs": 2, "evaluate_every": "3 steps"}
-    resumed = train(tmp_path / "runs", Dvclive(), Memory(state), **options, resume=str(folder))
-    assert len(resumed.module.seen) == 10
-    recorder = Recorder()
-    train(tmp_path / "whole", recorder, **options)
-    kept = Kept(folder / "dvclive")
-    assert {name: kept.points(name) for name in kept.curves} == recorder.points
+    check_killed_tracker(Dvclive, of_dvclive, tmp_path)
+    kept = Kept(tmp_path / "cut" / "run-1" / "dvclive")
     assert (kept.last["step"], kept.last["status"]) == (14, "finished")
+
+
+def test_what_a_kill_has_torn_is_made_anew(tmp_path):
+    first = Dvclive()
+    identity = first.start(Run("run-1", tmp_path, {"lr": 1}, Stage.TRAIN, 0, None))
+    for place in (1, 2, 3):
+        first.log_metrics({"a": place / 3}, place)
+    with (tmp_path / "dvclive" / "plots" / "metrics" / "a.tsv").open("a") as file:
+        file.write("10\t0.")
+    (tmp_path / "dvclive" / "metrics.json").write_text('{"torn": ')
+    (tmp_path / "dvclive" / "params.yaml").write_text("torn: [")
+    second = Dvclive()
+    second.start(Run("run-1", tmp_path, {"lr": 1}, Stage.TRAIN, 10, identity))
+    second.log_metrics({"a": 4.0}, 11)
+    second.finish("finished")
+    kept = Kept(tmp_path / "dvclive")
+    assert kept.points("a") == [(1, 1 / 3), (2, 2 / 3), (3, 1), (11, 4)]
+    assert (kept.last, kept.params) == ({"a": 4.0, "step": 11, "status": "finished"}, {"lr": 1})
 
 
 def test_a_run_that_goes_on_keeps_last_values_and_drops_batches_behind(tmp_path):

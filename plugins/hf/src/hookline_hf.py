@@ -238,7 +238,7 @@ class HfModule(ModuleInterface):
 
     def get_blocks(self) -> list[torch.nn.Module]:
         """Return the blocks that transformers says are not to be split."""
-        names = getattr(self.model, "_no_split_modules", None) or ()
+        names = getattr(self.model, "_no_split_modules", None) or ()  # transformers says it there alone
         return [module for module in self.model.modules() if type(module).__name__ in names]
 
 

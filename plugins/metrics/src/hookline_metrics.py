@@ -412,7 +412,7 @@ def sync(trainer: Trainer, part: Metric, *_: Any, **__: Any) -> None:
     own = _copied(part.metric_state, torch.device("cpu"))
     ranks = trainer.hook.all_gather(trainer=trainer, value=(trainer.share, own))
     shares = [_copied(state, part.device) for _, state in sorted(dict(ranks).items())]
-    for name, reduction in part._reductions.items():
+    for name, reduction in part._reductions.items():  # as `add_state` was told, which nothing public says again
         of_ranks = [state[name] for state in shares]
         listed = isinstance(of_ranks[0], list)
         values: Any = list(itertools.chain.from_iterable(of_ranks)) if listed else torch.stack(of_ranks)
@@ -485,6 +485,7 @@ class Metrics(CallbackInterface):
                 metric.to(trainer.device)
                 for part in parts(metric).values() if trainer.world_size > 1 else ():
                     if part.dist_sync_fn is None:  # else its own way was chosen for it
+                        # `dist_sync_fn` gathers tensor by tensor; only here is all of a state in one hand
                         part._sync_dist = functools.partial(sync, trainer, part)  # type: ignore[method-assign]
             if metrics:
                 key = f"{own_name}.{stage.value}"

@@ -9,14 +9,14 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from hookline import Stage
-from hookline.tracking import Run, Table, Tracker
+from hookline.tracking import Run, Table, Tracker, below, flat
 
 __version__ = "0.1.0"
 
@@ -27,6 +27,7 @@ ENVIRONMENT = {  # what MLflow does unless the environment says otherwise; reque
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+NEEDS = "'mlflow-skinny>=3.10' sqlalchemy alembic"
 METRICS, PARAMETERS, KEY, VALUE = 1000, 100, 250, 6000  # MLflow's own bounds: of a request, and of characters
 STATUS = {"finished": "FINISHED", "stopped": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 
@@ -42,43 +43,43 @@ class Mlflow(Tracker):
     tags: dict[str, Any] = field(default_factory=dict)
     """Of the run, shown as texts."""
 
+    whole_places = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.axis == "seconds":
-            raise ValueError(
-                "mlflow.axis='seconds': places are whole numbers in MLflow, which keeps the time of each value as "
-                "well; take steps, batches, samples or epochs"
-            )
         if self.tracking_uri is not None and not re.match(r"[\w+.-]+:/|databricks(:|$)", self.tracking_uri):
             raise ValueError(
                 f"mlflow.tracking_uri={self.tracking_uri!r} is no URI; write one like http://127.0.0.1:5000 or "
                 "sqlite:////folder/mlflow.db, or leave it out for a store in the folder of the run"
             )
 
-    def start(self, run: Run) -> str | None:
+    @property
+    def local(self) -> bool:
+        """Whether the store is in the folder of the run."""
+        return self.tracking_uri is None
+
+    def start(self, run: Run) -> str:
         """Begin a run of MLflow, or go on with the one that was cut.
 
         An evaluation on its own is a run of its own, which nobody goes on with.
 
         Raises:
-            RuntimeError: MLflow is not installed.
+            ValueError: MLflow is not installed.
         """
         self._unsent: list[Any] = []
         self._late = False  # whether MLflow could not be given what is unsent
-        self._stored: Counter[tuple[str, int]] = Counter()  # what will come again, and is there
+        self._stored: Counter[tuple[str, float]] = Counter()  # what will come again, and is there
         self._within: dict[str, int] = {}  # the last batch of validations that is there of a name
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         home = run.folder.resolve() / "mlflow"
         if self.tracking_uri is None:
             home.mkdir(exist_ok=True)
-        try:
-            uri = self.tracking_uri or f"sqlite:///{quote(str(home / 'mlflow.db'))}"
-            self._client: Any = importlib.import_module("mlflow").MlflowClient(tracking_uri=uri)
-        except ImportError as error:
-            raise RuntimeError(
-                f"MLflow cannot be imported ({error}); `pip install 'mlflow-skinny>=3.10' sqlalchemy alembic`"
-            ) from error
+        uri = self.tracking_uri or f"sqlite:///{quote(str(home / 'mlflow.db'))}"
+        mlflow = self.import_sdk("mlflow", NEEDS)
+        if self.local:
+            self.import_sdk("mlflow.store.tracking.sqlalchemy_store", NEEDS)
+        self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
         goes_on = run.id is not None and run.stage is Stage.TRAIN
         if goes_on:
             self._go_on(str(run.id), run.place)
@@ -87,7 +88,7 @@ class Mlflow(Tracker):
             tags = {"hookline.stage": run.stage.value, **{name: str(value) for name, value in self.tags.items()}}
             self._run_id: str = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
         self._log_config(run.config)
-        return self._run_id if run.stage is Stage.TRAIN else None
+        return self._run_id
 
     def _go_on(self, run_id: str, place: float) -> None:
         self._run_id = run_id
@@ -110,19 +111,23 @@ class Mlflow(Tracker):
         """Keep the configuration whole, and its values as parameters, which MLflow never lets change."""
         self._client.log_text(self._run_id, json.dumps(config, indent=1, default=str), "config.json")
         there, param = self._client.get_run(self._run_id).data.params, _entity("Param")
-        new = [param(name, value) for name, value in dict(_parameters(config)).items() if name not in there]
+        texts = {
+            _legal(name): (value if isinstance(value, str) else json.dumps(value, default=str))[:VALUE]
+            for name, value in flat(config)
+        }
+        new = [param(name, text) for name, text in texts.items() if name not in there]
         for first in range(0, len(new), PARAMETERS):
             self._client.log_batch(self._run_id, params=new[first : first + PARAMETERS], synchronous=True)
 
     def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
         """Collect values while more waits, and send them at once: a store takes a thousand in the time of five."""
-        metric, now, step = _entity("Metric"), int(time.time() * 1000), int(place)
+        metric, now = _entity("Metric"), int(time.time() * 1000)
         for name, value in metrics.items():
             key = _legal(name)
-            if self._stored[key, step]:
-                self._stored[key, step] -= 1
+            if self._stored[key, place]:
+                self._stored[key, place] -= 1
             else:
-                self._unsent.append(metric(key, value, now, step))
+                self._unsent.append(metric(key, value, now, place))
         self._send_if_due()
 
     def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
@@ -160,12 +165,6 @@ class Mlflow(Tracker):
         put(self._run_id, str(path), f"files/{_legal(name)}")
         self._send_if_due()
 
-    def get_state(self) -> dict[str, Any]:
-        """Answer the base's state, but when a store in the folder of the run has all that stands before a save."""
-        if self.tracking_uri is None:
-            self.catch_up()
-        return super().get_state()
-
     def finish(self, status: str) -> None:
         """Send what is left, and end the run of MLflow."""
         try:
@@ -190,21 +189,10 @@ def _entity(name: str) -> Any:
     return getattr(importlib.import_module("mlflow.entities"), name)
 
 
-def _parameters(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Give the values of a tree as texts, by dotted names."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _parameters(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            yield _legal(f"{prefix}{name}"), text[:VALUE]
-
-
 def _legal(name: str) -> str:
     """Return a name as MLflow takes it: other characters are _, and as a path it leads nowhere else."""
-    parts = [re.sub(r"[^\w\-. :]", "_", part) for part in name.split("/") if part not in ("", ".", "..")]
-    return "/".join(parts)[:KEY].strip("/") or "_"
+    return re.sub(r"[^\w\-. :/]", "_", below(name))[:KEY].strip("/")
 
 
 def _path(kind: str, name: str, place: float, suffix: str) -> str:
-    return f"{kind}/{_legal(name)}/{int(place):09d}{suffix}"
+    return f"{kind}/{_legal(name)}/{place:09d}{suffix}"

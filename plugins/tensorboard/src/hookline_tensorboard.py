@@ -6,32 +6,20 @@ import importlib
 import inspect
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookline import Stage, nearest
-from hookline.tracking import Run, Table, Tracker
+from hookline import Stage
+from hookline.tracking import Run, Table, Tracker, flat
 
 __version__ = "0.1.0"
 
-OWN = ("log_dir", "comment", "purge_step")  # what is said of the folder and of resuming
-
-
-def writer_class() -> Any:
-    """Return torch's writer for TensorBoard.
-
-    Raises:
-        ValueError: it cannot be imported.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError(
-            f"tensorboard needs TensorBoard, which cannot be imported ({error}): `pip install 'tensorboard>=2.18'`"
-        ) from error
-    return SummaryWriter
+SET_BY = {  # what sets arguments of SummaryWriter
+    "log_dir": "the option tensorboard.folder",
+    **dict.fromkeys(("comment", "purge_step"), "the plugin, from the run"),
+}
 
 
 @dataclass(eq=False)
@@ -43,6 +31,8 @@ class Tensorboard(Tracker):
     init: dict[str, Any] = field(default_factory=dict)
     """Other arguments of torch's `SummaryWriter`: `max_queue`, `flush_secs`, `filename_suffix`."""
 
+    local = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
@@ -50,17 +40,13 @@ class Tensorboard(Tracker):
                 f"tensorboard.folder={self.folder!r} must lie below the folder of the run, as 'tensorboard' does; "
                 "trainer.runs_folder says where runs are"
             )
-        if not self.init:
-            return
-        known = [name for name in inspect.signature(writer_class()).parameters if name not in OWN]
-        for name in self.init:
-            if name in OWN:
-                raise ValueError(f"tensorboard.init: {name} is set by the plugin; the folder is tensorboard.folder")
-            if name not in known:
-                raise ValueError(
-                    f"tensorboard.init: SummaryWriter has no argument {name!r}{nearest(name, known)}; "
-                    f"it has {', '.join(known)}"
-                )
+        self.refuse_set(self.init, SET_BY)
+        if self.init:
+            known = inspect.signature(self._writer_class()).parameters
+            self.refuse_unknown("init", self.init, "SummaryWriter", known.keys() - SET_BY.keys())
+
+    def _writer_class(self) -> Any:
+        return self.import_sdk("torch.utils.tensorboard", "'tensorboard>=2.18'").SummaryWriter
 
     def start(self, run: Run) -> None:
         """Open a file of events, and have those dropped that training comes to again.
@@ -68,7 +54,7 @@ class Tensorboard(Tracker):
         Raises:
             ValueError: TensorBoard is not installed.
         """
-        writer = writer_class()
+        writer = self._writer_class()
         self._run, self._place_reached = run.folder, run.place
         self._within: Any = None  # the writer of validations under way
         self._batch_reached = run.batch
@@ -78,10 +64,14 @@ class Tensorboard(Tracker):
             purge = int(run.place) + 1 if run.place else 0
         else:
             folder /= run.stage.value  # beside the curves of the training
-        wait_for_a_later_name(folder)
+        self._wait_for_a_later_name(folder)
         self._writer = writer(str(folder), purge_step=purge, **self.init)
         summary = importlib.import_module("torch.utils.tensorboard.summary")
-        _, begun, self._over = summary.hparams(dict(flat(run.config)), {})
+        parameters = {
+            name: value if isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
+            for name, value in flat(run.config)
+        }
+        _, begun, self._over = summary.hparams(parameters, {})
         self._writer.file_writer.add_summary(begun)
         self._writer.flush()
 
@@ -96,9 +86,9 @@ class Tensorboard(Tracker):
         """Write a point for each value beside the others, because these steps are not theirs."""
         if self._within is None:
             folder = self._run / self.folder / "batches"
-            wait_for_a_later_name(folder)
+            self._wait_for_a_later_name(folder)
             purge = self._batch_reached + 1 if self._batch_reached else 0
-            self._within = writer_class()(str(folder), purge_step=purge, **self.init)
+            self._within = self._writer_class()(str(folder), purge_step=purge, **self.init)
         elif batch <= self._batch_reached:  # a state of before was put back
             drop_behind(self._within, batch)
         self._batch_reached = batch
@@ -115,15 +105,12 @@ class Tensorboard(Tracker):
         self._writer.add_image(name, pixels, self._step(place), dataformats="HWC")
 
     def log_histogram(self, name: str, values: Any, place: float) -> None:
-        """Write a histogram; of no values there is none."""
-        if len(values):
-            self._writer.add_histogram(name, values, self._step(place))
+        """Write a histogram."""
+        self._writer.add_histogram(name, values, self._step(place))
 
     def log_table(self, name: str, table: Table, place: float) -> None:
         """Write a table, as a text that TensorBoard shows as one."""
-        rows = [table.columns, ["---"] * len(table.columns), *table.rows]
-        lines = (" | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in row) for row in rows)
-        self.log_text(name, "\n".join(f"| {line} |" for line in lines), place)
+        self.log_text(name, table.markdown, place)
 
     def log_file(self, name: str, path: Path, place: float) -> None:
         """Write where a file lies: TensorBoard keeps none."""
@@ -139,11 +126,6 @@ class Tensorboard(Tracker):
         if self._within is not None:
             self._within.close()
 
-    def get_state(self) -> dict[str, Any]:
-        """Return the base's state, once all that stands before this state is on disk: it would not come again."""
-        self.catch_up()
-        return super().get_state()
-
     def _step(self, place: float) -> int:
         """Return what TensorBoard is told of a place; where it goes back, what is behind it is dropped."""
         if place < self._place_reached:  # a state of before was put back
@@ -151,26 +133,13 @@ class Tensorboard(Tracker):
         self._place_reached = place
         return int(place)
 
+    def _wait_for_a_later_name(self, folder: Path) -> None:
+        """Wait until a new file of events is sorted behind those that are there: their names begin with the second."""
+        self.wait_until(lambda: not any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")))
+
 
 def drop_behind(writer: Any, step: int) -> None:
     """Have TensorBoard leave out what stands in a folder for this step and later ones."""
     events = importlib.import_module("tensorboard.compat.proto.event_pb2")
     begun = events.SessionLog(status=events.SessionLog.START)
     writer.file_writer.add_event(events.Event(step=step, session_log=begun))
-
-
-def flat(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the leaves of a configuration by dotted keys, as TensorBoard can hold them."""
-    if isinstance(config, Mapping) and config:
-        for key, value in config.items():
-            yield from flat(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(config, (bool, int, float, str)):
-        yield path, config
-    elif path:
-        yield path, json.dumps(config, default=str)
-
-
-def wait_for_a_later_name(folder: Path) -> None:
-    """Wait until a new file of events is sorted behind those that are there: their names begin with the second."""
-    while any(folder.glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
-        time.sleep(0.05)

@@ -1,18 +1,14 @@
 """What TensorBoard's own reader finds of real runs, also of one that was killed and gone on with."""
 
 import math
-import os
-import signal
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.tracker_readers import of_tensorboard
 
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline.testing import Memory, TinyModule, check_plugin, digest, tiny_trainer
+from hookline.testing import Memory, TinyModule, check_killed_tracker, check_plugin, check_tracker, tiny_trainer
 from hookline.tracking import Histogram, Image, Run, Table
 from hookline_tensorboard import Tensorboard
 
@@ -72,18 +68,30 @@ def begun(tmp_path):
     return tracker
 
 
-# Without TensorBoard ------------------------------------------------------------------
+# What every plugin does ---------------------------------------------------------------
 
 
 def test_contract(tmp_path):
     check_plugin(Tensorboard, runs_folder=str(tmp_path))
 
 
+def as_float32(value):
+    return torch.tensor(value).item()
+
+
+def test_what_every_tracker_does(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    sdk = "torch.utils.tensorboard"
+    check_tracker(Tensorboard, of_tensorboard, tmp_path / "runs", sdk=sdk, stored=as_float32)
+    assert [*(tmp_path / "home").iterdir()] == []
+
+
 def test_without_tensorboard_a_run_goes_on_and_says_what_to_install(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train(tmp_path, Tensorboard()).status == "finished"
     assert "tensorboard is switched off" in caplog.text
-    assert "tensorboard needs TensorBoard, which cannot be imported" in caplog.text
+    assert "tensorboard needs the module torch.utils.tensorboard, which cannot be imported" in caplog.text
     assert "`pip install 'tensorboard>=2.18'`" in caplog.text
 
 
@@ -97,8 +105,8 @@ def test_a_folder_that_is_not_the_runs(folder):
     ("init", "words"),
     [
         ({"flush_sec": 1}, "SummaryWriter has no argument 'flush_sec', did you mean 'flush_secs'.*max_queue"),
-        ({"x": 1}, "SummaryWriter has no argument 'x'; it has max_queue, flush_secs, filename_suffix"),
-        ({"log_dir": "x"}, "log_dir is set by the plugin; the folder is tensorboard.folder"),
+        ({"x": 1}, "SummaryWriter has no argument 'x'; it has filename_suffix, flush_secs, max_queue"),
+        ({"log_dir": "x"}, r"log_dir is set by the option tensorboard\.folder; leave it out"),
     ],
 )
 def test_arguments_that_the_writer_does_not_take(init, words):
@@ -133,21 +141,6 @@ def test_the_configuration_is_in_the_table_of_parameters(tmp_path):
     kept = session(read(trainer.run_dir / "tensorboard"), "start").hparams
     values = {name: getattr(value, value.WhichOneof("kind")) for name, value in kept.items()}
     assert values == {"lr": 0.25, "on": 1, "name": "x", "sizes": "[1, 2]", "none": "null", "net.deep": 3, "empty": "{}"}
-
-
-@dataclass(eq=False)
-class Service(CallbackInterface):
-    """Has a secret among its options."""
-
-    password: str = "open sesame"
-    kept: str = "in plain sight"
-
-
-def test_no_secret_of_the_configuration_is_written(tmp_path):
-    trainer = train(tmp_path, Tensorboard(), Service())
-    (file,) = (trainer.run_dir / "tensorboard").iterdir()
-    assert b"in plain sight" in file.read_bytes()
-    assert b"sesame" not in file.read_bytes()
 
 
 class Shows(TinyModule):
@@ -219,11 +212,6 @@ def test_how_a_run_has_ended(tmp_path):
     assert "_hparams_/session_end_info" not in failed.Tags()["tensors"]  # another process may go on with it
 
 
-def test_bits_are_those_of_a_run_without_it(tmp_path):
-    with_it, without = train(tmp_path, Tensorboard(), Recorder()), train(tmp_path, Recorder())
-    assert digest(with_it.module.state_dict()) == digest(without.module.state_dict())
-
-
 def test_an_evaluation_on_its_own_is_beside_the_training(tmp_path):
     trainer = train(tmp_path, Tensorboard())
     metrics = trainer.test()
@@ -265,51 +253,9 @@ def test_validations_under_way_are_beside_the_training(tmp_path):
     assert [step for step, _ in points(read(folder), "train_loss")] == [3, 6, 9, 12, 14]
 
 
-class Stores(CallbackInterface):
-    """Stores the state after step 4, and kills the process when the point of step 8 is in the file."""
-
-    @hookimpl
-    def on_boundary(self, trainer, global_step):
-        if global_step == 4:
-            trainer.save("fourth")
-        if global_step == 9:
-            deadline = time.monotonic() + 60
-            folder = trainer.run_dir / "tensorboard"
-            while not folder.is_dir() or (8 not in dict(points(read(folder), "train_loss"))):
-                assert time.monotonic() < deadline
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    @hookimpl
-    def save(self, trainer):
-        torch.save(trainer.hook.get_run_state(trainer=trainer), trainer.run_dir / "state.pt")
-        return True
-
-
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_without_a_point_lost_or_doubled(tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    environment = {**os.environ, "HOME": str(home)}
-    command = [sys.executable, __file__, str(tmp_path / "runs")]
-    killed = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=100)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert list(home.iterdir()) == []
-    run = tmp_path / "runs" / "run-1"
+    check_killed_tracker(Tensorboard, of_tensorboard, tmp_path, stored=as_float32)
+    run = tmp_path / "cut" / "run-1"
     assert sorted(path.name for path in run.iterdir()) == ["state.pt", "tensorboard"]
-    seen = [step for step, _ in points(read(run / "tensorboard"), "train_loss")]
-    assert seen == list(range(1, len(seen) + 1))
-    assert len(seen) >= 8
-
-    state = torch.load(run / "state.pt", weights_only=False)
-    resumed = train(tmp_path / "runs", Tensorboard(), Memory(state), resume=True)
-    assert len(resumed.module.seen) == 10
-    whole = Recorder()
-    train(tmp_path / "whole", whole)
-    reader = read(run / "tensorboard")
-    assert {name: points(reader, name) for name in reader.Tags()["scalars"]} == whole.points
-    assert texts(reader, "status") == [(14, "finished")]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train(sys.argv[1], Tensorboard(), Stores())
+    assert texts(read(run / "tensorboard"), "status") == [(14, "finished")]

@@ -10,19 +10,21 @@ import os
 import re
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hookline import Stage, nearest, seconds
+from hookline import Stage
 from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
 
 MODES = ("offline", "online")
-OWN = ("project", "entity", "name", "group", "tags", "mode")  # arguments of init that are options
-GIVEN = ("dir", "id", "config", "resume")  # those that the plugin knows
+SET_BY = {  # what sets arguments of wandb.init
+    **{name: f"the option wandb.{name}" for name in ("project", "entity", "name", "group", "tags", "mode")},
+    **dict.fromkeys(("dir", "id", "config", "resume"), "the plugin, from the run"),
+}
 FOLDERS = ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR")
 SETTINGS = {
     "console": "off",  # what is printed stays as it is
@@ -61,11 +63,7 @@ class Wandb(Tracker):
             raise ValueError(
                 f"wandb.mode={self.mode!r} must be one of {', '.join(MODES)}; to turn it off, write `wandb: null`"
             )
-        for name in self.init:
-            if name in OWN:
-                raise ValueError(f"wandb.init: {name} is an option of the plugin itself, wandb.{name}")
-            if name in GIVEN:
-                raise ValueError(f"wandb.init: {name} is set by the plugin, from the run; leave it out")
+        self.refuse_set(self.init, SET_BY)
         settings = self.init.get("settings") or {}
         if not isinstance(settings, Mapping):
             raise ValueError(f"wandb.init.settings must be a mapping of names to values, not {settings!r}")
@@ -73,34 +71,34 @@ class Wandb(Tracker):
         self._row = 0
         self._set: list[str] = []
 
+    @property
+    def local(self) -> bool:
+        """Whether it is written below the run's folder."""
+        return self.mode == "offline"
+
     def start(self, run: Run) -> str:
         """Begin a run, or one more part of the run that is gone on with; return its id.
 
         Raises:
             ValueError: wandb is not installed, `init` names what it does not know, or there is no key for the server.
         """
-        try:
-            wandb: Any = importlib.import_module("wandb")
-        except ImportError as error:
-            raise ValueError(
-                f"wandb needs the package of this name, which cannot be imported ({error}): `pip install 'wandb>=0.31'`"
-            ) from error
-        settings = {**SETTINGS, "silent": self.mode == "offline", **(self.init.get("settings") or {})}
-        arguments = [name for name in inspect.signature(wandb.init).parameters if name not in (*OWN, *GIVEN)]
-        refuse_unknown("wandb.init", self.init, arguments)
-        refuse_unknown("wandb.init.settings", settings, wandb.Settings.model_fields)
+        wandb = self.import_sdk("wandb", "'wandb>=0.31'")
+        settings = {**SETTINGS, "silent": self.local, **(self.init.get("settings") or {})}
+        known = inspect.signature(wandb.init).parameters
+        self.refuse_unknown("init", self.init, "wandb.init", known.keys() - SET_BY.keys())
+        self.refuse_unknown("init.settings", settings, "wandb.Settings", wandb.Settings.model_fields)
         self._wandb = wandb
         self._last: float | None = None  # the last place that is stored already, where training comes to it again
         self._names: set[str] = set()  # and what is stored of it
         try:
-            if self.mode == "offline":
+            if self.local:
                 self._stay_below(run.folder / "wandb")
             else:
                 if "base_url" in settings:  # by `login(host=...)` it would become the user's own for good
                     wandb.setup(settings=wandb.Settings(base_url=settings["base_url"]))
                 if not wandb.login(prompt=False, verify=False):
                     raise ValueError("there is no key for the server: set WANDB_API_KEY, or call `wandb login` once")
-            wait_for_a_later_name(run.folder / "wandb", run.id)
+            self._wait_for_a_later_name(run.folder / "wandb", run.id)
             self._run = wandb.init(
                 mode=self.mode,
                 project=self.project,
@@ -125,7 +123,7 @@ class Wandb(Tracker):
             self._find_last(run)
         if run.stage is not Stage.TRAIN:
             self._last = None  # an evaluation is not done again
-        if self.mode == "offline":
+        if self.local:
             self._log = RunLog(Path(self._run.settings.sync_file))
         return str(self._run.id)
 
@@ -153,17 +151,12 @@ class Wandb(Tracker):
         self._add({name: lambda: self._wandb.Image(pixels)}, place)
 
     def log_histogram(self, name: str, values: Any, place: float) -> None:
-        """Log a histogram of 64 bins; of no values there is none."""
-        if len(values):
-            self._add({name: lambda: self._wandb.Histogram(values)}, place)
+        """Log a histogram of 64 bins."""
+        self._add({name: lambda: self._wandb.Histogram(values)}, place)
 
     def log_table(self, name: str, table: Table, place: float) -> None:
         """Log a table; a cell that is no number, text or truth value becomes its text."""
-        rows = [
-            [cell if isinstance(cell, bool | int | float | str | None) else str(cell) for cell in row]
-            for row in table.rows
-        ]
-        columns = list(table.columns)
+        columns, rows = list(table.columns), table.plain_rows
         self._add({name: lambda: self._wandb.Table(columns=columns, data=rows, allow_mixed_types=True)}, place)
 
     def log_file(self, name: str, path: Path, place: float) -> None:
@@ -185,20 +178,20 @@ class Wandb(Tracker):
         self._log = None
         self._free_folders()
 
-    def get_state(self) -> dict[str, Any]:
-        """Return the base's state, once all that stands before this state is in the file: it would not come again."""
-        if self.mode == "offline":
-            self.catch_up()
-            self._wait_for(lambda log: log.next_row >= self._row)
-        return super().get_state()
+    def catch_up(self) -> None:
+        """Wait until all that was logged so far is taken, and in the file."""
+        super().catch_up()
+        self._wait_for(lambda log: log.next_row >= self._row)
 
     def _wait_for(self, stored: Callable[[RunLog], bool]) -> None:
         """Wait until something is in the file: a process of the SDK writes it, and a kill takes what it has not yet."""
-        deadline = time.monotonic() + seconds(self.close_timeout)
-        while (log := self._log) is not None and not stored(log.read()):
-            if time.monotonic() > deadline:
-                self._log = None  # that process is gone, say: not again at each save
-            time.sleep(0.01)
+        log = self._log
+        if log is not None and not self.wait_until(lambda: stored(log.read())):
+            self._log = None  # that process is gone, say: not again at each save
+
+    def _wait_for_a_later_name(self, folder: Path, identity: str | None) -> None:
+        """Wait until the folder of one more part of a run gets a name of its own: it says the second of its start."""
+        self.wait_until(lambda: not any(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{identity}")))
 
     def _add(self, values: Mapping[str, Any], place: float) -> None:
         """Log a row of values, or of functions that make them, without those that are stored already."""
@@ -304,22 +297,3 @@ class RunLog:
                 self._at = begin + at
                 yield parts
                 parts = b""
-
-
-def wait_for_a_later_name(folder: Path, identity: str | None) -> None:
-    """Wait until the folder of one more part of a run gets a name of its own: it says the second of its start."""
-    while any(folder.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{identity}")):
-        time.sleep(0.05)
-
-
-def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse names that are not known, with the nearest that is.
-
-    Raises:
-        ValueError: a name that is not known.
-    """
-    names = sorted(known)
-    for name in given:
-        if name not in names:
-            few = f"; it has {', '.join(names)}" if len(names) < 40 else ""
-            raise ValueError(f"{where}: wandb has no argument {name!r}{nearest(name, names)}{few}")

@@ -39,6 +39,22 @@ class Window:
         """Have so many micro-batches at the end of the next window that only keep ranks in step."""
         self.padding = micro_batches
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one micro-batch on one rank.
+
+        Raises:
+            ValueError: the samples of a step cannot be shared equally.
+        """
+        total, shares = self.run.options.train_batch_size, self.run.shares
+        parts = shares * self.size
+        if total % parts:
+            raise ValueError(
+                f"train_batch_size={total} cannot be shared equally by {shares} rank(s) × "
+                f"{self.size} micro-batch(es) = {parts}; it leaves {total % parts} over"
+            )
+        return int(total // parts)
+
     # A window -------------------------------------------------------------------------
 
     def begin(self, batches: Sequence[Any]) -> int:

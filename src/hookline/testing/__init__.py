@@ -1,4 +1,4 @@
-"""What a plugin's author needs to test it: a tiny trainer, hand-written loops, budgets, a check of the contract."""
+"""What a plugin's author needs to test it: a tiny trainer, hand-written loops, budgets, checks of the contract."""
 
 from hookline.testing.budgets import Budget, calls_per_step, count_syncs
 from hookline.testing.check import check_plugin
@@ -6,13 +6,18 @@ from hookline.testing.digest import digest
 from hookline.testing.memory import Memory
 from hookline.testing.ranks import run_ranks
 from hookline.testing.tiny import TinyModule, hand_written_loop, tiny_trainer
+from hookline.testing.trackers import Told, check_killed_tracker, check_quiet_tracker, check_tracker
 
 __all__ = [
     "Budget",
     "Memory",
     "TinyModule",
+    "Told",
     "calls_per_step",
+    "check_killed_tracker",
     "check_plugin",
+    "check_quiet_tracker",
+    "check_tracker",
     "count_syncs",
     "digest",
     "hand_written_loop",

@@ -6,35 +6,32 @@ at the end; when that is, what is handed over and what becomes of failures is th
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import json
 import logging
 import math
 import os
-import queue
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hookline.cadence import seconds
 from hookline.counters import UNITS, snapshot
 from hookline.installed import name_of, nearest
 from hookline.interfaces import CallbackInterface, Stage
 from hookline.marks import hookimpl
-from hookline.tracking.values import Histogram, Image, Table, prepared
+from hookline.tracking.clerk import Clerk
+from hookline.tracking.values import Histogram, Image, Table, below, flat, prepared
 
 if TYPE_CHECKING:
     from hookline.trainer import Trainer
 
-__all__ = ["Histogram", "Image", "Run", "Table", "Tracker"]
+__all__ = ["Histogram", "Image", "Run", "Table", "Tracker", "below", "flat"]
 
 AXES = ("steps", "batches", "samples", "epochs", "seconds")
-WAITING = 1000  # calls that may wait for the thread; more are dropped
-FAILURES_ALLOWED = 3  # of one method in a row, before it is switched off
+FEW = 40  # names that a message lists
 
 log = logging.getLogger("hookline.tracking")
 
@@ -56,6 +53,11 @@ class Run:
     batch: int = 0
     """How many validation batches were told of by `log_batch`, up to where it goes on."""
 
+    @property
+    def plain_config(self) -> Any:
+        """`config` as JSON has it: dictionaries, lists, and texts for what JSON lacks."""
+        return json.loads(json.dumps(self.config, default=str))
+
 
 @dataclass(eq=False)
 class Tracker(CallbackInterface):
@@ -76,6 +78,8 @@ class Tracker(CallbackInterface):
     """How long the end of a run waits for what the service has not taken yet."""
 
     observer = True  # what is private here has two underscores: subclasses have names of their own
+    whole_places: ClassVar[bool] = False
+    """Whether the service takes whole numbers alone for places: it is given these, and `axis` cannot be seconds."""
 
     def __post_init__(self) -> None:
         own = name_of(type(self))
@@ -84,8 +88,14 @@ class Tracker(CallbackInterface):
             raise ValueError(
                 f"{own}.axis={self.axis!r} must be one of {', '.join(AXES)}, or the name of a logged value{near}"
             )
-        self.__patience = seconds(self.close_timeout, f"{own}.close_timeout")
-        self.__clerk: _Clerk | None = None
+        if self.whole_places and self.axis == "seconds":
+            raise ValueError(
+                f"{own}.axis='seconds': the service takes whole numbers for places, and keeps the time of each value "
+                "as well; take steps, batches, samples or epochs"
+            )
+        self.patience = seconds(self.close_timeout, f"{own}.close_timeout")
+        """`close_timeout` in seconds."""
+        self.__clerk: Clerk | None = None
         self.__config: Mapping[str, Any] = {}
         self.__stage = Stage.TRAIN
         self.__reached: float | None = None  # the last value of the name that `axis` is
@@ -122,9 +132,68 @@ class Tracker(CallbackInterface):
         """End the run of the service: "finished", "stopped", "preempted" or "failed"."""
 
     @property
+    def local(self) -> bool:
+        """Whether it is kept in files: a save then waits until all that was logged before it is written."""
+        return False
+
+    @property
     def waiting(self) -> int:
         """How many calls wait for the thread: a service that takes much at once is given it when there are none."""
         return 0 if self.__clerk is None else self.__clerk.waiting
+
+    # What it says to an SDK ---------------------------------------------------------------
+
+    def import_sdk(self, module: str, needs: str) -> Any:
+        """Import what speaks to the service.
+
+        Args:
+            module: its name in Python.
+            needs: what pip is to be told where it is missing.
+
+        Raises:
+            ValueError: it cannot be imported.
+        """
+        try:
+            return importlib.import_module(module)
+        except ImportError as error:
+            own = name_of(type(self))
+            raise ValueError(
+                f"{own} needs the module {module}, which cannot be imported ({error}): `pip install {needs}`"
+            ) from error
+
+    def refuse_set(self, init: Iterable[str], set_by: Mapping[str, str]) -> None:
+        """Refuse arguments of the SDK in the option `init` that something else sets: an option of the plugin, say.
+
+        Args:
+            init: the names that are given.
+            set_by: what sets an argument.
+
+        Raises:
+            ValueError: one of these arguments is given.
+        """
+        for name in init:
+            if name in set_by:
+                raise ValueError(f"{name_of(type(self))}.init: {name} is set by {set_by[name]}; leave it out")
+
+    def refuse_unknown(self, where: str, given: Iterable[str], sdk: str, known: Iterable[str]) -> None:
+        """Refuse arguments that the SDK does not have, with the nearest that it has.
+
+        Args:
+            where: the option in which they are given.
+            given: their names.
+            sdk: what takes arguments.
+            known: the names of these.
+
+        Raises:
+            ValueError: one that is not known.
+        """
+        names = sorted(known)
+        for name in given:
+            if name not in names:
+                few = f"; it has {', '.join(names)}" if len(names) < FEW else ""
+                raise ValueError(
+                    f"{name_of(type(self))}.{where}: {sdk} has no argument {name!r}{nearest(name, names)}{few}"
+                )
 
     # When -------------------------------------------------------------------------------
 
@@ -158,19 +227,30 @@ class Tracker(CallbackInterface):
                 part.write_text(json.dumps({"id": identity}))
                 os.replace(part, note)
 
-        self.__clerk = _Clerk(str(trainer.plugins.get_name(self)), start)
+        self.__clerk = Clerk(str(trainer.plugins.get_name(self)), start)
 
     def catch_up(self) -> None:
         """Wait until all that was logged so far is taken, for `close_timeout` at the longest.
 
-        For a tracker of files, to be called by its `get_state`: a run that is killed after a save then has all that
-        stands before it, and none of it comes again.
+        A tracker of files (`local`) does at each save: a run that is killed behind it then has all that stands before,
+        and none of it comes again. Who hands it to another thread or process overrides this, to wait for that too.
         """
         if self.__clerk is not None:
-            self.__clerk.wait(self.__patience)
+            self.__clerk.wait(self.patience)
+
+    def wait_until(self, done: Callable[[], bool]) -> bool:
+        """Wait until something is done by others, for `close_timeout` at the longest; return whether it is."""
+        deadline = time.monotonic() + self.patience
+        while not done():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        return True
 
     def get_state(self) -> dict[str, Any]:
         """Return where the run stands on an axis that is no counter; who overrides it adds this to his own."""
+        if self.local:
+            self.catch_up()
         return {} if self.__reached is None else {"axis": self.axis, "place": self.__reached}
 
     def update_state(self, state: dict[str, Any]) -> None:
@@ -178,10 +258,9 @@ class Tracker(CallbackInterface):
         self.__reached = state.get("place") if state.get("axis") == self.axis else None
 
     def __place(self, trainer: Trainer) -> float:
-        if self.axis not in AXES:
-            return self.__reached or 0
         counted: dict[str, float] = dict(zip(UNITS, snapshot(trainer.counters), strict=True))
-        return counted[self.axis]
+        place = counted[self.axis] if self.axis in AXES else self.__reached or 0
+        return int(place) if self.whole_places else place
 
     @hookimpl
     def on_log(self, trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
@@ -217,103 +296,9 @@ class Tracker(CallbackInterface):
 
     def __end(self, status: str) -> None:
         if self.__clerk is not None:
-            self.__clerk.close(lambda: self.finish(status), self.__patience)
+            self.__clerk.close(lambda: self.finish(status), self.patience)
             self.__clerk = None
 
     def __tell(self, method: Callable[..., None], *arguments: Any) -> None:
         if self.__clerk is not None:
             self.__clerk.tell(method.__name__, lambda: method(*arguments))
-
-
-class _Clerk:
-    """Does calls in a thread of its own, one after the other, whatever becomes of them."""
-
-    def __init__(self, name: str, start: Callable[[], None]) -> None:
-        self.name = name
-        # By the name of the method; None is the end.
-        self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(WAITING)
-        self._finish: Callable[[], None] | None = None
-        self._lost: Counter[str] = Counter()  # calls by method: of the thread, which alone counts here
-        self._dropped: Counter[str] = Counter()  # and where there was no room
-        self._failing: Counter[str] = Counter()  # how many failed in a row
-        self._thread = threading.Thread(target=self._work, args=[start], name=f"hookline-{name}", daemon=True)
-        self._thread.start()
-
-    @property
-    def waiting(self) -> int:
-        """How many calls have not begun."""
-        return self._calls.qsize()
-
-    def tell(self, what: str, call: Callable[[], None]) -> None:
-        """Have something done soon; it is dropped where too much waits."""
-        try:
-            self._calls.put_nowait((what, call))
-        except queue.Full:
-            if not self._dropped:
-                log.warning(
-                    "%s is slower than training, or hangs: %d calls wait for it, and more are dropped until there is "
-                    "room", self.name, WAITING,
-                )  # fmt: skip
-            self._dropped[what] += 1
-
-    def wait(self, patience: float) -> None:
-        """Wait until nothing waits any more, not for ever."""
-        with self._calls.all_tasks_done:
-            self._calls.all_tasks_done.wait_for(lambda: not self._calls.unfinished_tasks, patience)
-
-    def close(self, finish: Callable[[], None], patience: float) -> None:
-        """Have the last thing done, and wait for all of it, not for ever."""
-        deadline = time.monotonic() + patience
-        self._finish = finish
-        with contextlib.suppress(queue.Full):
-            self._calls.put(None, timeout=patience)
-        self._thread.join(max(deadline - time.monotonic(), 0))
-        lost = Counter(dict(self._lost)) + self._dropped
-        if self._thread.is_alive():
-            log.warning("%s has not taken all within %g s (close_timeout): the run ends without", self.name, patience)
-            with self._calls.mutex:
-                lost.update(told[0] for told in self._calls.queue if told is not None)
-        if lost:
-            said = ", ".join(f"{count} of {what}" for what, count in lost.items())
-            log.warning("calls of %s failed or were dropped, and may be missing in its run: %s", self.name, said)
-
-    def _work(self, start: Callable[[], None]) -> None:
-        started = self._try(start, "it could not start")
-        while (told := self._calls.get()) is not None:
-            what, call = told
-            if started and self._failing[what] < FAILURES_ALLOWED:
-                self._do(what, call)
-            else:
-                self._lost[what] += 1
-            self._calls.task_done()
-        if started and self._finish is not None:
-            self._try(self._finish, "it could not end its run")
-
-    def _do(self, what: str, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            if not self._lost[what]:
-                log.warning("%s of %s failed, and training goes on: %s", what, self.name, said)
-            self._lost[what] += 1
-            self._failing[what] += 1
-            if self._failing[what] == FAILURES_ALLOWED:
-                log.warning(
-                    "%s of %s is switched off, and training goes on without it: %d failures in a row, the last: %s",
-                    what, self.name, FAILURES_ALLOWED, said,
-                )  # fmt: skip
-        else:
-            self._failing[what] = 0
-
-    def _try(self, call: Callable[[], None], why: str) -> bool:
-        """Do the first or the last call and return whether it has not failed; else say so."""
-        try:
-            call()
-        except Exception as error:
-            log.warning(
-                "%s is switched off, and training goes on without it: %s: %s: %s",
-                self.name, why, type(error).__name__, error,
-            )  # fmt: skip
-            return False
-        return True

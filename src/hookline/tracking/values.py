@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,38 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
+    @property
+    def plain_rows(self) -> list[list[Any]]:
+        """The rows with the text of each cell that is no number, text, truth value or None."""
+        return [
+            [cell if isinstance(cell, bool | int | float | str | None) else str(cell) for cell in row]
+            for row in self.rows
+        ]
+
+    @property
+    def markdown(self) -> str:
+        """The table as a text."""
+        rows = [self.columns, ["---"] * len(self.columns), *self.rows]
+        lines = (" | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in row) for row in rows)
+        return "\n".join(f"| {line} |" for line in lines)
+
+
+def flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the leaves of a configuration by dotted names; an empty mapping is one."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def below(name: str) -> str:
+    """Return a name that as a path leads nowhere but below where it is put."""
+    return "/".join(part for part in name.split("/") if part not in ("", ".", "..")) or "_"
+
 
 def prepared(value: Any) -> tuple[str, Any] | None:
-    """Return the kind of a value and what trackers are given of it, which nobody changes any more; None for others."""
+    """Return the kind of a value and what trackers are given of it, which nobody changes any more; None for nothing."""
     if isinstance(value, str):
         return "text", value
     if isinstance(value, Path):
@@ -46,7 +75,8 @@ def prepared(value: Any) -> tuple[str, Any] | None:
         return "table", Table(list(value.columns), [list(row) for row in value.rows])
     if isinstance(value, Histogram):
         numbers = as_array(value.values).astype("float64").ravel()
-        return "histogram", numbers[abs(numbers) < float("inf")]
+        numbers = numbers[abs(numbers) < float("inf")]
+        return ("histogram", numbers) if len(numbers) else None
     if isinstance(value, Image):
         return "image", as_pixels(as_array(value.pixels))
     if hasattr(value, "canvas") and hasattr(value, "savefig"):

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hookline import ModuleInterface, Stage, Trainer, hookimpl
 from hookline_accmt import data
 from hookline_accmt.module import AcceleratorModule, check, step_of
+from hookline_accmt.options import Options
 from hookline_accmt.status import StatusDict
-
-if TYPE_CHECKING:
-    from hookline_accmt.plugin import Accmt
 
 log = logging.getLogger("hookline.accmt")
 
@@ -28,12 +26,12 @@ class Bridge(ModuleInterface):
         trainer: whose run it is.
     """
 
-    def __init__(self, user: AcceleratorModule, accmt: Accmt, trainer: Trainer) -> None:
+    def __init__(self, user: AcceleratorModule, accmt: Options, trainer: Trainer) -> None:
         super().__init__()
         check(user)
         self.model = user.model
         vars(user).pop("model", None)
-        user._bridge = self
+        user._owner = self
         self.user = user
         self.accmt = accmt
         self._place = accmt.place

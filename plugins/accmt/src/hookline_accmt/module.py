@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from hookline_accmt.bridge import Bridge
 
 
 class AcceleratorModule:
@@ -28,21 +25,21 @@ class AcceleratorModule:
     status_dict: Mapping[str, Any]
     device: torch.device
     teacher: torch.nn.Module | None = None
-    _bridge: Bridge | None = None  # who owns the model, from `fit` on
+    _owner: torch.nn.Module | None = None  # who has the model as its own, from `fit` on
 
     @property
     def model(self) -> Any:
         """The model that is trained, with what plugins have replaced of it."""
-        if self._bridge is not None:
-            return self._bridge.model
+        if self._owner is not None:
+            return self._owner.model
         if "model" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no self.model yet: set it in __init__")
         return vars(self)["model"]
 
     @model.setter
     def model(self, model: Any) -> None:
-        if self._bridge is not None:
-            self._bridge.model = model
+        if self._owner is not None:
+            self._owner.model = model
         else:
             vars(self)["model"] = model
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from importlib import metadata
 from typing import Any
 
 import hookline
@@ -37,36 +38,53 @@ class Handler(enum.Enum):
         return {"KEYBOARD": "keyboard", "CUDA_OUT_OF_MEMORY": "out_of_memory"}.get(self.name, "any")
 
 
-@dataclass
 class Monitor:
-    """What is logged."""
+    """What is logged: the options of the plugin monitor, by their names."""
 
-    learning_rate: bool = False
-    train_loss: bool = True
-    validation_loss: bool = True
-    additional_metrics: bool = True
-    grad_norm: bool = False
-    gpu_utilization: bool = False
-    cpu_utilization: bool = False
+    def __init__(self, **wanted: bool) -> None:
+        vars(self).update(wanted)
+        self.options()
 
     @classmethod
     def of(cls, given: Any) -> Monitor:
         """Return what is given, an object or its fields by name.
 
         Raises:
-            TypeError: a name that is none, with the nearest that is, or a value that is neither true nor false.
+            TypeError: something else, or what `options` refuses.
         """
         if isinstance(given, cls):
-            made = given
-        elif isinstance(given, Mapping):
-            refuse_unknown("monitor", given, [field.name for field in fields(cls)])
-            made = cls(**given)
-        else:
-            raise TypeError(f"monitor={given!r} must be a Monitor or a mapping of its fields")
-        for name, value in vars(made).items():
+            return given
+        if isinstance(given, Mapping):
+            return cls(**given)
+        raise TypeError(f"monitor={given!r} must be a Monitor or a mapping of its fields")
+
+    def options(self) -> dict[str, bool]:
+        """Return the options of the plugin.
+
+        Raises:
+            TypeError: a name that is none, with the nearest that is, or a value that is neither true nor false.
+        """
+        refuse_unknown("monitor", vars(self), options_of("monitor", "monitor"))
+        for name, value in vars(self).items():
             if not isinstance(value, bool):
                 raise TypeError(f"monitor: {name}={value!r} must be true or false")
-        return made
+        return {**vars(self)}
+
+
+def options_of(plugin: str, argument: str) -> list[str]:
+    """Return the options of an installed plugin.
+
+    Args:
+        plugin: its name.
+        argument: what asks for it.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    found = [*metadata.entry_points(group="hookline.plugins", name=plugin)]
+    if not found:
+        raise ValueError(f"{argument}: there is no plugin {plugin!r}: `pip install hookline-{plugin}`")
+    return [field.name for field in fields(found[0].load()) if field.init]
 
 
 def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import itertools
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from typing import Any, ClassVar
 
-from hookline_accmt.names import refuse_unknown
+from hookline_accmt.names import options_of, refuse_unknown
 
 
 class Tracker:
@@ -42,12 +40,7 @@ class Tracker:
     @classmethod
     def own(cls) -> list[str]:
         """Return the options of the plugin."""
-        found = [*metadata.entry_points(group="hookline.plugins", name=cls.plugin)]
-        if not found:
-            raise ValueError(
-                f"log_with={cls.__name__}: there is no plugin {cls.plugin!r}: `pip install hookline-{cls.plugin}`"
-            )
-        return [field.name for field in dataclasses.fields(found[0].load()) if field.init]
+        return options_of(cls.plugin, f"log_with={cls.__name__}")
 
     @classmethod
     def of_service(cls) -> list[str]:

@@ -7,7 +7,6 @@ import logging
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ class Trainer:
         if compile:
             self._plugins["compile"] = {}
         if monitor is not None:
-            self._plugins["monitor"] = asdict(Monitor.of(monitor))
+            self._plugins["monitor"] = Monitor.of(monitor).options()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self._plugins["ddp"] = {}
         known = [name for name in inspect.signature(Trainer).parameters if name != "kwargs"]

@@ -340,7 +340,7 @@ class _Joiner:
     def ordered_dict(self, value: list[Any]) -> OrderedDict[Any, Any]:
         joined: Any = OrderedDict(self.pairs(value[0]))
         if value[1] is not None:
-            joined._metadata = self.decode(value[1])
+            joined._metadata = self.decode(value[1])  # where `load_state_dict` looks for the versions of modules
         return joined  # type: ignore[no-any-return]
 
     def defaultdict(self, value: list[Any]) -> defaultdict[Any, Any]:

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import torch
 import hookline
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, require_metrics, seconds
 from hookline import every as cadence
-from hookline_checkpoint import __version__, fingerprint, storage
+from hookline_checkpoint import fingerprint, storage
 from hookline_checkpoint.background import Background
 from hookline_checkpoint.codec import join, split, tree_to_bytes
 from hookline_checkpoint.layout import contents, own, pack, shares, unpack, unpack_shared
@@ -407,7 +408,7 @@ def describe(trainer: Trainer, reason: str, state: Mapping[str, Any]) -> dict[st
         "fingerprint": fingerprint.take(trainer),
         "versions": {
             "hookline": hookline.__version__,
-            "hookline-checkpoint": __version__,
+            "hookline-checkpoint": metadata.version("hookline-checkpoint"),
             "python": platform.python_version(),
             "torch": torch.__version__,
         },

@@ -21,11 +21,16 @@ from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
 
-OWN = ("project_name", "task_name", "tags")  # arguments of Task.init that are options
-GIVEN = (  # those that the plugin knows: a process that does nothing else has no parser, frameworks or output
+GIVEN = (  # arguments that the plugin knows: a process that does nothing else has no parser, frameworks or output
     "reuse_last_task_id", "continue_last_task", "deferred_init", "auto_connect_arg_parser", "auto_connect_frameworks",
     "auto_connect_streams",
 )  # fmt: skip
+SET_BY = {  # what sets arguments of Task.init
+    "project_name": "the option clearml.project_name",
+    "task_name": "the option clearml.task_name",
+    "tags": "the option clearml.tags",
+    **dict.fromkeys(GIVEN, "the plugin"),
+}
 SETTINGS = "sdk { development { report_use_subprocess: false } }\n"  # a second process would lose points
 
 
@@ -46,22 +51,19 @@ class Clearml(Tracker):
     start_timeout: str = "1 min"
     """How long ClearML may take to begin: by itself it would wait for a server for ever."""
 
+    whole_places = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.axis == "seconds":
-            raise ValueError(
-                "clearml.axis='seconds': places are whole numbers in ClearML, which keeps the time of each value as "
-                "well; take steps, batches, samples or epochs"
-            )
-        for name in self.init:
-            if name in OWN:
-                raise ValueError(f"clearml.init: {name} is an option of the plugin itself, clearml.{name}")
-            if name in GIVEN:
-                raise ValueError(f"clearml.init: {name} is set by the plugin; leave it out")
+        self.refuse_set(self.init, SET_BY)
         self._start_patience = seconds(self.start_timeout, "clearml.start_timeout")
-        self._close_patience = seconds(self.close_timeout)
 
-    def start(self, run: Run) -> str | None:
+    @property
+    def local(self) -> bool:
+        """Whether it is written below the run's folder."""
+        return self.offline
+
+    def start(self, run: Run) -> str:
         """Begin a task, or go on with the one that was cut.
 
         An evaluation on its own is a task of its own, which nobody goes on with.
@@ -83,18 +85,17 @@ class Clearml(Tracker):
             **({} if training else {"task_type": "testing"}),
             **self.init,
         }
-        config = json.loads(json.dumps(run.config, default=str))
         before = run.id if training else None
-        where = int(run.place) + 1, run.batch + 1
+        where = run.place + 1, run.batch + 1
         answer = self._service.ask(
-            "start", home, arguments, config, run.stage.value, before, *where, patience=self._start_patience
+            "start", home, arguments, run.plain_config, run.stage.value, before, *where, patience=self._start_patience
         )
-        return str(answer) if training else None
+        return str(answer)
 
     def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
         """Report values; where training goes back, what is stored behind that is dropped offline."""
         if place < self._last:
-            self._service.ask("drop", int(place), math.inf)
+            self._service.ask("drop", place, math.inf)
         self._last = place
         self._tell("log_metrics", dict(metrics), f"{self.axis} {place:g}", place=place)
 
@@ -114,27 +115,16 @@ class Clearml(Tracker):
         self._tell("log_image", name, pixels, place=place)
 
     def log_histogram(self, name: str, values: Any, place: float) -> None:
-        """Report a histogram of 64 bins as a plot; of no values there is none."""
-        if len(values):
-            self._tell("log_histogram", name, values, place=place)
+        """Report a histogram of 64 bins as a plot."""
+        self._tell("log_histogram", name, values, place=place)
 
     def log_table(self, name: str, table: Table, place: float) -> None:
         """Report a table as a plot; a cell that is no number, text or truth value becomes its text."""
-        rows = [
-            [cell if isinstance(cell, bool | int | float | str | None) else str(cell) for cell in row]
-            for row in table.rows
-        ]
-        self._tell("log_table", name, [list(table.columns), *rows], place=place)
+        self._tell("log_table", name, [list(table.columns), *table.plain_rows], place=place)
 
     def log_file(self, name: str, path: Path, place: float) -> None:
         """Upload a file, or a folder as a zip, as an artifact; a later one of that name takes its place."""
         self._tell("log_file", name, path, place=place)
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the base's state, once all that stands before this state is on disk: it would not come again."""
-        if self.offline:
-            self.catch_up()
-        return super().get_state()
 
     def finish(self, status: str) -> None:
         """End the task: preempted it is stopped, failed it is failed, else completed.
@@ -142,11 +132,11 @@ class Clearml(Tracker):
         Raises:
             TimeoutError: ClearML has not taken all within `close_timeout`.
         """
-        self._service.end(status, self._close_patience)
+        self._service.end(status, self.patience)
 
     def _tell(self, what: str, *arguments: Any, place: float) -> None:
         """Have something reported, and be on disk if nothing else waits."""
-        self._service.ask(what, *arguments, int(place))
+        self._service.ask(what, *arguments, place)
         if self.offline and not self.waiting:
             self._service.ask("flush")
 

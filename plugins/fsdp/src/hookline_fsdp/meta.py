@@ -50,10 +50,12 @@ def give_values(model: torch.nn.Module, block: torch.nn.Module, device: torch.de
         setattr(module, name, made[id(tensor)])
     fresh = {id(made[id(tensor)]) for _, _, tensor in places if tensor.is_meta}
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # torch counts here alone how often a tensor was written to
         versions = {name: weight._version for name, weight in inner.items()}
         for module in reversed(list(block.modules())):  # what is within before what it is in, as they are made
             if any(id(tensor) in fresh for tensor in (*module.parameters(), *module.buffers())):
                 torch.manual_seed(zlib.crc32(f"{seed} {names[module]}".encode()))
+                # torch's own attention and transformers have it with an underscore
                 getattr(module, "reset_parameters", getattr(module, "_reset_parameters", nothing))()
         changed = [name for name, weight in inner.items() if weight._version != versions[name]]
     if changed:

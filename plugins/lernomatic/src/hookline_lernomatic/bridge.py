@@ -13,6 +13,7 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl, hookspecs
+from hookline_lernomatic.train.trainer import Trainer
 
 
 class _Stop(BaseException):
@@ -178,8 +179,6 @@ class Lernomatic(CallbackInterface):
 
     @hookimpl(wrapper=True)
     def adapt_module(self, trainer: hookline.Trainer, module: Any) -> Generator[None, Any, Any]:
-        from hookline_lernomatic.train.trainer import Trainer
-
         adapted = yield
         if not isinstance(adapted, Trainer):
             return adapted
@@ -191,8 +190,6 @@ class Lernomatic(CallbackInterface):
         facade = self._facade
         if facade is None:
             return
-        from hookline_lernomatic.train.trainer import Trainer
-
         if facade.train_loader is not None:
             parts = trainer.shares * trainer.hook.get_window_size(trainer=trainer)
             trainer.options.train_batch_size = (facade.train_loader.batch_size or 1) * parts

@@ -352,6 +352,7 @@ class Bridge(ModuleInterface):
                     self._take_over_epoch(names[bool(on_epoch)], value, reduce, options)
             return
         if on_step:
+            # the value of this batch, which Lightning logs, is nowhere else once `forward` has returned
             shown = getattr(value, "_forward_cache", None) if is_metric(value) else value
             if shown is not None:
                 core.log(**options, **{names[0]: shown})

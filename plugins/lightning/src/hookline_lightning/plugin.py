@@ -625,9 +625,9 @@ class Metrics(CallbackInterface):
     def get_state(self) -> dict[str, Any]:
         """Return it by the names of the objects."""
         return {
-            name: {"values": dict(one.metric_state), "count": one._update_count}
+            name: {"values": dict(one.metric_state), "count": one.update_count}
             for name, one in self._named()
-            if one._update_count
+            if one.update_count
         }
 
     def update_state(self, state: dict[str, Any]) -> None:
@@ -636,4 +636,5 @@ class Metrics(CallbackInterface):
             if name in state:
                 for key, value in hookline.copy_state(state[name]["values"]).items():
                     setattr(one, key, value)
+                # `compute` warns without updates and answers what it has kept, and only `reset` sets both in public
                 one._update_count, one._computed = state[name]["count"], None

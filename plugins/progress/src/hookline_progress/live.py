@@ -21,6 +21,7 @@ class Parked(Live):
         """Return what to write: what is there is erased, and the display comes below what is said."""
         if not self.console.is_interactive:
             return super().process_renderables(renderables)
+        # What rich has drawn, and how high it is, it keeps here alone.
         self._live_render.set_renderable(self.renderable)  # rich does so in `refresh` alone
         written = [Erase(), *renderables, self._live_render]
         # What `stop` draws last it takes away itself, and begins to do so from below.

@@ -11,7 +11,6 @@ import torch
 from torch.utils.data import DataLoader
 
 import hookline
-from hookline_lernomatic.bridge import Lernomatic
 from hookline_lernomatic.model.common import LernomaticModel, model_from
 
 KEPT = ("num_epochs", "cur_epoch", "learning_rate", "weight_decay", "momentum", "batch_size", "val_batch_size")
@@ -228,7 +227,7 @@ class Trainer:
     def _core(self) -> hookline.Trainer:
         """Return what runs the training, made of the trainer as it is now."""
         if self.core is None:
-            plugins: dict[str, Any] = {"lernomatic": Lernomatic(), "jsonl": {}}
+            plugins: dict[str, Any] = {"lernomatic": {}, "jsonl": {}}
             if self.verbose:
                 plugins["progress"] = {}
             if self.save_every:

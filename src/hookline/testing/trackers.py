@@ -1,0 +1,329 @@
+"""What every tracker must do, checked by what its service has kept of real runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline.interfaces import CallbackInterface, Stage
+from hookline.marks import hookimpl
+from hookline.testing.digest import digest
+from hookline.testing.faults import kill, run
+from hookline.testing.memory import Memory
+from hookline.testing.tiny import tiny_trainer
+from hookline.tracking import Histogram, Image, Table, Tracker
+
+if TYPE_CHECKING:
+    from hookline.trainer import Trainer
+
+Points = dict[str, list[tuple[float, float]]]
+Reader = Callable[[Path], Iterable[tuple[str, float, float]]]
+
+SECRET = "hunter22"
+SAVED, KILLED = 4, 9  # steps
+OPTIONS: dict[str, Any] = {"log_every": "1 steps", "evaluate_every": "3 steps", "report_loss_after_eval": False}
+QUIET = """
+import pickle, sys
+called, watched = [], ("socket.connect", "socket.getaddrinfo")
+sys.addaudithook(lambda event, arguments: called.append((event, arguments)) if event in watched else None)
+from hookline.testing.trackers import train_quietly
+train_quietly(pickle.loads(bytes.fromhex(sys.argv[1])), sys.argv[2])
+assert not called, called
+"""
+
+
+class Told(CallbackInterface):
+    """Keeps what trackers are told, in order.
+
+    Args:
+        batches: also values within validations, which lie at the number of the batch.
+    """
+
+    observer = True
+
+    def __init__(self, batches: bool = True) -> None:
+        self.points: Points = {}
+        """Places and values by name."""
+        self._batches, self._stage = batches, Stage.TRAIN
+
+    @hookimpl
+    def on_begin_run(self, stage: Stage) -> None:
+        self._stage = stage
+
+    @hookimpl
+    def on_log(self, trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
+        if trainer.stage is self._stage or self._batches:
+            for name, value in metrics.items():
+                self.points.setdefault(name, []).append((global_step, value))
+
+
+@dataclass(eq=False)
+class _Service(CallbackInterface):
+    """Has a secret among its options."""
+
+    password: str = SECRET
+
+
+class _Shows(CallbackInterface):
+    """Logs one of each kind besides numbers."""
+
+    @hookimpl
+    def on_end_train_step(self, trainer: Trainer, global_step: int) -> None:  # type: ignore[override]
+        if global_step == 1:
+            for value in ("a text", Image(torch.ones(3, 4, 5)), Histogram(torch.ones(5)), Table(["x"], [[1]])):
+                trainer.log_object(f"{type(value).__name__} of step 1", value)
+
+
+class _SecondRank(CallbackInterface):
+    @hookimpl
+    def get_ranks(self) -> tuple[int, int, int]:
+        return 1, 1, 2
+
+    @hookimpl
+    def get_share(self) -> tuple[int, int]:
+        return 0, 1
+
+
+class _SavesAndKills(CallbackInterface):
+    """Saves a state; some steps later it kills the process, when the tracker has what a save would wait for."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self.tracker = tracker
+
+    @hookimpl
+    def on_boundary(self, trainer: Trainer, global_step: int) -> None:
+        if global_step == SAVED:
+            trainer.save("to go on from")
+        if global_step == KILLED:
+            self.tracker.get_state()
+            if not self.tracker.local:
+                self.tracker.catch_up()
+            kill()
+
+    @hookimpl
+    def save(self, trainer: Trainer) -> bool:
+        torch.save(trainer.hook.get_run_state(trainer=trainer), trainer.run_dir / "state.pt")
+        return True
+
+
+def check_tracker(
+    make: Callable[[], Tracker],
+    read: Reader,
+    folder: Path,
+    plugins: Sequence[Any] = (),
+    sdk: str | None = None,
+    stored: Callable[[float], float] = float,
+) -> None:
+    """Assert that a tracker does in a whole run what every tracker must.
+
+    The service has each value that was logged once, at its place: of training, of an evaluation on its own and, where
+    `log_batch` is overridden, within validations. No secret of the configuration is below the folder of the run.
+    Training is the same with the tracker as without, and goes on where the service cannot begin. Rank 0 alone writes.
+
+    Args:
+        make: the class, or what makes a tracker of it, whose axis is steps.
+        read: gives what the service has of a run by the folder of the run: a name, a place and a value for each point.
+        folder: for the runs.
+        plugins: beside the tracker.
+        sdk: the module without which the tracker cannot begin, and says what to install.
+        stored: what the service makes of a value.
+    """
+    _check_a_run(make, read, folder / "whole", plugins, stored)
+    _check_rank_one(make, folder / "second")
+    _check_failures(make, folder / "failed", sdk)
+
+
+def check_killed_tracker(
+    make: Callable[[], Tracker],
+    read: Reader,
+    folder: Path,
+    plugins: Sequence[Any] = (),
+    stored: Callable[[float], float] = float,
+) -> None:
+    """Assert that of a run that is killed, in a process of its own, and gone on with no value is lost or doubled.
+
+    Args:
+        make: the class, or what makes a tracker of it, whose axis is steps; it can be pickled.
+        read: gives what the service has of a run by the folder of the run: a name, a place and a value for each point.
+        folder: for the runs.
+        plugins: beside the tracker; they can be pickled.
+        stored: what the service makes of a value.
+    """
+    outcome = run(_until_killed, make, folder / "cut", plugins)
+    assert outcome.code == -signal.SIGKILL, f"the run to be killed ended by itself:\n{outcome.output}"
+    cut = folder / "cut" / "run-1"
+    seen = [place for place, _ in _points(read, cut).get("train_loss", [])]
+    assert seen == list(range(1, len(seen) + 1)), f"of the run that was killed the service has places {seen}"
+    assert len(seen) >= KILLED - 1 or not make().local, (
+        f"only places up to {len(seen)} are on disk of a run that was killed behind {KILLED - 1}, after get_state()"
+    )
+
+    told = Told(_keeps_batches(make()))
+    tiny_trainer([told], runs_folder=str(folder / "alone"), **OPTIONS).train()
+    memory = Memory(torch.load(cut / "state.pt", weights_only=False))
+    with _warned() as warned:
+        trainer = tiny_trainer([*plugins, memory, make()], runs_folder=str(cut.parent), resume=str(cut), **OPTIONS)
+        trainer.train()
+    assert trainer.run_dir == cut
+    _compare(_points(read, cut), told.points, stored, "killed and gone on with", warned)
+
+
+def check_quiet_tracker(make: Callable[[], Tracker], folder: Path) -> None:
+    """Assert that a run in a process of its own writes below its folder alone, calls nobody and prints nothing.
+
+    Its home, the place where it is started and the folder for temporary files have afterwards what they had before.
+
+    Args:
+        make: the class, or what makes a tracker of it; it can be pickled.
+        folder: for the runs (`runs`), the home (`home`), the place (`place`) and temporary files (`temporary`).
+    """
+    homes = [folder / name for name in ("home", "place", "temporary")]
+    for home in homes:
+        home.mkdir(parents=True, exist_ok=True)
+    before = _below(homes)
+    environment = {**os.environ, "HOME": str(homes[0]), "TMPDIR": str(homes[2]), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    if importlib.util.find_spec("matplotlib") is not None:  # an SDK may import it, and it keeps its fonts at home
+        environment["MPLCONFIGDIR"] = importlib.import_module("matplotlib").get_cachedir()
+    command = [sys.executable, "-c", QUIET, pickle.dumps(make).hex(), str(folder / "runs")]
+    done = subprocess.run(command, cwd=homes[1], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"the run has ended with {done.returncode}:\n{done.stderr}"
+    assert not done.stdout + done.stderr, f"printed: {done.stdout + done.stderr}"
+    assert _below(homes) == before, f"written elsewhere: {sorted(_below(homes) - before)}"
+
+
+def train_quietly(make: Callable[[], Tracker], runs_folder: str) -> None:
+    """Train with a tracker that is told of one of each kind: what `check_quiet_tracker` starts."""
+    tiny_trainer([_Shows(), make()], runs_folder=runs_folder, epochs=1, log_every="1 steps").train()
+
+
+def _below(folders: Iterable[Path]) -> set[Path]:
+    return {path for folder in folders for path in folder.rglob("*")}
+
+
+def _keeps_batches(tracker: Tracker) -> bool:
+    return type(tracker).log_batch is not Tracker.log_batch
+
+
+def _until_killed(make: Callable[[], Tracker], folder: Path, plugins: Sequence[Any]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    tracker = make()
+    tiny_trainer([*plugins, tracker, _SavesAndKills(tracker)], runs_folder=str(folder), **OPTIONS).train()
+
+
+def _check_a_run(
+    make: Callable[[], Tracker], read: Reader, folder: Path, plugins: Sequence[Any], stored: Callable[[float], float]
+) -> None:
+    tracker = make()
+    told = Told(_keeps_batches(tracker))
+    with _warned() as warned:
+        trainer = tiny_trainer([*plugins, told, _Service(), tracker], runs_folder=str(folder), **OPTIONS)
+        trainer.train()
+    assert trainer.status == "finished"
+    _compare(_points(read, trainer.run_dir), told.points, stored, "in a whole run", warned)
+    without = tiny_trainer(runs_folder=str(folder), **OPTIONS)
+    without.train()
+    same = digest(trainer.module.state_dict()) == digest(without.module.state_dict())
+    assert same, f"{type(tracker).__name__} changes what is trained"
+
+    notes = _notes(trainer.run_dir)
+    with _warned() as warned:
+        trainer.test()
+    _compare(_points(read, trainer.run_dir), told.points, stored, "after an evaluation on its own", warned)
+    assert _notes(trainer.run_dir) == notes, "a training would go on with the run of an evaluation"
+    for name, content in _contents(trainer.run_dir):
+        assert SECRET.encode() not in content, f"{name} has a secret of the configuration"
+
+
+def _check_rank_one(make: Callable[[], Tracker], folder: Path) -> None:
+    tiny_trainer([_SecondRank(), make()], runs_folder=str(folder), epochs=1).train()
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    assert not written, f"rank 1 has written {written}"
+
+
+def _check_failures(make: Callable[[], Tracker], folder: Path, sdk: str | None) -> None:
+    def fail(run: Any) -> None:
+        raise ConnectionError("no network")
+
+    tracker = make()
+    tracker.start = fail  # type: ignore[method-assign]
+    assert "ConnectionError: no network" in _trained_all_the_same(tracker, folder)
+    if sdk is not None:
+        before = sys.modules.get(sdk)
+        sys.modules[sdk] = None  # type: ignore[assignment]
+        try:
+            said = _trained_all_the_same(make(), folder)
+        finally:
+            del sys.modules[sdk]
+            if before is not None:
+                sys.modules[sdk] = before
+        assert "pip install" in said, f"without {sdk} it must say what to install; it said {said}"
+
+
+def _trained_all_the_same(tracker: Tracker, folder: Path) -> str:
+    """Train to the end with a tracker that cannot begin; return what was said of it."""
+    with _warned() as warned:
+        trainer = tiny_trainer([tracker], runs_folder=str(folder), epochs=1)
+        trainer.train()
+    assert trainer.status == "finished"
+    said = "\n".join(warned)
+    assert "is switched off, and training goes on without it" in said, f"it cannot begin, and said {said or 'nothing'}"
+    return said
+
+
+def _points(read: Reader, folder: Path) -> Points:
+    found: Points = {}
+    for name, place, value in read(folder):
+        found.setdefault(name, []).append((place, value))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def _compare(kept: Points, told: Points, stored: Callable[[float], float], when: str, warned: Sequence[str]) -> None:
+    for name, points in told.items():
+        wanted = [(place, stored(value)) for place, value in sorted(points)]
+        assert kept.get(name, []) == wanted, (
+            f"{when}, the service must have of {name} {wanted}; it has {kept.get(name, [])}; warnings: {warned}"
+        )
+
+
+def _notes(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (folder / "trackers").glob("*.json")}
+
+
+def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Give the names and the bytes of all files, also of those in archives."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            yield str(path), path.read_bytes()
+        if path.is_file() and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                yield from ((f"{path}/{name}", archive.read(name)) for name in archive.namelist())
+
+
+@contextmanager
+def _warned() -> Iterator[list[str]]:
+    """Collect what trackers warn of."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hookline.tracking")
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
