@@ -18,6 +18,49 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-n", "auto", *session.posargs)
 
 
+CORE = [f"tests/test_{name}.py" for name in ("parts", "interfaces", "plugins", "trainer", "parity", "budgets")]
+ALWAYS = ["tests/test_architecture.py", "tests/test_private_parts.py"]
+
+
+def tests_of(changed: list[str]) -> tuple[list[str], list[str]]:
+    """Return the tests that belong to changed files, and which of the files are pages of documentation."""
+    tests, pages = set(ALWAYS), set()
+    for name in changed:
+        path = Path(name)
+        if path.parts[0] == "plugins" and len(path.parts) > 2:
+            tests.add(f"plugins/{path.parts[1]}/tests")
+        elif path.parts[0] == "tests" and path.name.startswith("test_"):
+            tests.add(name)
+        elif path.parts[0] == "src":
+            tests.update(CORE)
+        if path.suffix == ".md" and "templates" not in path.parts:
+            pages.add(name)
+    return sorted(test for test in tests if Path(test).exists()), sorted(pages)
+
+
+@nox.session(venv_backend="none")
+def quick(session: nox.Session) -> None:
+    """Run what CI runs on what you have changed, in the environment that is active: `nox -s quick [-- since]`."""
+    since = session.posargs[0] if session.posargs else "HEAD"
+    changed = [
+        *session.run("git", "diff", "--name-only", since, silent=True, external=True, log=False).split(),
+        *session.run(
+            "git", "ls-files", "--others", "--exclude-standard", silent=True, external=True, log=False
+        ).split(),
+    ]
+    session.run("ruff", "check", ".", external=True)
+    session.run("ruff", "format", "--check", ".", external=True)
+    if any(name.startswith("src/") for name in changed):
+        session.run("mypy", "--no-error-summary", "src/hookline", external=True)
+    tests, pages = tests_of(changed)
+    session.run("pytest", "-q", "-n", "auto", *tests, external=True)
+    if pages:
+        chosen = " or ".join(pages)
+        session.run(
+            "pytest", "-q", "-n", "auto", "tests/test_docs.py", "-k", chosen, external=True, success_codes=[0, 5]
+        )  # 5: no test speaks of these pages
+
+
 @nox.session
 def faults(session: nox.Session) -> None:
     """Run every row of docs/reliability.md, the slow ones too."""
