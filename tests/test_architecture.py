@@ -21,7 +21,7 @@ from hookline.testing import Memory, TinyModule, tiny_trainer
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
-    {"marks", "installed", "masking", "idle", "records"},
+    {"marks", "installed", "masking", "idle", "records", "files"},
     {"interfaces"},
     {"outputs", "logs", "data", "schedule", "schedules", "state", "options", "monitored"},
     {"hookspecs"},

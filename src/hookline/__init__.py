@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hookline import files as files
     from hookline import hookspecs as hookspecs
     from hookline import records as records
     from hookline import tracking as tracking
@@ -40,6 +41,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "count_samples": "data",
     "event": "marks",
     "every": "schedule",
+    "files": "files",
     "find_blocks": "blocks",
     "hookimpl": "marks",
     "hookspecs": "hookspecs",

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import queue
 import threading
 import time
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hookline.files import replacing
 from hookline.installed import name_of, nearest
 from hookline.interfaces import CallbackInterface, Stage
 from hookline.marks import hookimpl
@@ -154,9 +154,8 @@ class Tracker(CallbackInterface):
             identity = self.start(run)
             if identity is not None and stage is Stage.TRAIN:
                 note.parent.mkdir(exist_ok=True)
-                part = note.with_suffix(".part")
-                part.write_text(json.dumps({"id": identity}))
-                os.replace(part, note)
+                with replacing(note) as new:
+                    new.write_text(json.dumps({"id": identity}))
 
         self.__clerk = _Clerk(str(trainer.plugins.get_name(self)), start)
 

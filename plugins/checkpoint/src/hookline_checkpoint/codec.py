@@ -16,16 +16,15 @@ import json
 import math
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hookline.files.weights import Tensors, memory_of
 from hookline_checkpoint.storage import Buffer, Reader
-
-Tensors = dict[str, torch.Tensor]
 
 NATIVE = {  # what safetensors knows, in its words; tensors of other dtypes are stored as their bytes
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
@@ -146,7 +145,7 @@ class _Splitter:
         self.where = where
         self.tensors: Tensors = {}
         # Name by memory, to find ties; with the tensor, so that its memory is not given to another meanwhile.
-        self.stored: dict[tuple[Any, ...], tuple[str, torch.Tensor]] = {}
+        self.stored: dict[Hashable, tuple[str, torch.Tensor]] = {}
         self.open: set[int] = set()  # containers under way, to find circles
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
@@ -217,7 +216,7 @@ class _Splitter:
         if not plain or value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
             self.refuse(value, path)
         value = value.detach().resolve_conj().resolve_neg()
-        memory = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
+        memory = memory_of(value)
         if value.numel() and memory in self.stored:
             name, _ = self.stored[memory]
         else:

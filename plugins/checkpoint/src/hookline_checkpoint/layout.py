@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hookline_checkpoint.codec import Tensors, is_shared, join, read_tensors, split, tensors_to_parts, tree_to_bytes
+from hookline.files.weights import Tensors
+from hookline_checkpoint.codec import is_shared, join, read_tensors, split, tensors_to_parts, tree_to_bytes
 from hookline_checkpoint.headers import SHARED, SHARES, TREES, own_files, ranks_of
 from hookline_checkpoint.storage import Buffer, read, read_manifest, read_tree, understanding
 

@@ -20,6 +20,7 @@ import torch
 import hookline
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, require_metrics, seconds
 from hookline import every as cadence
+from hookline.files import make_folder
 from hookline_checkpoint import __version__, fingerprint, storage
 from hookline_checkpoint.background import Background
 from hookline_checkpoint.codec import join, split, tree_to_bytes
@@ -357,7 +358,7 @@ class Checkpoint(CallbackInterface):
     def _put(self, folder: Path, *what: Any) -> Path:
         """Write a checkpoint into its folder, which is made before the first."""
         if self._prepared != folder:
-            storage.prepare(folder)
+            make_folder(folder, storage.FOLDER_MODE)
             self._prepared = folder
         return storage.write(folder, *what)
 

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from hookline_checkpoint.codec import NATIVE, Tensors, as_bytes, as_dtype, read_tensors, tensors_to_parts, tree_to_bytes
+from hookline.files.weights import Tensors
+from hookline_checkpoint.codec import NATIVE, as_bytes, as_dtype, read_tensors, tensors_to_parts, tree_to_bytes
 from hookline_checkpoint.headers import SHARES, entries, shares_of
 from hookline_checkpoint.storage import CheckpointError, put, read, understanding
 

@@ -22,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from hookline.files import flush
+
 FORMAT = "hookline-checkpoint/1"
 FOLDER = "checkpoints"  # of a run folder
 MANIFEST = "manifest.json"
@@ -44,18 +46,6 @@ class CheckpointError(ValueError):
 # Write --------------------------------------------------------------------------------
 
 
-def prepare(folder: Path) -> None:
-    """Make a folder of checkpoints where there is none, safe from power cuts, before the first save."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=FOLDER_MODE, exist_ok=True)
-    device = os.stat(folder).st_dev
-    for parent in folder.absolute().parents:  # any of them may be as new
-        if os.stat(parent).st_dev != device:
-            break
-        with contextlib.suppress(PermissionError):  # a folder that may be entered need not be readable
-            _sync(parent)
-
-
 def write(
     folder: Path,
     step: int,
@@ -69,7 +59,7 @@ def write(
     A good one of the same place stays as it is; a damaged one is replaced.
 
     Args:
-        folder: where checkpoints are; `prepare` has made it. What killed writers left in it is swept.
+        folder: where checkpoints are; `make_folder` has made it. What killed writers left in it is swept.
         step: the optimizer step.
         contents: names and contents of the files, in parts, each taken when it is written.
         about: what else the manifest shall say.
@@ -83,7 +73,7 @@ def write(
     if os.path.lexists(final):
         with contextlib.suppress(CheckpointError):
             verify(final)
-            _sync(folder)  # its writer may have ended between the rename and this
+            flush(folder)  # its writer may have ended between the rename and this
             return final
     sweep(folder)
     temporary = leftover(folder, "tmp")
@@ -99,11 +89,11 @@ def write(
             # The body is text within the manifest, so its hash needs no canonical JSON.
             manifest = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "body": body}
             _write_file(temporary / MANIFEST, [json.dumps(manifest).encode()], hashing)
-        _sync(temporary)
+        flush(temporary)
         if os.path.lexists(final):
             remove(final)
         temporary.rename(final)
-        _sync(folder)
+        flush(folder)
         _read_back(final)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -183,14 +173,6 @@ def _pieces(content: Iterable[Buffer]) -> Iterator[Buffer]:
         for begin in range(0, len(part), PIECE):
             yield part[begin : begin + PIECE]
     yield bytes(small)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Read ---------------------------------------------------------------------------------
