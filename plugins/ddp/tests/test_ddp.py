@@ -515,7 +515,7 @@ def test_alone_it_changes_nothing_and_says_what_to_do(caplog):
     hand_written_loop(by_hand)
     with caplog.at_level(logging.WARNING, "hookline"):
         tiny_trainer([Ddp()], module).train()
-    assert "ddp: this is one process" in caplog.text
+    assert "distributed: this is one process, so there is nobody to share the model with (ddp)" in caplog.text
     assert "torchrun --nproc-per-node 2 -m hookline fit run.yaml" in caplog.text
     assert digest(module.state_dict()) == digest(by_hand.state_dict())
 

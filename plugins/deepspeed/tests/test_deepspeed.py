@@ -375,7 +375,7 @@ def test_alone_it_changes_nothing_and_says_what_to_do(caplog):
     hand_written_loop(by_hand)
     with caplog.at_level(logging.WARNING, "hookline"):
         tiny_trainer([Deepspeed()], module).train()
-    assert "deepspeed: this is one process, which trains without the engine" in caplog.text
+    assert "distributed: this is one process, so there is nobody to share the model with (deepspeed)" in caplog.text
     assert digest(module.state_dict()) == digest(by_hand.state_dict())
 
 

@@ -112,11 +112,6 @@ class Tp(CallbackInterface):
     def split_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
         size = self._size_of(trainer)
         chosen = choose(self._styles(trainer.module), model, size)
-        if trainer.world_size == 1:
-            log.warning(
-                "tp: this is one process, so there is nobody to split layers with. `hookline fit run.yaml --nproc 2` "
-                "starts two on this machine"
-            )
         if size == 1:
             return model
         if not chosen:
@@ -130,9 +125,8 @@ class Tp(CallbackInterface):
                 "makes one of them: add fsdp, or set tp.size=0 for all ranks"
             )
         self._mesh = trainer.hook.get_mesh(trainer=trainer)[DIMENSION]
-        for tensor in (*model.parameters(), *model.buffers()):
-            if not tensor.is_meta:
-                begin_alike(tensor.detach(), trainer.device)
+        begins = [*model.parameters(), *model.buffers()]  # modules that were built apart may begin apart
+        trainer.hook.broadcast(trainer=trainer, tensors=begins)
         split(model, self._mesh, chosen)
         log.info("tp: %d modules over %d ranks", len(chosen), size)
         return model
@@ -360,13 +354,6 @@ def refuse_remainders(name: str, style: Style, module: torch.nn.Module, size: in
         module.register_forward_hook(lambda _, __, output: look(output))
     else:
         module.register_forward_pre_hook(lambda _, inputs: look(inputs[0]))
-
-
-def begin_alike(tensor: torch.Tensor, device: torch.device) -> None:
-    """Give a tensor the values of rank 0; modules that were built apart may begin apart."""
-    there = tensor.to(device)
-    dist.broadcast(there, src=0)
-    tensor.copy_(there)
 
 
 @contextlib.contextmanager

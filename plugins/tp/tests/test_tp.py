@@ -440,7 +440,7 @@ def test_a_step_is_skipped_for_a_part_of_one_rank():
 def test_one_process_trains_the_whole_model_and_a_warning_says_so(caplog):
     caplog.set_level(logging.WARNING, logger="hookline")
     weights = train(TENSOR, {})["weights"]
-    assert "this is one process, so there is nobody to split layers with" in caplog.text
+    assert "distributed: this is one process, so there is nobody to share the model with (tp)" in caplog.text
     assert digest(weights) == digest(train({}, {})["weights"])
 
 

@@ -78,6 +78,7 @@ class Distributed(CallbackInterface):
         self._door: Any = None  # a group that waits for ever
         self._speaks = True  # whether this is the first of the ranks with its share of the data
         self._mesh: Any = None
+        self._alone = False  # whether it has been said that this is one process
         self._unknown = False  # whether some rank does not know how many batches it has
         self._begin_voting(0.0)
         if self.uneven in ("pad", "join"):  # another plugin of ours does it
@@ -116,6 +117,7 @@ class Distributed(CallbackInterface):
     @hookimpl(wrapper=True, tryfirst=True)
     def run(self, trainer: Trainer) -> Generator[None, bool, bool]:
         if trainer.world_size == 1:
+            self._say_alone(trainer)
             return (yield)
         try:
             self._join(trainer)
@@ -135,6 +137,18 @@ class Distributed(CallbackInterface):
             self._control = self._door = None
             leave()
             raise
+
+    def _say_alone(self, trainer: Trainer) -> None:
+        """Say once who would share the model with other processes, and how there are some."""
+        sharers = trainer.plugins.performers("split_model") + trainer.plugins.performers("shard_model")
+        if sharers and not self._alone:
+            self._alone = True
+            log.warning(
+                "distributed: this is one process, so there is nobody to share the model with (%s). "
+                "`hookline fit run.yaml --nproc 2` starts two on this machine, "
+                "`torchrun --nproc-per-node 2 -m hookline fit run.yaml` does as well",
+                ", ".join(sharers),
+            )
 
     def _meet(self, trainer: Trainer) -> None:
         """Have a process group, which lasts as long as this process: a model of all ranks is of no use without it."""
@@ -284,6 +298,17 @@ class Distributed(CallbackInterface):
         self._under_way = None
         asked, self._seconds_of_all = ballot.tolist()
         return bool(asked)
+
+    # Evaluation -----------------------------------------------------------------------
+
+    @hookimpl(wrapper=True, trylast=True)  # innermost: who swaps other buffers in has done it
+    def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
+        """Give all ranks the buffers of rank 0, where they hold one model: since the last forward each has its own."""
+        if self._control is not None:
+            alike = trainer.hook.get_replicated(trainer=trainer, buffers=True).values()
+            buffers = [tensor for tensor in alike if not isinstance(tensor, torch.nn.Parameter)]
+            trainer.hook.broadcast(trainer=trainer, tensors=buffers)
+        return (yield)
 
     # Batches --------------------------------------------------------------------------
 
