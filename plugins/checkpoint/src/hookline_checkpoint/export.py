@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from hookline.files import replacing
 from hookline.files.weights import INDEX, shards, untie
-from hookline_checkpoint.codec import NATIVE
 from hookline_checkpoint.layout import unpack_shared
+from hookline_checkpoint.tensors import NATIVE
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
