@@ -13,7 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from hookline import CallbackInterface, Trainer, hookimpl, sharded
 from hookline.testing import Memory, TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
-from hookline_distributed import Distributed, as_text, interleaved, leave
+from hookline_distributed import Distributed
+from hookline_distributed.alike import as_text
+from hookline_distributed.outputs import interleaved
+from hookline_distributed.stores import leave
 
 PRELOADED += ["hookline_distributed"]
 of_ranks = pytest.mark.xdist_group("ranks")

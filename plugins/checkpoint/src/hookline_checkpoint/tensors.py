@@ -18,8 +18,6 @@ NATIVE = {  # what safetensors knows, in its words; tensors of other dtypes are 
     torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-
-
 DTYPES = {word: dtype for dtype, word in NATIVE.items()}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,3 +76,16 @@ def shadow(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
     of those of the ranks, where that can be done; asked for by `distributed.uneven=join`.
     """
     return contextlib.nullcontext()
+
+
+def sizes_of(shape: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Return the sizes of a mesh's dimensions, that of the ranks which are left worked out.
+
+    Raises:
+        ValueError: the others do not divide the ranks.
+    """
+    others = math.prod(size for size in shape.values() if size > 0)
+    if world_size % others:
+        said = " x ".join(f"{size} ({name})" for name, size in shape.items() if size > 0)
+        raise ValueError(f"the mesh asks for a multiple of {said} ranks, and there are {world_size}")
+    return {name: size if size > 0 else world_size // others for name, size in shape.items()}
