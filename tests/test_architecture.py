@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,17 @@ def test_plugins_import_public_names_and_no_other_plugin(plugin):
             if first == "hookline":
                 assert not rest or rest[0] in hookline.__all__, f"{path.name} imports {name}, which is not public"
             assert not first.startswith("hookline_") or first == f"hookline_{plugin}", f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_the_files_of_a_plugin_import_each_other_one_way(plugin):
+    package = ROOT / "plugins" / plugin / "src" / f"hookline_{plugin}"
+    names = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    above = {
+        name: {other.split(".")[1] for other in imports(package / f"{name}.py") if other.startswith(f"{package.name}.")}
+        for name in names
+    }
+    list(TopologicalSorter({name: others & names for name, others in above.items()}).static_order())
 
 
 def test_the_core_names_no_feature():
