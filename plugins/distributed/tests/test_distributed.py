@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hookline import CallbackInterface, Trainer, hookimpl, sharded
-from hookline.testing import Memory, TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
+from hookline.testing import Memory, TinyModule, digest, hand_written_loop, on_ranks, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
 from hookline_distributed import Distributed
 from hookline_distributed.alike import as_text
@@ -24,9 +24,7 @@ of_ranks = pytest.mark.xdist_group("ranks")
 
 def two(function, *args):
     """Run a function on two ranks; return what it returned on each."""
-    outcomes = run_ranks(function, 2, *args)
-    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
-    return [outcome.value for outcome in outcomes]
+    return on_ranks(function, 2, *args)
 
 
 def rank():
