@@ -22,7 +22,7 @@ from hookline.testing import Memory, TinyModule, tiny_trainer
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "src" / "hookline"
 FLOORS = [  # each may import from those before it
-    {"marks", "installed", "masking", "cadence", "blocks"},
+    {"marks", "installed", "masking", "cadence", "blocks", "files"},
     {"interfaces"},
     {"counters", "options", "outputs", "randomness", "schedulers", "state"},
     {"run", "monitored"},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hookline import commands as commands
     from hookline import config as config
+    from hookline import files as files
     from hookline import hookspecs as hookspecs
     from hookline import tracking as tracking
     from hookline.blocks import find_blocks as find_blocks
@@ -43,6 +44,7 @@ _HOMES = {  # public name: module; imported when first asked for, so that `hookl
     "count_samples": "data",
     "event": "marks",
     "every": "cadence",
+    "files": "files",
     "find_blocks": "blocks",
     "hookimpl": "marks",
     "hookspecs": "hookspecs",

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
-from hookline.testing import run_ranks
+from hookline.testing import on_ranks
 from hookline.testing.faults import PRELOADED
 
 PRELOADED += ["hookline_ddp", "hookline_distributed", "torch.nn.parallel.distributed"]
@@ -136,9 +136,7 @@ def attributes(loader):
 
 def two(function, *args, timeout=100.0):
     """Run a function on two ranks; return what it returned on each."""
-    outcomes = run_ranks(function, 2, *args, timeout=timeout)
-    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
-    return [outcome.value for outcome in outcomes]
+    return on_ranks(function, 2, *args, timeout=timeout)
 
 
 def tried(program, *args):

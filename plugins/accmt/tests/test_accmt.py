@@ -656,7 +656,7 @@ def test_models_are_saved_below_and_above_a_value():
 
 
 def killed_while_the_model_is_replaced():
-    with at_file(Path("out/model"), "rename always", kill, nth=2):
+    with at_file(Path("out/model"), "fsync .new-always-*", kill, nth=2):
         trained(model_saving="always")
 
 

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
-from hookline_checkpoint import Checkpoint, CheckpointError, storage
+from hookline_checkpoint import Checkpoint, CheckpointError, storage, writing
 from hookline_checkpoint.layout import unpack
 
 FILES = {
@@ -220,9 +220,9 @@ def test_a_failed_write_changes_nothing(tmp_path):
         yield "model.safetensors", [b"1"]
         raise OSError(28, "No space left on device")
 
-    storage.write(tmp_path, 1, [("a.json", [b"{}"])], {})
+    writing.write(tmp_path, 1, [("a.json", [b"{}"])], {})
     with pytest.raises(OSError, match="No space left"):
-        storage.write(tmp_path, 2, contents(), {})
+        writing.write(tmp_path, 2, contents(), {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000001"]
 
 
@@ -264,12 +264,12 @@ def test_an_earlier_checkpoint_by_its_path_leaves_the_newer_alone(tmp_path, capl
 
 
 def test_saving_a_step_again_keeps_a_good_one_and_replaces_a_bad_one(tmp_path):
-    path = storage.write(tmp_path, 7, [("a.json", [b"{}"])], {})
+    path = writing.write(tmp_path, 7, [("a.json", [b"{}"])], {})
     before = (path / "manifest.json").stat().st_ino
-    assert storage.write(tmp_path, 7, [("a.json", [b"[]"])], {}) == path
+    assert writing.write(tmp_path, 7, [("a.json", [b"[]"])], {}) == path
     assert (path / "manifest.json").stat().st_ino == before
     flip(path / "a.json")
-    storage.write(tmp_path, 7, [("a.json", [b"[]"])], {})
+    writing.write(tmp_path, 7, [("a.json", [b"[]"])], {})
     assert storage.read(path, {"a.json": storage.read_tree})[1] == {"a.json": []}
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000000007"]
 
@@ -384,7 +384,7 @@ def test_any_flipped_bit_is_found(tmp_path):
     ],
 )
 def test_a_manifest_that_lies(change, said, tmp_path):
-    path = storage.write(tmp_path, 1, [], {"x": 1})
+    path = writing.write(tmp_path, 1, [], {"x": 1})
     body = json.dumps({**json.loads(json.loads((path / "manifest.json").read_bytes())["body"]), **change})
     digest = hashlib.sha256(body.encode()).hexdigest()
     (path / "manifest.json").write_text(json.dumps({"sha256": digest, "body": body}))
@@ -400,7 +400,7 @@ def test_state_that_is_no_tree(tmp_path):
     trained(tmp_path, max_steps=1)
     about, contents = storage.read(at(tmp_path, 1), dict.fromkeys(FILES - {"manifest.json"}, whole))
     contents["state.json"] = b'{"module": {"$unknown": 1}, "optimizers": [], "others": {}}'
-    path = storage.write(
+    path = writing.write(
         tmp_path, 5, ((name, [content]) for name, content in contents.items()), {"world_size": about["world_size"]}
     )
     with pytest.raises(CheckpointError, match=r"it cannot be understood: not a tree that this version reads"):

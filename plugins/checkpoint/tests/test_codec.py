@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hookline.testing import digest
-from hookline_checkpoint.codec import join, read_tensors, split, tensors_to_parts, tree_to_bytes
+from hookline_checkpoint.codec import join, split, tree_to_bytes
 from hookline_checkpoint.storage import Reader
+from hookline_checkpoint.tensors import read_tensors, tensors_to_parts
 
 
 def through(tree: Any) -> Any:

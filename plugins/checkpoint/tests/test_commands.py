@@ -253,7 +253,7 @@ def test_exports_that_cannot_be(words, said, run, capsys):
 def test_sizes_that_are_none(size, run, capsys):
     with pytest.raises(SystemExit, match="2"):
         command(capsys, "export", run.name, "--to", "x", f"--max-shard-size={size}")
-    assert "2GB" in capsys.readouterr().err
+    assert "2GiB" in capsys.readouterr().err
 
 
 def test_module_states_that_are_no_tensors_by_name(run, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
-from hookline_checkpoint import Checkpoint, storage
+from hookline_checkpoint import Checkpoint, storage, writing
 
 
 class Line(ModuleInterface):
@@ -144,8 +144,8 @@ def test_a_checkpoint_without_a_fingerprint_is_taken(tmp_path, caplog):
     path = cut(tmp_path)
     about = storage.read_manifest(path)
     contents = {name: (path / name).read_bytes() for name in about["files"]}
-    storage.remove(path)
-    storage.write(
+    writing.remove(path)
+    writing.write(
         path.parent, 3, ((name, [content]) for name, content in contents.items()), {"world_size": about["world_size"]}
     )
     make(tmp_path, strict=True, seed=5).train()

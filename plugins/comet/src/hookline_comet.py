@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hookline import Stage
+from hookline.files import replacing
 from hookline.tracking import Run, Table, Tracker
 
 __version__ = "0.1.0"
@@ -298,11 +299,9 @@ def pack(folder: Path) -> None:
             messages = part / MESSAGES
             content = messages.read_bytes()
             messages.write_bytes(content[: content.rfind(b"\n") + 1])  # without a torn line
-            made = folder / f"{part.name}.part"
-            with zipfile.ZipFile(made, "w") as file:
+            with replacing(archive) as made, zipfile.ZipFile(made, "w") as file:
                 for path in part.iterdir():
                     file.write(path, path.name)
-            os.replace(made, archive)
         shutil.rmtree(part)
     for archive in folder.glob("*.zip"):
         if not is_whole(archive):  # the SDK makes an empty one first

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hookline import Stage
+from hookline.files import replacing
 from hookline.tracking import Run, Tracker
 
 __version__ = "0.1.0"
@@ -97,11 +97,10 @@ class Csv(Tracker):
         kept = [row for row in rows if float(row[self.axis]) <= place]
         if last is not None:
             kept = [*(row for row in kept if float(row[self.axis]) < place), dict(last)]
-        part = self._path.with_suffix(".part")
         self._close()
         head = [line_of(self._names), *(line_of(row.get(name, "") for name in self._names) for row in kept)]
-        part.write_bytes(b"".join(head))
-        os.replace(part, self._path)
+        with replacing(self._path) as new:
+            new.write_bytes(b"".join(head))
         self._file = open(self._path, "r+b", buffering=0)  # noqa: SIM115  # open until the run ends
         self._row = kept[-1] if kept else {}
         self._end = sum(map(len, head))

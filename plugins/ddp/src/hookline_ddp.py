@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -82,10 +81,6 @@ class Ddp(CallbackInterface):
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
         model = model.to(trainer.device)
         if trainer.world_size == 1:
-            log.warning(
-                "ddp: this is one process, so there is nobody to average with. `hookline fit run.yaml --nproc 2` "
-                "starts two on this machine, `torchrun --nproc-per-node 2 -m hookline fit run.yaml` does as well"
-            )
             return model
         split = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
         if split:
@@ -125,9 +120,8 @@ class Ddp(CallbackInterface):
         named = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
         rows = [(name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in named.items()]
         refuse_others(trainer.hook.all_gather(trainer=trainer, value=rows))
-        for tensor in named.values():
-            if id(tensor) not in self._known:
-                dist.broadcast(tensor.detach(), src=0)
+        new = [tensor for tensor in named.values() if id(tensor) not in self._known]
+        trainer.hook.broadcast(trainer=trainer, tensors=new)
         self._known = {id(tensor): tensor for tensor in named.values()}
         weights = list(self._model.parameters())
         trained = [weight.requires_grad for weight in weights]
@@ -195,20 +189,14 @@ class Ddp(CallbackInterface):
 
     # Evaluation -----------------------------------------------------------------------
 
-    @hookimpl(wrapper=True, optionalhook=True)  # of distributed
-    def get_replicated(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        tensors = yield
-        if self.broadcast_buffers:
-            return tensors
-        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+    @hookimpl(optionalhook=True)  # of distributed
+    def shares_buffers(self) -> bool:
+        return self.broadcast_buffers
 
-    @hookimpl(wrapper=True, trylast=True)  # innermost: who swaps other weights or buffers in has done it
+    @hookimpl(wrapper=True, trylast=True)  # innermost: who swaps other weights in has done it
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
         if self._model is None:
             return (yield)
-        if self.broadcast_buffers:  # since the last forward each rank has its own
-            for buffer in self._model.buffers():
-                dist.broadcast(buffer, src=0)
         trained = trainer.model
         trainer.built.use_model(self._model)
         try:

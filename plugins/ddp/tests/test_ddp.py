@@ -14,7 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 from hookline import CallbackInterface, Stage, hookimpl, set_seed
 from hookline.counters import Cursor
 from hookline.data import mix, sampler_class
-from hookline.testing import Memory, TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
+from hookline.testing import (
+    Memory,
+    PlainModule,
+    TinyModule,
+    assert_one_model,
+    digest,
+    hand_written_loop,
+    on_ranks,
+    run_ranks,
+    tiny_trainer,
+    train_tiny,
+)
 from hookline.testing.faults import PRELOADED
 from hookline_ddp import Ddp
 
@@ -27,14 +38,6 @@ def two(function, *args):
     assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
     assert not any("FutureWarning" in outcome.output for outcome in outcomes), outcomes[0].output
     return [outcome.value for outcome in outcomes]
-
-
-class Plain(TinyModule):
-    """Without batch norm, whose statistics depend on the batch of a rank."""
-
-    def __init__(self, samples=48, dropout=0.0):
-        super().__init__(samples, dropout)
-        self.net[1] = torch.nn.Identity()
 
 
 # Parity -------------------------------------------------------------------------------
@@ -121,38 +124,33 @@ def test_the_bits_are_those_of_a_loop_by_hand():
         assert of_rank_0[1][2] != of_rank_1[1][2]  # the random states are not
 
 
+def look(trainer):
+    watch = trainer.plugins.get_plugin("watch")
+    return trainer.module.seen, trainer.global_step, watch.averaged, watch.evaluated, type(trainer.model).__name__
+
+
 def halves():
-    torch.set_num_threads(1)
-    watch, module = Watch(), Plain()
-    trainer = tiny_trainer({"ddp": {}, "accumulate": {"steps": 2}, "watch": watch}, module)
-    trainer.train()
-    again = trainer.global_step, watch.averaged, watch.evaluated, type(trainer.model).__name__
-    return module.state_dict(), module.seen, trainer.metrics, again
+    return {"accumulate": {"steps": 2}, "watch": Watch()}
 
 
 @pytest.mark.plugins
 @pytest.mark.xdist_group("ranks")
 def test_two_ranks_with_half_the_batch_are_one_rank_within_rounding():
-    whole = Plain()
-    alone = tiny_trainer({"accumulate": {"steps": 2}}, whole)
-    alone.train()
-    (one, seen, metrics, (steps, averaged, evaluated, after)), (other, seen_too, metrics_too, _) = two(halves)
-    torch.testing.assert_close(one, dict(whole.state_dict()))
-    assert digest(one) == digest(other)
-    together = [sorted(first + second) for first, second in zip(seen, seen_too, strict=True)]
-    assert together == [sorted(batch) for batch in whole.seen]
-    assert metrics == metrics_too == pytest.approx(alone.metrics)
+    alone = train_tiny(halves(), look=look, train_batch_size=8)
+    one, other = on_ranks(train_tiny, 2, {"ddp": {}, **halves()}, look=look, train_batch_size=8)
+    assert_one_model([one, other], alone)
+    seen, steps, averaged, evaluated, after = one.looked
+    together = [sorted(first + second) for first, second in zip(seen, other.looked[0], strict=True)]
+    assert together == [sorted(batch) for batch in alone.looked[0]]
     assert steps == averaged == 12  # once an optimizer step, though there are two micro-batches in it
-    assert (evaluated, after) == (
-        {"Plain"},
-        "DistributedDataParallel",
-    )  # evaluation has no forward of all ranks together
+    assert evaluated == {"PlainModule"}  # evaluation has no forward of all ranks together
+    assert after == "DistributedDataParallel"
 
 
 # Options ------------------------------------------------------------------------------
 
 
-class Buffers(Plain):
+class Buffers(PlainModule):
     """Keeps the mean of its inputs as a buffer."""
 
     def __init__(self):
@@ -199,13 +197,13 @@ def test_options_change_how_and_not_what():
     assert not torch.equal(rest[4][1], other[5][1])  # buffers are each rank's own
 
 
-class Unused(Plain):
+class Unused(PlainModule):
     def __init__(self):
         super().__init__()
         self.idle = torch.nn.Linear(2, 2)
 
 
-class Frozen(Plain):
+class Frozen(PlainModule):
     def __init__(self):
         super().__init__()
         self.requires_grad_(False)
@@ -214,7 +212,7 @@ class Frozen(Plain):
 def refused():
     torch.set_num_threads(1)
     found = []
-    for plugin, module in ((Ddp(), Unused()), (Ddp(compression="bf16"), Plain())):
+    for plugin, module in ((Ddp(), Unused()), (Ddp(compression="bf16"), PlainModule())):
         with pytest.raises((RuntimeError, ValueError)) as caught:
             tiny_trainer([plugin], module).train()
         found.append("\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())]))
@@ -235,7 +233,7 @@ def test_what_torch_refuses_is_said_in_our_words():
 # Weights that come and go ---------------------------------------------------------------
 
 
-class Thawing(Plain):
+class Thawing(PlainModule):
     """Changes what is trained, at a moment of the run; every rank would begin its new weights otherwise."""
 
     def __init__(self, case, other_rank=None):
@@ -315,7 +313,7 @@ def other_weights():
 @pytest.mark.xdist_group("ranks")
 def test_what_is_trained_may_change_at_any_time():
     memory = Memory()
-    tiny_trainer([memory], Plain(), max_steps=3, evaluate_every=None).train()
+    tiny_trainer([memory], PlainModule(), max_steps=3, evaluate_every=None).train()
     alone, _ = thawed({}, memory.state)
     (one, kept), (other, _) = two(thawed, {"ddp": {}}, memory.state)
     for case, weights in one.items():
@@ -363,7 +361,7 @@ def static(steps):
     torch.set_num_threads(1)
     found = []
     for size, promised in ((size, promised) for size in steps for promised in (False, True)):
-        module, options = Plain(), {"train_batch_size": 4 * size, "evaluate_every": None}
+        module, options = PlainModule(), {"train_batch_size": 4 * size, "evaluate_every": None}
         plugins = {"ddp": {"static_graph": promised}, "accumulate": {"steps": size}}
         tiny_trainer(plugins, module, **options).train()
         found.append(module.state_dict())
@@ -392,7 +390,7 @@ def test_batch_norm_over_ranks_is_refused_on_cpus():
     assert two(synchronized) == [True, True]
 
 
-class Searched(Plain):
+class Searched(PlainModule):
     """Steps by a line search, which looks at the loss: each rank's own would lead it another way."""
 
     def __init__(self):
@@ -442,14 +440,14 @@ def test_a_line_search_goes_one_way_on_all_ranks():
 def again_and_again():
     torch.set_num_threads(1)
     watch = Watch()
-    trainer = tiny_trainer([Ddp(), watch], Plain(), epochs=1)
+    trainer = tiny_trainer([Ddp(), watch], PlainModule(), epochs=1)
     trainer.validate()
     trainer.train()
     first = trainer.global_step, digest(trainer.module.state_dict())
     trainer.options.epochs = 2
     trainer.train()
     second = trainer.global_step, digest(trainer.module.state_dict()), trainer.validate(), trainer.test()
-    another = tiny_trainer([Ddp()], Plain(), epochs=2)
+    another = tiny_trainer([Ddp()], PlainModule(), epochs=2)
     another.train()
     return first, second, digest(another.module.state_dict()), watch.averaged, dist.is_initialized()
 
@@ -487,7 +485,7 @@ class Around(torch.nn.Module):
 
 def converted():
     torch.set_num_threads(1)
-    trainer = tiny_trainer([Ddp(), Converted()], Plain(), epochs=1)
+    trainer = tiny_trainer([Ddp(), Converted()], PlainModule(), epochs=1)
     trainer.train()
     return type(trainer.model.module).__name__, trainer.model.module.calls
 
@@ -504,7 +502,7 @@ def test_what_others_made_of_the_model_stays_in_evaluations_and_afterwards():
 def test_processes_end_in_order():
     """Torch 2.13 ends one of ten with SIGABRT where its group, or gloo's thread, outlives the run."""
     for _ in range(10):
-        two(halves)
+        on_ranks(train_tiny, 2, {"ddp": {}, **halves()})
 
 
 # Alone --------------------------------------------------------------------------------
@@ -516,7 +514,7 @@ def test_alone_it_changes_nothing_and_says_what_to_do(caplog):
     hand_written_loop(by_hand)
     with caplog.at_level(logging.WARNING, "hookline"):
         tiny_trainer([Ddp()], module).train()
-    assert "ddp: this is one process" in caplog.text
+    assert "distributed: this is one process, so there is nobody to share the model with (ddp)" in caplog.text
     assert "torchrun --nproc-per-node 2 -m hookline fit run.yaml" in caplog.text
     assert digest(module.state_dict()) == digest(by_hand.state_dict())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -32,8 +31,6 @@ OWNED = {  # keys of DeepSpeed's configuration that are decided elsewhere, and w
     "fp16": "the state of its scaler would be in no checkpoint; take bf16 or torch_autocast",
     "amp": "take bf16 or torch_autocast",
 }
-
-log = logging.getLogger("hookline.deepspeed")
 
 
 @dataclass(eq=False)
@@ -80,14 +77,9 @@ class Deepspeed(CallbackInterface):
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
         """Leave the model whole: the engine is given it together with the optimizer, which needs its parameters."""
         model = model.to(trainer.device)
-        if trainer.world_size == 1:
-            log.warning(
-                "deepspeed: this is one process, which trains without the engine. `hookline fit run.yaml --nproc 2` "
-                "starts two on this machine"
-            )
-        else:
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.detach(), src=0)  # modules that were built apart may begin apart
+        if trainer.world_size > 1:
+            begins = [*model.parameters(), *model.buffers()]  # modules that were built apart may begin apart
+            trainer.hook.broadcast(trainer=trainer, tensors=begins)
         return model
 
     @hookimpl(wrapper=True)
@@ -186,13 +178,6 @@ class Deepspeed(CallbackInterface):
             )
         self._engine.step()
         return bool(self._engine.was_step_applied())
-
-    @hookimpl(wrapper=True, trylast=True)  # innermost: who swaps other buffers in has done it
-    def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
-        if self._engine is not None:
-            for buffer in trainer.module.buffers():  # since the start each rank has its own
-                dist.broadcast(buffer, src=0)
-        return (yield)
 
     # State ----------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Two ranks over gloo under DeepSpeed's engine, against loops written by hand, against ddp and against one rank."""
 
+import functools
 import importlib.util
 import itertools
 import logging
@@ -9,10 +10,21 @@ import signal
 import pytest
 import torch
 
-from hookline import CallbackInterface, Stage, copy_state, hookimpl, set_seed
+from hookline import Stage, hookimpl, set_seed
 from hookline.counters import Cursor
 from hookline.data import mix, sampler_class
-from hookline.testing import Memory, TinyModule, check_plugin, digest, hand_written_loop, run_ranks, tiny_trainer
+from hookline.testing import (
+    PlainModule,
+    TinyModule,
+    assert_one_model,
+    check_plugin,
+    digest,
+    hand_written_loop,
+    on_ranks,
+    run_ranks,
+    tiny_trainer,
+    train_tiny,
+)
 from hookline.testing.faults import at_hook, kill
 from hookline_deepspeed import Deepspeed
 
@@ -21,18 +33,7 @@ needed = pytest.mark.skipif(not HERE, reason="deepspeed is not installed: `nox -
 STAGES = (0, 1, 2)
 
 
-class Plain(TinyModule):
-    """Without batch norm, so that two ranks do what one does, but for rounding; dropout where it is asked for."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__(samples=48)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Dropout(dropout), torch.nn.Linear(16, 1)
-            self.net = torch.nn.Sequential(*layers)
-
-
-class Half(Plain):
+class Half(PlainModule):
     """Takes its batches in the numbers of its weights."""
 
     def train_step(self, global_step, batch, device):
@@ -44,7 +45,7 @@ class Half(Plain):
         return super().val_step(global_step, batch, device)
 
 
-class Groups(Plain):
+class Groups(PlainModule):
     """Two groups of parameters, one of them with weight decay, and one parameter that is frozen."""
 
     def __init__(self, dropout=0.0):
@@ -58,43 +59,14 @@ class Groups(Plain):
         return [torch.optim.AdamW(groups, 1e-2)], []
 
 
-class Own(Memory):
-    """Begins from a state of this rank's own, which is no option: those are the same on all ranks."""
-
-    own = None
-
-    @hookimpl
-    def restore(self, trainer, stage):
-        state = copy_state(self.own)
-        return self.own is not None and trainer.hook.set_run_state(trainer=trainer, state=state, stage=stage)
+def look(trainer):
+    return type(trainer.model).__name__, trainer.global_step, trainer.counters.skipped_steps
 
 
-class Windows(CallbackInterface):
-    def __init__(self, size):
-        self.size = size
-
-    @hookimpl
-    def get_window_size(self):
-        return self.size
-
-
-def train(plugin, states=None, window=1, dropout=0.0, others=None, module=Plain, way="deepspeed", **options):
-    torch.set_num_threads(1)
-    rank = int(os.environ.get("RANK", "0"))
-    memory = Own(every="1 steps")
-    memory.own = states[rank] if states else None
-    plugins = {way: plugin, "memory": memory, "windows": Windows(window), **(others or {})}
-    trainer = tiny_trainer(plugins, module(dropout), **{"train_batch_size": 12 * window, **options})
-    trainer.train()
-    return {
-        "states": memory.states,
-        "weights": copy_state(trainer.export_model()),
-        "metrics": dict(trainer.metrics),
-        "again": trainer.validate(),
-        "model": type(trainer.model).__name__,
-        "steps": trainer.global_step,
-        "skipped": trainer.counters.skipped_steps,
-    }
+def train(plugin, states=(), window=1, dropout=0.0, others=None, module=PlainModule, way="deepspeed", **options):
+    plugins = {way: plugin, **({"accumulate": {"steps": window}} if window > 1 else {}), **(others or {})}
+    options = {"keep": True, "begin": states, "look": look, "train_batch_size": 12 * window, **options}
+    return train_tiny(plugins, functools.partial(module, dropout), **options)
 
 
 def train_all(cases):
@@ -103,19 +75,14 @@ def train_all(cases):
 
 def on_two(*cases):
     """Train each case on two ranks, one after the other; return by case what each rank found."""
-    outcomes = run_ranks(train_all, 2, cases, timeout=110)
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output + outcomes[1].output
-    return list(zip(*(outcome.value for outcome in outcomes), strict=True))
+    return list(zip(*on_ranks(train_all, 2, cases), strict=True))
 
 
 def case(*arguments, **keywords):
     return arguments, keywords
 
 
-def assert_close(one, other, rtol=1e-5, atol=1e-6):
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=rtol, atol=atol)
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
 def without_clock(state):
@@ -131,7 +98,7 @@ def by_hand(stage, window, more):
     import deepspeed
 
     rank = int(os.environ["RANK"])
-    module = Plain(0.3)
+    module = PlainModule(0.3)
     set_seed(mix(0, rank))
     cursor = Cursor(seed=0)
     sampler = sampler_class(cursor, shuffle=True, share=rank, shares=2)
@@ -167,7 +134,7 @@ def both(cases):
     found = []
     for stage, window, more in cases:
         ours = train({"stage": stage, "config": more}, window=window, dropout=0.3)
-        found.append((digest(ours["weights"]), digest(by_hand(stage, window, more)), ours["model"]))
+        found.append((digest(ours.weights), digest(by_hand(stage, window, more)), ours.looked[0]))
     return found
 
 
@@ -177,13 +144,12 @@ def both(cases):
 def test_the_same_bits_as_a_loop_written_by_hand():
     cases = [(stage, window, {}) for stage in STAGES for window in (1, 3)]  # of four batches: the last window is short
     cases.append((2, 1, {"gradient_clipping": 0.05}))
-    outcomes = run_ranks(both, 2, cases, timeout=110)
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
-    for of_case, of_other_rank in zip(*(outcome.value for outcome in outcomes), strict=True):
+    found = on_ranks(both, 2, cases)
+    for of_case, of_other_rank in zip(*found, strict=True):
         ours, hand, model = of_case
         assert ours == hand == of_other_rank[0]
         assert model == "DeepSpeedEngine"
-    assert outcomes[0].value[4][0] != outcomes[0].value[6][0]  # it did clip
+    assert found[0][4][0] != found[0][6][0]  # it did clip
 
 
 @needed
@@ -195,10 +161,9 @@ def test_two_ranks_are_one_and_those_of_ddp_within_rounding():
     alone = [train({}, window=window) for window in (1, 2)]
     for number, (one, other) in enumerate(found):
         expected = alone[number % 2]
-        assert_close(one["weights"], expected["weights"])
-        assert digest(one["weights"]) == digest(other["weights"])
-        assert one["metrics"] == one["again"] == other["metrics"] == pytest.approx(expected["metrics"])
-        assert (one["steps"], one["skipped"]) == (expected["steps"], 0)
+        assert_one_model([one, other], expected)
+        assert one.metrics == one.again
+        assert one.looked[1:] == (expected.looked[1], 0)
 
 
 # State --------------------------------------------------------------------------------
@@ -207,27 +172,27 @@ def test_two_ranks_are_one_and_those_of_ddp_within_rounding():
 @needed
 @pytest.mark.plugins
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("module", [Plain, Groups])
+@pytest.mark.parametrize("module", [PlainModule, Groups])
 def test_a_resume_has_the_same_bits_and_goes_on_elsewhere(module):
     stages = [{"stage": stage} for stage in STAGES]
     keywords = {"dropout": 0.3, "module": module}
     whole = on_two(*(case(stage, **keywords) for stage in stages), case({}, way="ddp", **keywords))
-    states = [[rank["states"][3] for rank in ranks] for ranks in whole]
+    states = [[rank.states[3] for rank in ranks] for ranks in whole]
     cases = [case(stage, kept, **keywords) for stage, kept in zip(stages, states[:3], strict=True)]
     cases.append(case({}, states[1], way="ddp", **keywords))  # what was stored whole is anybody's
     cases.append(case({"stage": 2}, states[3], **keywords))
     resumed = on_two(*cases)
     for ranks, again in zip(whole[:3], resumed[:3], strict=True):
         for rank, same in zip(ranks, again, strict=True):
-            assert without_clock(same["states"][8]) == without_clock(rank["states"][8])
+            assert without_clock(same.states[8]) == without_clock(rank.states[8])
     for ranks in whole:
-        assert digest(ranks[0]["states"][8]["optimizers"]) == digest(ranks[1]["states"][8]["optimizers"])
-        assert_close(ranks[0]["weights"], whole[3][0]["weights"])
+        assert digest(ranks[0].states[8]["optimizers"]) == digest(ranks[1].states[8]["optimizers"])
+        assert_close(ranks[0].weights, whole[3][0].weights)
     for ranks in resumed[3:]:
-        assert_close(ranks[0]["weights"], whole[3][0]["weights"])
-    named = {name for name, weight in module().named_parameters() if module is Plain or name != "net.0.bias"}
+        assert_close(ranks[0].weights, whole[3][0].weights)
+    named = {name for name, weight in module().named_parameters() if module is PlainModule or name != "net.0.bias"}
     for of_stage in whole[:3]:
-        assert {*of_stage[0]["states"][8]["optimizers"][0]["state"]} == named
+        assert {*of_stage[0].states[8]["optimizers"][0]["state"]} == named
 
 
 @needed
@@ -235,8 +200,8 @@ def test_a_resume_has_the_same_bits_and_goes_on_elsewhere(module):
 @pytest.mark.xdist_group("ranks")
 def test_one_rank_goes_on_with_what_two_have_begun():
     (one, _), (whole, _) = on_two(case({"stage": 2}, max_steps=3), case({"stage": 2}))
-    alone = train({}, [one["states"][3]])
-    assert_close(alone["weights"], whole["weights"])
+    alone = train({}, [one.states[3]])
+    assert_close(alone.weights, whole.weights)
 
 
 def kept(folder, dies, options):
@@ -245,7 +210,7 @@ def kept(folder, dies, options):
     plugins = {"deepspeed": {"stage": 2}, "checkpoint": {"every": "3 steps"}}
     if dies:
         plugins["fault"] = at_hook("on_begin_optimizer_step", kill if os.environ["RANK"] == "1" else int, nth=6)
-    trainer = tiny_trainer(plugins, Plain(0.3), train_batch_size=12, runs_folder=folder, **options)
+    trainer = tiny_trainer(plugins, PlainModule(0.3), train_batch_size=12, runs_folder=folder, **options)
     trainer.train()
     return digest(trainer.export_model()), trainer.global_step
 
@@ -271,14 +236,14 @@ def test_half_precision_keeps_what_it_computes_with_and_what_it_steps():
     half = {"stage": 2, "config": {"bf16": {"enabled": True}}}
     autocast = {"stage": 1, "config": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}}
     (one, other), (cast, _) = on_two(case(half, module=Half, dropout=0.3), case(autocast, dropout=0.3))
-    assert {weight.dtype for weight in one["weights"].values()} == {torch.bfloat16}
-    kept = one["states"][3]
+    assert {weight.dtype for weight in one.weights.values()} == {torch.bfloat16}
+    kept = one.states[3]
     assert {weight.dtype for weight in kept["module"].values()} == {torch.float32}
-    ((again, _),) = on_two(case(half, [kept, other["states"][3]], module=Half, dropout=0.3))
-    assert without_clock(again["states"][8]) == without_clock(one["states"][8])
-    assert {weight.dtype for weight in cast["weights"].values()} == {torch.float32}
-    rounded = {name: weight.float() for name, weight in one["weights"].items()}
-    assert_close(cast["weights"], rounded, rtol=0.1, atol=0.05)
+    ((again, _),) = on_two(case(half, [kept, other.states[3]], module=Half, dropout=0.3))
+    assert without_clock(again.states[8]) == without_clock(one.states[8])
+    assert {weight.dtype for weight in cast.weights.values()} == {torch.float32}
+    rounded = {name: weight.float() for name, weight in one.weights.items()}
+    assert_close(cast.weights, rounded, rtol=0.1, atol=0.05)
 
 
 @needed
@@ -291,19 +256,19 @@ def test_with_an_average_and_states_on_the_host():
     )
     alone = train({}, others=others)
     for found in (one, other, offloaded):
-        assert_close(found["weights"], alone["weights"])
-        assert found["metrics"] == pytest.approx(alone["metrics"])
+        assert_close(found.weights, alone.weights)
+        assert found.metrics == pytest.approx(alone.metrics)
 
 
 # What does not fit --------------------------------------------------------------------
 
 
-class Two(Plain):
+class Two(PlainModule):
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
         return [torch.optim.SGD(layer.parameters(), 0.1) for layer in (self.net[0], self.net[3])], []
 
 
-class Overflow(Plain):
+class Overflow(PlainModule):
     """Has an infinite loss in its third step."""
 
     def train_step(self, global_step, batch, device):
@@ -311,7 +276,7 @@ class Overflow(Plain):
         return loss * (torch.inf if global_step == 3 else 1), *rest
 
 
-class Closure(Plain):
+class Closure(PlainModule):
     """Steps by a closure."""
 
     @hookimpl
@@ -349,8 +314,8 @@ def test_what_does_not_go_with_the_engine(wrong, message):
 def test_a_step_that_is_left_out_and_gradients_that_others_may_change():
     clip = {"clip": {"max_norm": 0.05}}
     (left_out, _), (clipped, _) = on_two(case({"stage": 2}, module=Overflow), case({"stage": 0}, others=clip))
-    assert (left_out["steps"], left_out["skipped"]) == (8, 1)
-    assert_close(clipped["weights"], train({}, others=clip)["weights"])
+    assert left_out.looked[1:] == (8, 1)
+    assert_close(clipped.weights, train({}, others=clip).weights)
 
 
 @pytest.mark.plugins
@@ -376,7 +341,7 @@ def test_alone_it_changes_nothing_and_says_what_to_do(caplog):
     hand_written_loop(by_hand)
     with caplog.at_level(logging.WARNING, "hookline"):
         tiny_trainer([Deepspeed()], module).train()
-    assert "deepspeed: this is one process, which trains without the engine" in caplog.text
+    assert "distributed: this is one process, so there is nobody to share the model with (deepspeed)" in caplog.text
     assert digest(module.state_dict()) == digest(by_hand.state_dict())
 
 

@@ -11,9 +11,12 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hookline import CallbackInterface, Trainer, hookimpl, sharded
-from hookline.testing import Memory, TinyModule, digest, hand_written_loop, run_ranks, tiny_trainer
+from hookline.testing import Memory, TinyModule, digest, hand_written_loop, on_ranks, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
-from hookline_distributed import Distributed, as_text, interleaved, leave
+from hookline_distributed import Distributed
+from hookline_distributed.alike import as_text
+from hookline_distributed.outputs import interleaved
+from hookline_distributed.stores import leave
 
 PRELOADED += ["hookline_distributed"]
 of_ranks = pytest.mark.xdist_group("ranks")
@@ -21,9 +24,7 @@ of_ranks = pytest.mark.xdist_group("ranks")
 
 def two(function, *args):
     """Run a function on two ranks; return what it returned on each."""
-    outcomes = run_ranks(function, 2, *args)
-    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
-    return [outcome.value for outcome in outcomes]
+    return on_ranks(function, 2, *args)
 
 
 def rank():
@@ -139,6 +140,18 @@ def test_alone_it_changes_nothing(monkeypatch):
     trainer.train()
     assert trainer.world_size == 1
     assert digest(module.state_dict()) == digest(by_hand.state_dict())
+
+
+def test_who_would_share_the_model_is_told_once_that_there_is_nobody(caplog, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    trainer = tiny_trainer({"distributed": {}, "shares": Shares()}, max_steps=1)
+    trainer.train()
+    trainer.validate()
+    assert [record.getMessage() for record in caplog.records if "one process" in record.getMessage()] == [
+        "distributed: this is one process, so there is nobody to share the model with (shares). `hookline fit run.yaml "
+        "--nproc 2` starts two on this machine, `torchrun --nproc-per-node 2 -m hookline fit run.yaml` does as well"
+    ]
 
 
 def test_the_order_of_the_data_set():
@@ -657,14 +670,67 @@ class Shares(CallbackInterface):
 
     @hookimpl
     def on_end_backward(self, trainer):
-        for weight in trainer.module.parameters():
+        for weight in trainer.module.parameters() if trainer.world_size > 1 else ():
             dist.all_reduce(weight.grad)
 
-    @hookimpl(wrapper=True, trylast=True)
-    def evaluate(self, trainer):
-        for buffer in trainer.module.buffers():
-            dist.broadcast(buffer, 0)
-        return (yield)
+
+class Apart(TinyModule):
+    """Has other values on each rank, of every kind that may be given to all, or may not."""
+
+    def __init__(self):
+        super().__init__()
+        own = rank() + 1.0
+        self.register_buffer("large", torch.full((9 << 20,), own))  # 36 MiB: an exchange of its own
+        self.register_buffer("small", torch.full((3,), own))
+        self.register_buffer("turned", torch.arange(6.0).reshape(2, 3).t() * own)
+        self.register_buffer("whole", torch.full((2,), int(own)))
+        self.register_buffer("none", torch.empty(0))
+
+
+class Gives(CallbackInterface):
+    @hookimpl
+    def on_begin_train(self, trainer):
+        tensors = [torch.empty(2, device="meta"), *trainer.module.buffers()]
+        self.same = trainer.hook.broadcast(trainer=trainer, tensors=tensors) is tensors
+
+
+def given():
+    torch.set_num_threads(1)
+    gives, module = Gives(), Apart()
+    tiny_trainer([Distributed(), gives], module, max_steps=1, evaluate_every=None, eval_when_finish=False).train()
+    return gives.same, dict(module.named_buffers())
+
+
+@of_ranks
+def test_tensors_of_rank_0_are_given_to_all():
+    (same, one), (_, other) = two(given)
+    assert same
+    for name in ("large", "small", "turned", "whole", "none"):
+        assert digest(one[name]) == digest(other[name])
+    assert one["large"][-1] == one["small"][-1] == one["whole"][-1] == 1
+    assert one["turned"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+
+
+class Leaves(Shares):
+    """Leaves each rank the buffers that it has."""
+
+    @hookimpl
+    def shares_buffers(self):
+        return False
+
+
+def evaluated_with(sharing):
+    torch.set_num_threads(1)
+    module = TinyModule()
+    tiny_trainer([Distributed(), sharing()], module, max_steps=2, evaluate_every="2 steps").train()
+    return module.net[1].running_mean
+
+
+@of_ranks
+@pytest.mark.parametrize("sharing", [Shares, Leaves])
+def test_an_evaluation_goes_by_the_buffers_of_rank_0_unless_each_has_its_own(sharing):
+    one, other = two(evaluated_with, sharing)
+    assert torch.equal(one, other) == (sharing is Shares)
 
 
 class Spoils(CallbackInterface):

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from hookline import CallbackInterface, ModuleInterface, hookimpl, sharded
-from hookline.testing import Memory, TinyModule, digest, run_ranks, tiny_trainer
+from hookline.testing import Memory, TinyModule, digest, on_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED
 from hookline_distributed import Distributed
 from hookline_distributed.uneven import without_samples
@@ -20,9 +20,7 @@ of_ranks = pytest.mark.xdist_group("ranks")
 
 def two(function, *args):
     """Run a function on two ranks; return what it returned on each."""
-    outcomes = run_ranks(function, 2, *args)
-    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
-    return [outcome.value for outcome in outcomes]
+    return on_ranks(function, 2, *args)
 
 
 def rank():

@@ -6,13 +6,13 @@ import importlib
 import inspect
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hookline import Stage
+from hookline.files import replacing
 from hookline.tracking import Run, Table, Tracker, below
 
 __version__ = "0.1.0"
@@ -111,9 +111,8 @@ class Dvclive(Tracker):
             head, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
             kept = [row for row in rows if row.endswith("\n") and not unwanted(float(row.split("\t")[0]))]
             if kept:
-                part = path.with_suffix(".part")
-                part.write_text("".join([head, *kept]), encoding="utf-8")
-                os.replace(part, path)
+                with replacing(path) as new:
+                    new.write_text("".join([head, *kept]), encoding="utf-8")
             else:
                 path.unlink()
 

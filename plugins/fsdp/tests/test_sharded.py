@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from hookline import CallbackInterface, copy_state, hookimpl
 from hookline.cli import main
-from hookline.testing import TinyModule, digest, run_ranks, tiny_trainer
-from hookline.testing.faults import PRELOADED, at_file, failing, kill, run
+from hookline.testing import TinyModule, digest, on_ranks, run_ranks, tiny_trainer
+from hookline.testing.faults import PRELOADED, at_file, failing, kill
 from hookline.testing.ranks import Ranks
 from hookline_checkpoint import CheckpointError, storage
 from hookline_checkpoint.compare import differences
@@ -105,18 +105,9 @@ def train(folder, model="fsdp", checkpoint=None, others=None, dropout=0.0, fault
     }
 
 
-def train_with(arguments, keywords):
-    return train(*arguments, **keywords)
-
-
 def on(ranks, *arguments, **keywords):
     """Train on some ranks; return what each has come to."""
-    if ranks == 1:
-        outcomes = [run(train_with, arguments, keywords)]
-    else:
-        outcomes = run_ranks(train_with, ranks, arguments, keywords, timeout=100)
-    assert [outcome.code for outcome in outcomes] == [0] * ranks, outputs(outcomes)
-    return [outcome.value for outcome in outcomes]
+    return on_ranks(train, ranks, *arguments, **keywords)
 
 
 def outputs(outcomes):
@@ -135,10 +126,7 @@ def weights_of(path):
     return unpack(path, 0)["module"]
 
 
-def assert_close(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +295,7 @@ def test_all_ranks_go_back_together_where_one_finds_damage(saved, tmp_path):
     for step, name in ((8, "shards-0001.safetensors"), (7, "shards-0000.safetensors"), (6, "shards.json")):
         flip(at(tmp_path, step) / name)
     (at(tmp_path, 5) / "shards-0001.safetensors").unlink()
-    outcomes = run_ranks(train_with, 2, (tmp_path,), {"dropout": 0.3, "resume": True}, timeout=60)
+    outcomes = run_ranks(functools.partial(train, dropout=0.3, resume=True), 2, tmp_path, timeout=60)
     assert [outcome.code for outcome in outcomes] == [0, 0], outputs(outcomes)
     for outcome in outcomes:
         assert f"going back to {at(tmp_path, 4)}, because newer checkpoints are damaged" in outcome.output

@@ -28,7 +28,8 @@ from torchmetrics.wrappers import ClasswiseWrapper
 from hookline import ModuleInterface, Stage, Trainer, hookimpl
 from hookline.testing import Memory
 from hookline.tracking import Table
-from hookline_metrics import Metrics, draw
+from hookline_metrics import Metrics
+from hookline_metrics.figures import draw
 
 CLASSES = 3
 MICRO = {"num_classes": CLASSES, "average": "micro"}

@@ -26,7 +26,7 @@ from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl, set_se
 from hookline.config import build_trainer, load_config
 from hookline.counters import Cursor
 from hookline.data import mix, sampler_class
-from hookline.testing import digest, run_ranks, tiny_trainer
+from hookline.testing import assert_one_model, digest, on_ranks, run_ranks, tiny_trainer, train_tiny
 from hookline_tp import Tp
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -119,35 +119,22 @@ HALF = {**SEQUENCE, "blocks.*.before_look": "sequence"}
 HALF.pop("blocks.*.before_*")  # before_think then knows its own part of the sequence alone
 
 
+def look(trainer):
+    here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trainer.module.parameters())
+    return here, (trainer.share, trainer.shares)
+
+
 def train(plan, module, others=None, size=0, **options):
-    torch.set_num_threads(1)
     plugins = {"tp": Tp(size=size, plan=plan)} | (others or {})
-    trainer = tiny_trainer(plugins, Transformer(**module), train_batch_size=12, **options)
-    trainer.train()
-    return {
-        "weights": trainer.export_model(),
-        "metrics": dict(trainer.metrics),
-        "again": trainer.validate(),
-        "here": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in trainer.module.parameters()),
-        "share": (trainer.share, trainer.shares),
-    }
+    return train_tiny(plugins, functools.partial(Transformer, **module), look=look, **options)
 
 
 def on(ranks, *arguments, **keywords):
-    outcomes = run_ranks(train_with, ranks, arguments, keywords, timeout=100)
-    assert [outcome.code for outcome in outcomes] == [0] * ranks, "\n".join(outcome.output for outcome in outcomes)
-    assert not any("each trains its own" in outcome.output for outcome in outcomes)
-    return [outcome.value for outcome in outcomes]
+    return on_ranks(train, ranks, *arguments, **keywords)
 
 
-def train_with(arguments, keywords):
-    return train(*arguments, **keywords)
-
-
-def assert_close(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=5e-5)
+assert_alike = functools.partial(assert_one_model, rtol=1e-4, atol=5e-5, rtol_of_metrics=1e-4)
+assert_close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.plugins
@@ -164,11 +151,10 @@ def assert_close(one, other):
 def test_two_ranks_are_one_within_rounding(plan, module):
     one, other = on(2, plan, module)
     alone = train(plan, {**module, "apart": False})
-    assert_close(one["weights"], alone["weights"])
-    assert digest(one["weights"]) == digest(other["weights"])
-    assert one["metrics"] == one["again"] == other["metrics"] == pytest.approx(alone["metrics"], rel=1e-4)
-    assert one["here"] < 0.62 * alone["here"]
-    assert one["share"] == (0, 1)
+    assert_alike([one, other], alone)
+    assert one.metrics == one.again
+    assert one.looked[0] < 0.62 * alone.looked[0]
+    assert one.looked[1] == (0, 1)
 
 
 def by_hand(plan_of_torch):
@@ -228,10 +214,9 @@ def sequence_by_hand():
     [pytest.param(TENSOR, tensor_by_hand, marks=pytest.mark.slow), (SEQUENCE, sequence_by_hand)],
 )
 def test_the_same_bits_as_a_loop_written_by_hand(plan, plan_of_torch):
-    outcomes = run_ranks(by_hand, 2, plan_of_torch)
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
+    hand, _ = on_ranks(by_hand, 2, plan_of_torch)
     one, _ = on(2, plan, {"dropout": 0.3})
-    assert digest(one["weights"]) == digest(outcomes[0].value)
+    assert digest(one.weights) == digest(hand)
 
 
 def others():
@@ -249,17 +234,16 @@ def others():
 def test_with_clipping_an_average_metrics_and_windows(plan):
     one, other = on(2, plan, {}, others())
     alone = train(plan, {}, others())
-    assert_close(one["weights"], alone["weights"])
-    assert one["metrics"] == other["metrics"] == pytest.approx(alone["metrics"], rel=1e-4)
-    assert one["metrics"]["val_sum"] == alone["metrics"]["val_sum"]
+    assert_alike([one, other], alone)
+    assert one.metrics["val_sum"] == alone.metrics["val_sum"]
 
 
 @pytest.mark.plugins
 @pytest.mark.slow
 def test_under_autocast():
     one, other = on(2, SEQUENCE, {"dropout": 0.1}, {"amp": {}})
-    assert digest(one["weights"]) == digest(other["weights"])
-    assert one["metrics"]["val_loss"] == pytest.approx(train({}, {}, {"amp": {}})["metrics"]["val_loss"], rel=0.05)
+    assert digest(one.weights) == digest(other.weights)
+    assert one.metrics["val_loss"] == pytest.approx(train({}, {}, {"amp": {}}).metrics["val_loss"], rel=0.05)
 
 
 @pytest.mark.plugins
@@ -269,12 +253,10 @@ def test_four_ranks_split_layers_and_share_the_rest(plan):
     sharded = {"fsdp": {"wrap": ["Block"]}, **others()}
     four = on(4, plan, {"apart": True}, sharded, size=2)
     alone = train(plan, {}, others())
-    assert_close(four[0]["weights"], alone["weights"])
-    assert len({digest(rank["weights"]) for rank in four}) == 1
-    assert four[0]["metrics"] == four[3]["metrics"] == pytest.approx(alone["metrics"], rel=1e-4)
-    assert four[0]["metrics"]["val_sum"] == alone["metrics"]["val_sum"]
-    assert four[0]["here"] < 0.35 * alone["here"]
-    assert [rank["share"] for rank in four] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    assert_alike(four, alone)
+    assert four[0].metrics["val_sum"] == alone.metrics["val_sum"]
+    assert four[0].looked[0] < 0.35 * alone.looked[0]
+    assert [rank.looked[1] for rank in four] == [(0, 2), (0, 2), (1, 2), (1, 2)]
 
 
 class Light(Transformer):
@@ -297,10 +279,9 @@ def without_memory():
 @pytest.mark.plugins
 @pytest.mark.slow
 def test_a_module_that_fsdp_makes_without_memory():
-    outcomes = run_ranks(without_memory, 4, timeout=100)
-    assert [outcome.code for outcome in outcomes] == [0] * 4, outcomes[0].output
-    assert len({outcome.value for outcome in outcomes}) == 1
-    assert outcomes[0].value[1] < 2.4  # ln 12 where nothing was learnt
+    found = on_ranks(without_memory, 4)
+    assert len({*found}) == 1
+    assert found[0][1] < 2.4  # ln 12 where nothing was learnt
 
 
 def resumed(folder, plan, ranks, then=None, size=0, more=None):
@@ -318,7 +299,7 @@ def resumed(folder, plan, ranks, then=None, size=0, more=None):
 @pytest.mark.parametrize("plan", [TENSOR, pytest.param(SEQUENCE, marks=pytest.mark.slow)])
 def test_a_resume_has_the_same_bits(tmp_path, plan):
     whole, _ = on(2, plan, {"dropout": 0.3}, {"ema": {"decay": 0.9}})
-    assert digest(resumed(tmp_path, plan, 2)["weights"]) == digest(whole["weights"])
+    assert digest(resumed(tmp_path, plan, 2).weights) == digest(whole.weights)
 
 
 @pytest.mark.plugins
@@ -327,7 +308,7 @@ def test_a_resume_has_the_same_bits(tmp_path, plan):
 def test_other_numbers_of_ranks_go_on(tmp_path, ranks, then):
     alone = train({}, {}, {"ema": {"decay": 0.9}})
     more = {"fsdp": {"wrap": ["Block"]}} if 4 in (ranks, then) else None
-    assert_close(resumed(tmp_path, SEQUENCE, ranks, then, 2, more)["weights"], alone["weights"])
+    assert_close(resumed(tmp_path, SEQUENCE, ranks, then, 2, more).weights, alone.weights)
 
 
 @pytest.mark.plugins
@@ -335,7 +316,7 @@ def test_other_numbers_of_ranks_go_on(tmp_path, ranks, then):
 def test_a_resume_of_four_ranks_has_the_same_bits(tmp_path):
     more = {"fsdp": {"wrap": ["Block"]}}
     whole, *_ = on(4, TENSOR, {"dropout": 0.3}, {"ema": {"decay": 0.9}, **more}, size=2)
-    assert digest(resumed(tmp_path, TENSOR, 4, None, 2, more)["weights"]) == digest(whole["weights"])
+    assert digest(resumed(tmp_path, TENSOR, 4, None, 2, more).weights) == digest(whole.weights)
 
 
 class Planned(Transformer):
@@ -358,17 +339,15 @@ def evaluated(plugin):
 
 @pytest.mark.plugins
 def test_what_is_exported_at_the_start_has_the_bits_of_one_rank():
-    outcomes = run_ranks(evaluated, 2, Tp(plan=TIED))
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
-    assert {outcome.value[0] for outcome in outcomes} == {digest(Planned(tied=True).state_dict())}
-    assert outcomes[0].value[1]["embed.weight"] == "S(0)"
+    (one, places), (other, _) = on_ranks(evaluated, 2, Tp(plan=TIED))
+    assert one == other == digest(Planned(tied=True).state_dict())
+    assert places["embed.weight"] == "S(0)"
 
 
 @pytest.mark.plugins
 def test_the_plan_of_the_module():
-    outcomes = run_ranks(evaluated, 2, Tp())
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
-    assert {name: place for name, place in outcomes[0].value[1].items() if "blocks.1.look" not in name} == {
+    (_, places), _ = on_ranks(evaluated, 2, Tp())
+    assert {name: place for name, place in places.items() if "blocks.1.look" not in name} == {
         **{f"blocks.{n}.look.{name}": "S(0)" for n in "0" for name in ("query.weight", "query.bias", "key.weight")},
         **{f"blocks.{n}.look.{name}": "S(0)" for n in "0" for name in ("value.weight", "value.bias")},
         **{f"blocks.{n}.up.{name}": "S(0)" for n in "01" for name in ("weight", "bias")},
@@ -401,9 +380,7 @@ def configured(path, folder):
 @pytest.mark.plugins
 def test_a_transformer_is_split_by_configuration_alone(tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(CONFIG)
-    outcomes = run_ranks(configured, 2, tmp_path / "run.yaml", tmp_path)
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
-    (one, places), (other, _) = (outcome.value for outcome in outcomes)
+    (one, places), (other, _) = on_ranks(configured, 2, tmp_path / "run.yaml", tmp_path)
     assert digest(one) == digest(other)
     assert {name: place for name, place in places.items() if "blocks.1" in name} == {
         **{"blocks.1.think.0.weight": "S(0)", "blocks.1.think.0.bias": "S(0)"},
@@ -435,20 +412,19 @@ def spoilt():
 @pytest.mark.plugins
 @pytest.mark.slow
 def test_a_step_is_skipped_for_a_part_of_one_rank():
-    assert [outcome.value for outcome in run_ranks(spoilt, 2)] == [1, 1]
+    assert on_ranks(spoilt, 2) == [1, 1]
 
 
 def test_one_process_trains_the_whole_model_and_a_warning_says_so(caplog):
     caplog.set_level(logging.WARNING, logger="hookline")
-    weights = train(TENSOR, {})["weights"]
-    assert "this is one process, so there is nobody to split layers with" in caplog.text
-    assert digest(weights) == digest(train({}, {})["weights"])
+    weights = train(TENSOR, {}).weights
+    assert "distributed: this is one process, so there is nobody to share the model with (tp)" in caplog.text
+    assert digest(weights) == digest(train({}, {}).weights)
 
 
 @pytest.mark.plugins
 def test_frozen_weights_stay_frozen():
-    outcomes = run_ranks(frozen, 2)
-    assert [outcome.value for outcome in outcomes] == [{"blocks.0.before_look.weight", "read.weight"}] * 2
+    assert on_ranks(frozen, 2) == [{"blocks.0.before_look.weight", "read.weight"}] * 2
 
 
 def frozen():

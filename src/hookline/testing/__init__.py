@@ -4,15 +4,19 @@ from hookline.testing.budgets import Budget, calls_per_step, count_syncs
 from hookline.testing.check import check_plugin
 from hookline.testing.digest import digest
 from hookline.testing.memory import Memory
-from hookline.testing.ranks import run_ranks
-from hookline.testing.tiny import TinyModule, hand_written_loop, tiny_trainer
+from hookline.testing.ranks import on_ranks, run_ranks
+from hookline.testing.tiny import PlainModule, TinyModule, hand_written_loop, tiny_trainer
 from hookline.testing.trackers import Told, check_killed_tracker, check_quiet_tracker, check_tracker
+from hookline.testing.trained import Trained, assert_one_model, train_tiny
 
 __all__ = [
     "Budget",
     "Memory",
+    "PlainModule",
     "TinyModule",
     "Told",
+    "Trained",
+    "assert_one_model",
     "calls_per_step",
     "check_killed_tracker",
     "check_plugin",
@@ -21,6 +25,8 @@ __all__ = [
     "count_syncs",
     "digest",
     "hand_written_loop",
+    "on_ranks",
     "run_ranks",
     "tiny_trainer",
+    "train_tiny",
 ]

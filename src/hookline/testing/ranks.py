@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -26,6 +27,28 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     """
     ranks = Ranks(function, world_size, *args)
     return ranks.wait(timeout)
+
+
+def on_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 100.0, **keywords: Any
+) -> list[Any]:
+    """Run a function once on each rank; return what it returned on each.
+
+    Args:
+        function: importable by its name.
+        world_size: how many processes.
+        args: its arguments, which can be pickled.
+        timeout: seconds for all of them together.
+        keywords: more of its arguments.
+
+    Raises:
+        AssertionError: a rank has failed; with what all of them wrote.
+        TimeoutError: one has not ended; all were killed.
+    """
+    outcomes = run_ranks(functools.partial(function, **keywords), world_size, *args, timeout=timeout)
+    told = "\n".join(f"--- rank {rank}: {one.code}\n{one.output}" for rank, one in enumerate(outcomes))
+    assert not any(outcome.code for outcome in outcomes), told
+    return [outcome.value for outcome in outcomes]
 
 
 class Ranks:

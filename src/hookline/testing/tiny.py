@@ -84,6 +84,17 @@ class TinyModule(ModuleInterface):
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)]
 
 
+class PlainModule(TinyModule):
+    """The same without batch norm, which takes the statistics of one rank's part of a batch.
+
+    Several ranks then train what one trains, but for rounding.
+    """
+
+    def __init__(self, dropout: float = 0.0, samples: int = 48) -> None:
+        super().__init__(samples, dropout)
+        del self.net[1]
+
+
 def tiny_trainer(
     plugins: Sequence[Any] | Mapping[str, Any] = (), module: ModuleInterface | None = None, **options: Any
 ) -> Trainer:

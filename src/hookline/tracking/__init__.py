@@ -10,7 +10,6 @@ import importlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hookline.cadence import seconds
 from hookline.counters import UNITS, snapshot
+from hookline.files import replacing
 from hookline.installed import name_of, nearest
 from hookline.interfaces import CallbackInterface, Stage
 from hookline.marks import hookimpl
@@ -223,9 +223,8 @@ class Tracker(CallbackInterface):
             identity = self.start(run)
             if identity is not None and stage is Stage.TRAIN:
                 note.parent.mkdir(exist_ok=True)
-                part = note.with_suffix(".part")
-                part.write_text(json.dumps({"id": identity}))
-                os.replace(part, note)
+                with replacing(note) as new:
+                    new.write_text(json.dumps({"id": identity}))
 
         self.__clerk = Clerk(str(trainer.plugins.get_name(self)), start)
 

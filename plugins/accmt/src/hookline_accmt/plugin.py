@@ -12,6 +12,7 @@ from typing import Any
 
 import hookline
 from hookline import Trainer, hookimpl, instantiate
+from hookline.files import clear, replacing
 from hookline_accmt.bridge import Bridge
 from hookline_accmt.module import AcceleratorModule
 from hookline_accmt.options import Options
@@ -60,20 +61,15 @@ class Accmt(Options):
             return
         folder = Path(self.model_path)
         folder.mkdir(parents=True, exist_ok=True)
-        new, old = (folder / f".{path.name}.{word}" for word in ("new", "old"))
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
-        shutil.copytree(path, new, copy_function=_link)
-        configuration: Any = getattr(self._bridge.model, "config", None)
-        if hasattr(configuration, "save_pretrained"):
-            configuration.save_pretrained(new)
         there = folder / path.name
-        if there.exists():
-            if not (there / "model.json").is_file():
-                raise ValueError(f"{there} holds something else than a model of a run before; move it away")
-            there.rename(old)
-        new.rename(there)
-        shutil.rmtree(old, ignore_errors=True)
+        if there.exists() and not (there / "model.json").is_file():
+            raise ValueError(f"{there} holds something else than a model of a run before; move it away")
+        clear(folder)
+        with replacing(there) as new:
+            shutil.copytree(path, new, copy_function=_link)
+            configuration: Any = getattr(self._bridge.model, "config", None)
+            if hasattr(configuration, "save_pretrained"):
+                configuration.save_pretrained(new)
 
     # State ----------------------------------------------------------------------------
 

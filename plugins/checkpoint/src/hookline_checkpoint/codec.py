@@ -10,30 +10,20 @@ from __future__ import annotations
 
 import base64
 import datetime
-import enum
-import inspect
 import json
 import math
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hookline_checkpoint.storage import Buffer, Reader
+from hookline.files.weights import Tensors, memory_of
+from hookline_checkpoint.refusals import cure, describe
+from hookline_checkpoint.tensors import NATIVE, as_bytes, as_dtype, is_shared
 
-Tensors = dict[str, torch.Tensor]
-
-NATIVE = {  # what safetensors knows, in its words; tensors of other dtypes are stored as their bytes
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
-    torch.int64: "I64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.float16: "F16",
-    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-DTYPES = {word: dtype for dtype, word in NATIVE.items()}
 FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict, set)}
 ARRAY_KINDS = "biufcmMSU"  # of numpy dtypes: those whose bytes are their value
 
@@ -70,69 +60,6 @@ def join(tensors: Mapping[str, torch.Tensor], encoded: Any) -> Any:
         raise ValueError(f"not a tree that this version reads: {type(error).__name__}: {error}") from error
 
 
-def tensors_to_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Buffer]:
-    """Yield a safetensors file part by part: its head, then each tensor's bytes, copied only from another device.
-
-    The format asks for the length of the head, the head as JSON, and the data without gaps; the
-    widest dtypes come first and the head is padded to 8 bytes, so that every tensor is aligned.
-    """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    head, end = {}, 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        head[name] = {"dtype": NATIVE[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    written = json.dumps(head).encode()
-    written += b" " * (-len(written) % 8)
-    yield len(written).to_bytes(8, "little") + written
-    for _, tensor in ordered:
-        if tensor.numel():
-            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def is_shared(value: Any) -> bool:
-    """Tell whether a value is a tensor of which ranks have shares, a DTensor, without importing what makes them."""
-    return isinstance(value, torch.Tensor) and hasattr(value, "to_local")
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the bytes of a tensor as another one."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def read_tensors(file: Reader, names: Container[str] | None = None) -> Tensors:
-    """Return the tensors of a safetensors file, each read into memory of its own.
-
-    Not into one memory for all: sums depend in the last bit on how a tensor lies in memory, and
-    torch lays its own out alike.
-
-    Args:
-        file: its content.
-        names: keep these alone.
-
-    Raises:
-        ValueError: it is none.
-    """
-    tensors, place = {}, 0
-    try:
-        head = json.loads(file.take(int.from_bytes(file.take(8), "little")))
-        for name, entry in sorted(head.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            end = place + math.prod(shape) * dtype.itemsize
-            if entry["data_offsets"] != [place, end] or end - place > file.left:
-                raise ValueError(f"{name} is not where the head says")
-            if names is not None and name not in names:
-                file.skip(end - place)
-                place = end
-                continue
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            if end > place:
-                file.fill(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-            place = end
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"no safetensors file: {type(error).__name__}: {error}") from error
-    return tensors
-
-
 def tree_to_bytes(encoded: Any) -> bytes:
     """Return a JSON file."""
     return json.dumps(encoded, allow_nan=False, separators=(",", ":")).encode("ascii")
@@ -146,7 +73,7 @@ class _Splitter:
         self.where = where
         self.tensors: Tensors = {}
         # Name by memory, to find ties; with the tensor, so that its memory is not given to another meanwhile.
-        self.stored: dict[tuple[Any, ...], tuple[str, torch.Tensor]] = {}
+        self.stored: dict[Hashable, tuple[str, torch.Tensor]] = {}
         self.open: set[int] = set()  # containers under way, to find circles
 
     def encode(self, value: Any, path: tuple[Any, ...]) -> Any:
@@ -204,7 +131,7 @@ class _Splitter:
         factory = value.default_factory
         if factory is not None and factory not in FACTORIES.values():
             raise TypeError(
-                f"{self.at(path)} is a defaultdict of {_describe(factory)}; its factory can be "
+                f"{self.at(path)} is a defaultdict of {describe(factory)}; its factory can be "
                 f"{', '.join(FACTORIES)} or None: give dict(…) instead"
             )
         name = None if factory is None else factory.__name__
@@ -217,7 +144,7 @@ class _Splitter:
         if not plain or value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
             self.refuse(value, path)
         value = value.detach().resolve_conj().resolve_neg()
-        memory = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
+        memory = memory_of(value)
         if value.numel() and memory in self.stored:
             name, _ = self.stored[memory]
         else:
@@ -270,50 +197,9 @@ class _Splitter:
 
     def refuse(self, value: Any, path: tuple[Any, ...]) -> Any:
         raise TypeError(
-            f"{self.at(path)} is {_describe(value)}; a checkpoint holds tensors and plain data (numbers, text, "
-            f"lists, dicts …), so that reading one runs no code: {_cure(value)}"
+            f"{self.at(path)} is {describe(value)}; a checkpoint holds tensors and plain data (numbers, text, "
+            f"lists, dicts …), so that reading one runs no code: {cure(value)}"
         )
-
-
-def _describe(value: Any) -> str:
-    kind = type(value)
-    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    if isinstance(value, type):
-        return f"the class {value.__qualname__}"
-    if inspect.isroutine(value):
-        return f"a function ({getattr(value, '__qualname__', name)})"
-    if isinstance(value, torch.nn.Module):
-        return f"a module ({kind.__qualname__})"
-    if isinstance(value, enum.Enum):
-        return f"the enum member {kind.__qualname__}.{value.name}"
-    if isinstance(value, torch.Tensor):
-        if kind not in (torch.Tensor, torch.nn.Parameter):
-            return f"a tensor of the subclass {name}"
-        form = "quantized" if value.is_quantized else "nested" if value.is_nested else "meta" if value.is_meta else ""
-        return f"a {form or str(value.layout).removeprefix('torch.')} tensor"
-    if name == "numpy.ndarray":
-        return f"a numpy array of dtype {value.dtype}"
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return f"a namedtuple ({kind.__qualname__})"
-    return f"an object of {name}"
-
-
-def _cure(value: Any) -> str:
-    if isinstance(value, (torch.nn.Module, torch.optim.Optimizer)):
-        return "give its state_dict()"
-    if isinstance(value, torch.Generator):
-        return "give its get_state()"
-    if isinstance(value, torch.Tensor):
-        return "give its parts as dense tensors"
-    if isinstance(value, enum.Enum):
-        return "give its name or its value"
-    if isinstance(value, datetime.datetime):
-        return "give it with a fixed offset, as by astimezone(datetime.UTC)"
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return "give tuple(…), or its _asdict()"
-    if is_dataclass(value) and not isinstance(value, type):
-        return "give dataclasses.asdict(…)"
-    return "leave it out of get_state, and make it anew in update_state"
 
 
 # Putting together ---------------------------------------------------------------------
@@ -372,18 +258,6 @@ def _numpy(dtype: str, shape: Iterable[int], content: bytes) -> Any:
 def _plain(dtype: Any) -> Any:
     if dtype.kind not in ARRAY_KINDS:
         raise ValueError(f"no dtype of plain numbers, times or text: {dtype}")
-    return dtype
-
-
-def as_dtype(name: str) -> torch.dtype:
-    """Return the dtype of torch that has this name.
-
-    Raises:
-        ValueError: none has.
-    """
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch.{name} is no dtype")
     return dtype
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hookline.commands import add_command, new_parser
+from hookline.files import bytes_of
 from hookline_checkpoint import storage
 from hookline_checkpoint.headers import tensors_of
 from hookline_checkpoint.storage import FOLDER, CheckpointError
@@ -31,7 +32,6 @@ examples:
   hookline checkpoints import model.ckpt --to model.safetensors
   hookline checkpoints diff digits-1 digits-2 --section module
 """
-SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(words: Sequence[str]) -> int:
@@ -106,15 +106,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _size(text: str) -> int:
-    number = text.rstrip("BbGgIiKkMm ")
-    unit = text[len(number) :].strip().upper()
     try:
-        size = int(float(number) * SIZES[unit])
-    except (KeyError, ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write one like 500MB, 2GB or 1.5GiB") from None
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} holds nothing; write a size like 500MB or 2GB")
-    return size
+        return bytes_of(f"{text}B" if text.isdecimal() else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # Which checkpoints --------------------------------------------------------------------

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from hookline_checkpoint.codec import NATIVE
+from hookline.files import replacing
+from hookline.files.weights import INDEX, shards, untie
 from hookline_checkpoint.layout import unpack_shared
+from hookline_checkpoint.tensors import NATIVE
 
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt"}
-INDEX = "model.safetensors.index.json"
 OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX))
 
 
@@ -55,7 +55,9 @@ def export(
     check_free(there, force)
     if form == "torch":
         home.mkdir(parents=True, exist_ok=True)
-        written = [_put(home / name, lambda file: torch.save(state, file))]
+        with replacing(home / name) as new:
+            torch.save(state, new)
+        written = [home / name]
     else:
         written = put_safetensors(state, home, name, "say --format torch", max_shard_size)
     for file in set(there) - set(written):
@@ -101,67 +103,27 @@ def put_safetensors(
     Raises:
         ValueError: safetensors cannot hold a tensor.
     """
-    stored: dict[str, torch.Tensor] = {}
-    first: dict[Any, str] = {}
-    tied: dict[str, str] = {}
-    storages: set[int] = set()
     for key, tensor in state.items():
         if tensor.dtype not in NATIVE:
             raise ValueError(f"safetensors has no {tensor.dtype}, which {key!r} is; {otherwise}")
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
             raise ValueError(f"safetensors holds dense tensors, and {key!r} is not one; {otherwise}")
-        # An empty tensor has no memory of its own, so it is tied only to itself.
-        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-        kept = first.setdefault(memory if tensor.numel() else id(tensor), key)
-        if kept != key:
-            tied[key] = kept
-            continue
-        dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        storage = dense.untyped_storage().data_ptr()
-        stored[key] = dense.clone() if storage in storages else dense  # safetensors refuses other views of one memory
-        storages.add(storage)
+    tensors, tied = untie(state)
     home.mkdir(parents=True, exist_ok=True)
-    shards = _shards(stored, limit)
-    if len(shards) == 1:
-        return [_put_shard(home / name, shards[0], tied)]
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    place = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
-    written = [
-        _put_shard(home / file, shard, {key: kept for key, kept in tied.items() if kept in shard})
-        for file, shard in zip(names, shards, strict=True)
-    ]
-    index = {
-        "metadata": {"total_size": sum(tensor.nbytes for tensor in stored.values())},
-        "weight_map": {**place, **{key: place[kept] for key, kept in tied.items()}},
-    }
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    # The index last: whoever reads through it finds all that it names.
-    return [*written, _put(home / INDEX, lambda file: Path(file).write_text(text))]
-
-
-def _shards(tensors: Mapping[str, torch.Tensor], limit: int | None) -> list[dict[str, torch.Tensor]]:
-    """Share tensors out in their order; one that is larger than the limit has a shard of its own."""
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if limit is not None and shards[-1] and size + tensor.nbytes > limit:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def _put_shard(path: Path, tensors: dict[str, torch.Tensor], tied: Mapping[str, str]) -> Path:
-    return _put(path, lambda file: save_file(tensors, file, {"format": "pt", **tied}))
-
-
-def _put(path: Path, write: Any) -> Path:
-    """Write a file under another name and rename it, so that nobody meets half of it."""
-    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    place: dict[str, str] = {}
+    written = []
+    for shard in shards(tensors, tied, math.inf if limit is None else limit):
+        path = home / (shard.file if limit is not None else name)
+        with replacing(path) as new:
+            save_file(shard.tensors, new, shard.metadata)
+        written.append(path)
+        place |= dict.fromkeys(shard.tensors, shard.file)
+    if len(written) > 1:  # the index last: whoever reads through it finds all that it names
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {**place, **{key: place[kept] for key, kept in tied.items()}},
+        }
+        with replacing(home / INDEX) as new:
+            new.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        written.append(home / INDEX)
+    return written

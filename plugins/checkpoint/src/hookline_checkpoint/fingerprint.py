@@ -1,7 +1,8 @@
-"""What a run must have in common with the one it goes on with, for the bits to be those of an unbroken run."""
+"""What a manifest says of a run; and what the one that goes on must have in common with it, for the same bits."""
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -48,3 +49,23 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         else:
             said.append(f"{key}: was {was}, is {value}")
     return said
+
+
+def describe(trainer: Trainer, reason: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a manifest says of the run besides its files; `state` is the trainer's own part of it."""
+    return {
+        "reason": reason,
+        "epoch": state["counters"]["epochs"],
+        "position": state["cursor"]["position"],
+        "metrics": {name: value if math.isfinite(value) else repr(value) for name, value in state["metrics"].items()},
+        "evaluated_at": state["evaluated_at"],
+        "world_size": trainer.world_size,
+        "fingerprint": take(trainer),
+        "versions": {
+            "hookline": hookline.__version__,
+            "hookline-checkpoint": metadata.version("hookline-checkpoint"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "plugins": [name for name, _ in trainer.plugins.listed()],
+    }

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from hookline_checkpoint.codec import Tensors, is_shared, join, read_tensors, split, tensors_to_parts, tree_to_bytes
+from hookline.files.weights import Tensors
+from hookline_checkpoint.codec import join, split, tree_to_bytes
 from hookline_checkpoint.headers import SHARED, SHARES, TREES, own_files, ranks_of
 from hookline_checkpoint.storage import Buffer, read, read_manifest, read_tree, understanding
+from hookline_checkpoint.tensors import is_shared, read_tensors, tensors_to_parts
 
 OWN = ("own_plugins", "logs", "rng", "loader", "window")  # the sections that each rank has for itself
 

@@ -19,7 +19,7 @@ import socket
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hookline_checkpoint.storage import leftover
+from hookline_checkpoint.writing import leftover
 
 NAME = ".lock"
 TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)

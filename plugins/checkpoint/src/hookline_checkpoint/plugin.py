@@ -1,4 +1,4 @@
-"""The plugin: when to save, what to take, what to say of it."""
+"""The plugin: when to save, what to take, what to tell of it."""
 
 from __future__ import annotations
 
@@ -8,55 +8,28 @@ import importlib
 import json
 import logging
 import math
-import platform
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-import hookline
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, require_metrics, seconds
-from hookline import every as cadence
-from hookline_checkpoint import fingerprint, storage
+from hookline.files import make_folder
+from hookline_checkpoint import writing
 from hookline_checkpoint.background import Background
 from hookline_checkpoint.codec import join, split, tree_to_bytes
-from hookline_checkpoint.layout import contents, own, pack, shares, unpack, unpack_shared
+from hookline_checkpoint.fingerprint import describe
+from hookline_checkpoint.layout import contents, own, pack, shares
 from hookline_checkpoint.lock import Lock, refuse_locked
-from hookline_checkpoint.retention import Retention, retain
-from hookline_checkpoint.storage import FOLDER, CheckpointError
+from hookline_checkpoint.resuming import find_state, restore
+from hookline_checkpoint.retention import cadences, retain, rules_of
+from hookline_checkpoint.storage import FOLDER
 
 if TYPE_CHECKING:
     from hookline import Trainer
 
 log = logging.getLogger("hookline.checkpoint")
-
-
-def cadences(given: Any) -> list[str]:
-    """Return the cadences of `checkpoint.every`, each of them checked.
-
-    Raises:
-        ValueError: one is none, with examples.
-    """
-    if given is None:
-        return []
-    texts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    if not texts:
-        raise ValueError("checkpoint.every=[] names no cadence; write null to save nothing")
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(
-                f'checkpoint.every={given!r}: a cadence is a text such as "epoch", "500 steps" or "10 min", '
-                "or a list of them, or null to save nothing"
-            )
-        try:
-            cadence(text)
-        except ValueError as error:
-            raise ValueError(f"checkpoint.every={given!r}: {error}") from None
-    return texts
 
 
 @dataclass(eq=False)
@@ -90,9 +63,7 @@ class Checkpoint(CallbackInterface):
 
     def __post_init__(self) -> None:
         self._cadences = cadences(self.every)
-        if self.keep_last is not None and not self.keep_last >= 1:
-            raise ValueError(f"checkpoint.keep_last={self.keep_last} must be at least 1, or null to keep all")
-        self._retention = self._rules()
+        self._retention = rules_of(self.keep_last, self.keep_every, self.keep_best, self.monitor, self.mode)
         self._evaluated_at: int | None = None  # the step of an evaluation that waits for its boundary
         self._monitored = False  # whether an evaluation has had the value of `monitor`
         self._finite = False  # and whether one had a finite one
@@ -110,131 +81,17 @@ class Checkpoint(CallbackInterface):
             for hook in ("evaluate", "on_begin_train_epoch", "on_end_train"):
                 setattr(self, hook, None)  # hides it
 
-    def _rules(self) -> Retention | None:
-        kept = None
-        if self.keep_every is not None:
-            try:
-                kept = cadence(self.keep_every)
-            except ValueError as error:
-                raise ValueError(f"checkpoint.keep_every={self.keep_every!r}: {error}") from None
-            if kept.unit not in ("steps", "epochs"):
-                raise ValueError(f"checkpoint.keep_every={self.keep_every!r} counts {kept.unit}; count steps or epochs")
-        if self.keep_best < 0:
-            raise ValueError(f"checkpoint.keep_best={self.keep_best} must be at least 0, which keeps none as the best")
-        if self.mode not in ("min", "max", None):
-            raise ValueError(f"checkpoint.mode={self.mode!r} must be min or max, or null")
-        if not self.keep_best and (self.mode is not None or self.monitor != "val_loss"):
-            raise ValueError(
-                f"checkpoint.monitor={self.monitor!r} and mode={self.mode!r} say what is the best, and keep_best=0 "
-                "keeps none as the best; give keep_best a number, or leave them away"
-            )
-        if self.keep_last is not None:
-            return Retention(self.keep_last, kept, self.keep_best, self.monitor, self.mode or "min")
-        if kept is not None or self.keep_best:
-            raise ValueError(
-                "checkpoint.keep_last=null keeps all checkpoints, so keep_every and keep_best would do nothing; "
-                "leave them away, or give keep_last a number"
-            )
-        return None
-
     @hookimpl
     def find_state(self, trainer: Trainer, stage: Stage) -> Mapping[str, Any]:
-        found: list[Mapping[str, Any]] = []
-        if trainer.rank == 0 and trainer.options.resume:
-            named = Path(str(trainer.options.resume))
-            there = [named] if storage.NAME.fullmatch(named.name) else storage.listed(trainer.run_dir / FOLDER)
-            good = next((path for path in there if storage.is_good(path)), None)  # as `restore` will choose
-            found = [] if good is None else [unpack_shared(good, ["others"])["others"]["trainer"]]
-        return next(iter(trainer.hook.all_gather(trainer=trainer, value=found)[0]), {})
+        return find_state(trainer)
 
     @hookimpl
     def restore(self, trainer: Trainer, stage: Stage) -> bool:
-        resume = trainer.options.resume
-        if not resume:
+        if not trainer.options.resume:
             return False
         if stage is Stage.TRAIN and self._cadences and trainer.rank == 0:
             refuse_locked(trainer.run_dir)  # before reading, since whoever has it removes what is read
-        named = Path(str(resume))
-        folder = trainer.run_dir / FOLDER
-        read = functools.partial(self._read, trainer)
-
-        def find(folder: Path) -> list[Path]:
-            """List the checkpoints, on all ranks as the first one sees them."""
-            found: list[Path] = trainer.hook.all_gather(trainer=trainer, value=storage.listed(folder))[0]
-            return found
-
-        if storage.NAME.fullmatch(named.name):
-            path, state = named, self._read_named(read, named)
-            newer = [other.name for other in storage.listed(named.parent) if other.name > named.name]
-            if newer:
-                log.warning(
-                    "going on with %s, while newer checkpoints stay: %s. They are not replaced when this run comes "
-                    "to their steps, and resume=true would take the newest; remove them if they are not wanted",
-                    named, ", ".join(newer),
-                )  # fmt: skip
-        elif find(folder):
-            path, state = storage.newest_good(folder, read, find)
-        elif stage is Stage.TRAIN:
-            log.warning("no checkpoint yet in %s: starting from scratch", folder)
-            return False
-        else:
-            raise ValueError(
-                f"resume={resume!r}: there is no checkpoint in {folder} to {stage.value} with; name a run or a "
-                "checkpoint folder that has one, or leave resume away"
-            )
-        if others := storage.changeable_by_others(path):
-            self._object(trainer, f"others may have changed {path}: {'; '.join(others)}", "take the right from them")
-        if stage is Stage.TRAIN:
-            self._compare(trainer, path)
-        if trainer.world_size > 1:
-            state.pop("window", None)  # one rank alone has begun it; now all begin it anew
-        trainer.hook.set_run_state(trainer=trainer, state=state, stage=stage)
-        log.info("resumed from %s", path)
-        return True
-
-    def _compare(self, trainer: Trainer, path: Path) -> None:
-        """Say what of this run is another one than the checkpoint's, so that its end will be another one, too."""
-        before = storage.read_manifest(path).get("fingerprint", {})
-        different = fingerprint.differences(before, fingerprint.take(trainer))
-        if not different:
-            return
-        said = f"what follows is not what an unbroken run would do, since {path} was written otherwise: "
-        self._object(trainer, said + "; ".join(different), "go on as before")
-
-    def _object(self, trainer: Trainer, said: str, cure: str) -> None:
-        """Warn of what speaks against a resume, or refuse it."""
-        if self.strict:
-            raise ValueError(f"{said}. Either {cure}, or turn checkpoint.strict off to go on nevertheless")
-        if trainer.rank == 0:
-            log.warning("%s", said)
-
-    def _read(self, trainer: Trainer, path: Path) -> dict[str, Any]:
-        """Return the state of a checkpoint when each rank can use what it needs of it; all of them, or none.
-
-        Raises:
-            CheckpointError: it is damaged, as some rank sees it.
-        """
-        state, said = None, ""
-        try:
-            state = unpack(path, trainer.rank, functools.partial(trainer.hook.allocate, trainer=trainer))
-        except CheckpointError as error:
-            said = str(error)
-        damaged = {rank: why for rank, why in enumerate(trainer.hook.all_gather(trainer=trainer, value=said)) if why}
-        if len(damaged) == trainer.world_size and len({*damaged.values()}) == 1:
-            raise CheckpointError(said)
-        if damaged or state is None:
-            raise CheckpointError("; ".join(f"rank {rank}: {why}" for rank, why in damaged.items()))
-        return state
-
-    @staticmethod
-    def _read_named(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
-        try:
-            return read(path)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"resume={str(path)!r} cannot be used: {error}; name another one, "
-                "or the run folder to take its newest good one"
-            ) from error
+        return restore(trainer, stage, self.strict)
 
     @hookimpl(trylast=True)
     def on_begin_train(self, trainer: Trainer) -> None:
@@ -257,7 +114,7 @@ class Checkpoint(CallbackInterface):
                 join(tensors, json.loads(tree_to_bytes(tree)))
             if trainer.rank == 0:
                 self._lock = Lock(trainer.run_dir)
-                storage.sweep(trainer.run_dir)
+                writing.sweep(trainer.run_dir)
 
     @hookimpl(wrapper=True)
     def run(self, trainer: Trainer) -> Generator[None, bool, bool]:
@@ -358,9 +215,9 @@ class Checkpoint(CallbackInterface):
     def _put(self, folder: Path, *what: Any) -> Path:
         """Write a checkpoint into its folder, which is made before the first."""
         if self._prepared != folder:
-            storage.prepare(folder)
+            make_folder(folder, writing.FOLDER_MODE)
             self._prepared = folder
-        return storage.write(folder, *what)
+        return writing.write(folder, *what)
 
     def _write(self, put: Callable[[], Path], reason: str) -> Path:
         """Write a checkpoint and remove what is not needed any more; in the background too, so ask nobody else."""
@@ -394,23 +251,3 @@ Checkpoint.__module__ = "hookline_checkpoint"  # its public home, by which it is
 def sharded() -> Any:
     """Return the module for what ranks have shares of, which needs torch.distributed and is slow to import."""
     return importlib.import_module("hookline_checkpoint.sharded")
-
-
-def describe(trainer: Trainer, reason: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a manifest says of the run besides its files; `state` is the trainer's own part of it."""
-    return {
-        "reason": reason,
-        "epoch": state["counters"]["epochs"],
-        "position": state["cursor"]["position"],
-        "metrics": {name: value if math.isfinite(value) else repr(value) for name, value in state["metrics"].items()},
-        "evaluated_at": state["evaluated_at"],
-        "world_size": trainer.world_size,
-        "fingerprint": fingerprint.take(trainer),
-        "versions": {
-            "hookline": hookline.__version__,
-            "hookline-checkpoint": metadata.version("hookline-checkpoint"),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "plugins": [name for name, _ in trainer.plugins.listed()],
-    }

@@ -1,16 +1,18 @@
-"""Which checkpoints stay: the rules, and the removal of what none of them keeps."""
+"""Which checkpoints are made and stay: cadences and rules, and the removal of what no rule keeps."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hookline_checkpoint.storage import CheckpointError, is_good, listed, read_manifest, remove
+from hookline import every as cadence
+from hookline_checkpoint.storage import CheckpointError, is_good, listed, read_manifest
+from hookline_checkpoint.writing import remove
 
 log = logging.getLogger("hookline.checkpoint")
 
@@ -27,6 +29,71 @@ class Retention:
     """This many good ones by the value of `monitor` in their evaluation."""
     monitor: str
     mode: str
+
+
+def cadences(given: Any) -> list[str]:
+    """Return the cadences of `checkpoint.every`, each of them checked.
+
+    Raises:
+        ValueError: one is none, with examples.
+    """
+    if given is None:
+        return []
+    texts = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    if not texts:
+        raise ValueError("checkpoint.every=[] names no cadence; write null to save nothing")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(
+                f'checkpoint.every={given!r}: a cadence is a text such as "epoch", "500 steps" or "10 min", '
+                "or a list of them, or null to save nothing"
+            )
+        try:
+            cadence(text)
+        except ValueError as error:
+            raise ValueError(f"checkpoint.every={given!r}: {error}") from None
+    return texts
+
+
+def rules_of(
+    keep_last: int | None, keep_every: str | None, keep_best: int, monitor: str, mode: str | None
+) -> Retention | None:
+    """Return the rules that the options say, each of them checked; None where all checkpoints stay.
+
+    Raises:
+        ValueError: an option is none, or does nothing with the others.
+    """
+    if keep_last is not None and not keep_last >= 1:
+        raise ValueError(f"checkpoint.keep_last={keep_last} must be at least 1, or null to keep all")
+    kept = None if keep_every is None else _kept_for_ever(keep_every)
+    if keep_best < 0:
+        raise ValueError(f"checkpoint.keep_best={keep_best} must be at least 0, which keeps none as the best")
+    if mode not in ("min", "max", None):
+        raise ValueError(f"checkpoint.mode={mode!r} must be min or max, or null")
+    if not keep_best and (mode is not None or monitor != "val_loss"):
+        raise ValueError(
+            f"checkpoint.monitor={monitor!r} and mode={mode!r} say what is the best, and keep_best=0 "
+            "keeps none as the best; give keep_best a number, or leave them away"
+        )
+    if keep_last is not None:
+        return Retention(keep_last, kept, keep_best, monitor, mode or "min")
+    if kept is not None or keep_best:
+        raise ValueError(
+            "checkpoint.keep_last=null keeps all checkpoints, so keep_every and keep_best would do nothing; "
+            "leave them away, or give keep_last a number"
+        )
+    return None
+
+
+def _kept_for_ever(text: str) -> tuple[int, str]:
+    """Return the cadence of checkpoints that stay for ever."""
+    try:
+        kept = cadence(text)
+    except ValueError as error:
+        raise ValueError(f"checkpoint.keep_every={text!r}: {error}") from None
+    if kept.unit not in ("steps", "epochs"):
+        raise ValueError(f"checkpoint.keep_every={text!r} counts {kept.unit}; count steps or epochs")
+    return kept
 
 
 def retain(newest: Path, rules: Retention, good: set[Path]) -> None:

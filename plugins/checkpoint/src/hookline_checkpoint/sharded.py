@@ -30,9 +30,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from hookline_checkpoint.codec import NATIVE, Tensors, as_bytes, as_dtype, read_tensors, tensors_to_parts, tree_to_bytes
+from hookline.files.weights import Tensors
+from hookline_checkpoint.codec import tree_to_bytes
 from hookline_checkpoint.headers import SHARES, entries, shares_of
-from hookline_checkpoint.storage import CheckpointError, put, read, understanding
+from hookline_checkpoint.storage import CheckpointError, read, understanding
+from hookline_checkpoint.tensors import NATIVE, as_bytes, as_dtype, read_tensors, tensors_to_parts
+from hookline_checkpoint.writing import put
 
 Places = dict[MetadataIndex, tuple[str, str, torch.Size]]
 """File, key in it and sizes of each piece."""
@@ -58,7 +61,7 @@ def lead(group: Any, shares: Mapping[str, Tensors], write: Callable[[Any], Path]
     Args:
         group: what `meet` returned.
         shares: the tensors by part and name, of which this rank has shares.
-        write: `storage.write` without its last argument.
+        write: `writing.write` without its last argument.
 
     Raises:
         OSError: a rank could not write; nothing else has changed.

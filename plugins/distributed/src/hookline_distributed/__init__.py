@@ -1,19 +1,26 @@
-"""Join the processes of a run: their ranks, the process group, what they gather and what they agree on."""
+"""Join the processes of a run: their ranks, the process group, what they gather and what they agree on.
+
+Each file imports those above it alone:
+
+| file | what it is for |
+|---|---|
+| `environment` | who this process is, as launchers say it |
+| `stores` | where ranks meet, and how they part |
+| `outputs` | what ranks have collected, in the order of the data set |
+| `alike` | what ranks have in common: compared, and given to all by rank 0 |
+| `mesh` | the hooks that other plugins implement or call |
+| `uneven` | ranks with different numbers of batches |
+
+The plugin, here, puts them together.
+"""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import datetime
-import functools
-import gc
-import itertools
 import logging
-import math
-import os
-import time
-import uuid
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +32,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from hookline import CallbackInterface, Stage, hookimpl, hookspecs, seconds
 from hookline_distributed import mesh
 from hookline_distributed.alike import Alike, compare, describe, describe_loader
-from hookline_distributed.alike import as_text as as_text
-from hookline_distributed.environment import ALONE, Place, address, find
-from hookline_distributed.uneven import Uneven, lengths_of, listed
+from hookline_distributed.environment import ALONE, Place, find
+from hookline_distributed.mesh import sizes_of
+from hookline_distributed.outputs import interleaved, to_host
+from hookline_distributed.stores import leave, meeting
+from hookline_distributed.uneven import Shortened, Uneven, lengths_of, listed
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -78,6 +87,7 @@ class Distributed(CallbackInterface):
         self._door: Any = None  # a group that waits for ever
         self._speaks = True  # whether this is the first of the ranks with its share of the data
         self._mesh: Any = None
+        self._alone = False  # whether it has been said that this is one process
         self._unknown = False  # whether some rank does not know how many batches it has
         self._begin_voting(0.0)
         if self.uneven in ("pad", "join"):  # another plugin of ours does it
@@ -116,6 +126,7 @@ class Distributed(CallbackInterface):
     @hookimpl(wrapper=True, tryfirst=True)
     def run(self, trainer: Trainer) -> Generator[None, bool, bool]:
         if trainer.world_size == 1:
+            self._say_alone(trainer)
             return (yield)
         try:
             self._join(trainer)
@@ -136,6 +147,18 @@ class Distributed(CallbackInterface):
             leave()
             raise
 
+    def _say_alone(self, trainer: Trainer) -> None:
+        """Say once who would share the model with other processes, and how there are some."""
+        sharers = trainer.plugins.performers("split_model") + trainer.plugins.performers("shard_model")
+        if sharers and not self._alone:
+            self._alone = True
+            log.warning(
+                "distributed: this is one process, so there is nobody to share the model with (%s). "
+                "`hookline fit run.yaml --nproc 2` starts two on this machine, "
+                "`torchrun --nproc-per-node 2 -m hookline fit run.yaml` does as well",
+                ", ".join(sharers),
+            )
+
     def _meet(self, trainer: Trainer) -> None:
         """Have a process group, which lasts as long as this process: a model of all ranks is of no use without it."""
         rank, world_size = trainer.rank, trainer.world_size
@@ -143,7 +166,7 @@ class Distributed(CallbackInterface):
         if backend == "auto":
             backend = "cpu:gloo,cuda:nccl" if trainer.device.type == "cuda" else "gloo"
         if not dist.is_initialized():
-            store = self._find_store(rank, world_size)
+            store = meeting(self._place, self.init_method, self._start, self.start_timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=self._wait)
             atexit.register(leave)
         if self._control is None:
@@ -160,33 +183,6 @@ class Distributed(CallbackInterface):
             if told[1] and (not isinstance(resume, str) or folder == trainer.run_dir):
                 trainer.options.resume = told[1]  # it may know better: launchers tell those that were there before
             trainer.use_run_dir(folder)  # ranks that look for the next free one would find others
-
-    def _find_store(self, rank: int, world_size: int) -> Any:
-        """Return the store of this run when all ranks have come to it.
-
-        Raises:
-            RuntimeError: who has not come in time, or that there is no store.
-        """
-        missing: int | None = None
-        try:
-            if self.init_method == "env://":
-                hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # by the launcher
-                store = tcp_store(*address(self._place), rank == 0 and not hosted, self._start)
-            else:
-                store = file_store(self.init_method.removeprefix("file://"), world_size)
-            missing = 0
-            store = round_of(store, rank, world_size, self._start)
-            store.set(f"rank {rank}", "")
-            for other in range(world_size):
-                missing = other
-                store.wait([f"rank {other}"], self._start)
-        except (RuntimeError, OSError) as error:
-            why = "there is no store to meet at" if missing is None else f"rank {missing} has not come"
-            raise RuntimeError(
-                f"rank {rank} of {world_size} has not met the others within {self.start_timeout} "
-                f"(distributed.start_timeout): {why}: {error}"
-            ) from error
-        return store
 
     @hookimpl
     def get_mesh(self, trainer: Trainer) -> Any:
@@ -285,6 +281,17 @@ class Distributed(CallbackInterface):
         asked, self._seconds_of_all = ballot.tolist()
         return bool(asked)
 
+    # Evaluation -----------------------------------------------------------------------
+
+    @hookimpl(wrapper=True, trylast=True)  # innermost: who swaps other buffers in has done it
+    def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
+        """Give all ranks the buffers of rank 0, where they hold one model: since the last forward each has its own."""
+        if self._control is not None:
+            alike = trainer.hook.get_replicated(trainer=trainer, buffers=True).values()
+            buffers = [tensor for tensor in alike if not isinstance(tensor, torch.nn.Parameter)]
+            trainer.hook.broadcast(trainer=trainer, tensors=buffers)
+        return (yield)
+
     # Batches --------------------------------------------------------------------------
 
     @hookimpl(wrapper=True)
@@ -324,92 +331,3 @@ class Distributed(CallbackInterface):
                 f"a rank has a window of {least} micro-batches and another of {most}, and distributed.uneven=error"
             )
         return window[:least]
-
-
-@functools.cache
-def tcp_store(host: str, port: int, hosts: bool, timeout: datetime.timedelta) -> Any:
-    """Return the store at an address, one for the whole life of this process: other ranks may still need it."""
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
-    )
-
-
-@functools.cache
-def file_store(path: str, world_size: int) -> Any:
-    """Return the store in a file, one for the whole life of this process."""
-    return dist.FileStore(path, world_size)  # type: ignore[attr-defined]
-
-
-def round_of(store: Any, rank: int, world_size: int, timeout: datetime.timedelta) -> Any:
-    """Return a store for those who meet now alone, within one that may have outlived others who met there.
-
-    Nobody counts the rounds: an agent that starts processes anew because machines have come or gone does not, and
-    two agents count failures each for itself. So rank 0 names the round, and tells the name whoever asks: by a word
-    of his own, which no former process can have left there. Who is told confirms it; until then rank 0
-    looks again, since what it has read may have been the question of a former one.
-    """
-    mine, began = uuid.uuid4().hex, time.monotonic()
-    if rank > 0:
-        store.set(f"rank {rank} asks", mine)
-        store.wait([f"to {mine}"], timeout)
-        name = store.get(f"to {mine}").decode()
-        store.set(f"{name} {rank}", "")
-        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    missing = set(range(1, world_size))
-    while missing and time.monotonic() - began < timeout.total_seconds():
-        for other in list(missing):
-            if store.check([f"{mine} {other}"]):
-                missing.remove(other)
-            elif store.check([f"rank {other} asks"]):
-                store.set(f"to {store.get(f'rank {other} asks').decode()}", mine)
-        if missing:
-            time.sleep(0.01)
-    return dist.PrefixStore(mine, store)  # type: ignore[attr-defined]
-
-
-def leave() -> None:
-    """Leave the process group."""
-    gc.collect()  # what still holds the group would end the process with SIGABRT
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        time.sleep(0.02)  # for the same reason: gloo's thread must be gone before Python is
-
-
-def sizes_of(shape: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """Return the sizes of a mesh's dimensions, that of the ranks which are left worked out.
-
-    Raises:
-        ValueError: the others do not divide the ranks.
-    """
-    others = math.prod(size for size in shape.values() if size > 0)
-    if world_size % others:
-        said = " x ".join(f"{size} ({name})" for name, size in shape.items() if size > 0)
-        raise ValueError(f"the mesh asks for a multiple of {said} ranks, and there are {world_size}")
-    return {name: size if size > 0 else world_size // others for name, size in shape.items()}
-
-
-class Shortened:
-    """A loader of which only the first batches are taken, so that every rank has as many."""
-
-    def __init__(self, loader: Any, batches: int, trainer: Trainer) -> None:
-        self.loader, self.batches, self.trainer = loader, batches, trainer
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self.loader), max(self.batches - self.trainer.position, 0))
-
-
-def to_host(column: Any) -> Any:
-    """Return a collated output where it can be sent."""
-    return column.cpu() if isinstance(column, torch.Tensor) else column
-
-
-def interleaved(columns: Sequence[Any], device: torch.device) -> Any:
-    """Return the items of all ranks, the first of each, then the second of each, and so on."""
-    order = sorted((place, rank) for rank, column in enumerate(columns) for place in range(len(column)))
-    if all(isinstance(column, torch.Tensor) for column in columns):
-        starts = list(itertools.accumulate((len(column) for column in columns), initial=0))
-        return torch.cat(list(columns))[[starts[rank] + place for place, rank in order]].to(device)
-    return [columns[rank][place] for place, rank in order]

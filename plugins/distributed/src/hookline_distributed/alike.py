@@ -1,15 +1,16 @@
-"""What ranks must have in common: compared when they meet, when loaders come, at evaluations and saves."""
+"""What ranks have in common: given to all by rank 0; compared when they meet, with loaders, evaluations and saves."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from hookline import CallbackInterface, hookimpl
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from hookline import Trainer
 
 Described = dict[str, dict[str, Any]]
+AT_ONCE = 32 << 20  # bytes of small tensors that are given in one exchange
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # of what is a kind of tensor of its own nobody can tell how it is stored
 
 
@@ -106,6 +108,34 @@ def shared_samples(loader: Any) -> int | None:
 
 
 # Weights ------------------------------------------------------------------------------
+
+
+def give(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Give all ranks the tensors of rank 0, in few exchanges; not those of which they have shares, or without values.
+
+    Args:
+        tensors: the same on all ranks; changed in place.
+        device: where tensors are exchanged.
+    """
+    for same in _together(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in same]).to(device)
+        dist.broadcast(flat, src=0)
+        for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _together(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Give tensors of one type and device, as many as may be copied into one."""
+    kinds: dict[Any, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if isinstance(tensor, DTensor) or tensor.is_meta:
+            continue
+        same = kinds.setdefault((tensor.dtype, tensor.device), [])
+        if same and sum(other.nbytes for other in same) + tensor.nbytes > AT_ONCE:
+            yield same.copy()
+            same.clear()
+        same.append(tensor.detach())
+    yield from kinds.values()
 
 
 class Alike(CallbackInterface):

@@ -1,13 +1,16 @@
-"""The hooks that `distributed` brings: the mesh of ranks, what they hold alike, and shadowing."""
+"""The hooks that `distributed` brings: the mesh of ranks, what they hold alike and are given, and shadowing."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hookline import verb
+from hookline_distributed.alike import give
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -34,14 +37,35 @@ def get_mesh(trainer: Trainer) -> Any:
 def get_replicated(trainer: Trainer, buffers: bool) -> dict[str, torch.Tensor]:
     """Answer by name the tensors of which all ranks have to hold the same bits; asked before an evaluation and a save.
 
-    `buffers` says whether those of the model are among them: before an evaluation; while it trains they may be each
-    rank's own. None are where nobody performs `shard_model`, since each rank then trains a model of its own. Wrapped
-    by who leaves ranks something of their own.
+    `buffers` says whether those of the model may be among them: before an evaluation, where all ranks are given those
+    of rank 0 first; while it trains they may be each rank's own. None are where nobody performs `shard_model`, since
+    each rank then trains a model of its own. Wrapped by who leaves ranks something of their own.
     """
     if not trainer.plugins.performers("shard_model"):
         return {}
     module = trainer.module
-    return dict(module.named_parameters()) | (dict(module.named_buffers()) if buffers else {})
+    alike = buffers and trainer.hook.shares_buffers(trainer=trainer)
+    return dict(module.named_parameters()) | (dict(module.named_buffers()) if alike else {})
+
+
+@verb
+def shares_buffers(trainer: Trainer) -> bool:
+    """Answer whether the buffers of rank 0 (running statistics) are to be those of all ranks in an evaluation.
+
+    Performed by who makes one model of those of the ranks, where each may be left its own.
+    """
+    return True
+
+
+@verb
+def broadcast(trainer: Trainer, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Give all ranks the values that tensors have on rank 0, in place; answer the tensors.
+
+    All ranks come to it with the same ones in the same order. Those of which ranks have shares (DTensor) stay as they
+    are, since who shared them has made them begin alike, and so do those without values (on the meta device).
+    """
+    give(tensors, trainer.device)
+    return tensors
 
 
 @verb
@@ -52,3 +76,16 @@ def shadow(trainer: Trainer) -> contextlib.AbstractContextManager[None]:
     of those of the ranks, where that can be done; asked for by `distributed.uneven=join`.
     """
     return contextlib.nullcontext()
+
+
+def sizes_of(shape: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Return the sizes of a mesh's dimensions, that of the ranks which are left worked out.
+
+    Raises:
+        ValueError: the others do not divide the ranks.
+    """
+    others = math.prod(size for size in shape.values() if size > 0)
+    if world_size % others:
+        said = " x ".join(f"{size} ({name})" for name, size in shape.items() if size > 0)
+        raise ValueError(f"the mesh asks for a multiple of {said} ranks, and there are {world_size}")
+    return {name: size if size > 0 else world_size // others for name, size in shape.items()}

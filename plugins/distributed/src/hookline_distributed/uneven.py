@@ -1,8 +1,9 @@
-"""Ranks with different amounts of training data, of which nothing is left out: the shorter ones are kept in step."""
+"""Ranks with different amounts of training data: the longer ones are cut short, or the shorter ones kept in step."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,19 @@ class Uneven(CallbackInterface):
     @hookimpl(tryfirst=True)
     def on_end_train_step(self, trainer: Trainer) -> None:  # type: ignore[override]
         trainer.counters.samples += self._correction
+
+
+class Shortened:
+    """A loader of which only the first batches are taken, so that every rank has as many."""
+
+    def __init__(self, loader: Any, batches: int, trainer: Trainer) -> None:
+        self.loader, self.batches, self.trainer = loader, batches, trainer
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self.loader), max(self.batches - self.trainer.position, 0))
 
 
 class Lengthened:

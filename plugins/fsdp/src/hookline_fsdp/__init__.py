@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -110,14 +109,9 @@ class Fsdp(CallbackInterface):
         elif trainer.world_size == 1:
             give_values(model, model, trainer.device, seed)
         if trainer.world_size == 1:
-            log.warning(
-                "fsdp: this is one process, so there is nobody to share the model with. `hookline fit run.yaml "
-                "--nproc 2` starts two on this machine"
-            )
             return model
-        for tensor in model.parameters():
-            broadcast([tensor])  # as ddp does; modules that were built apart may begin apart
-        broadcast(model.buffers())
+        begins = [*model.parameters(), *model.buffers()]  # modules that were built apart may begin apart
+        trainer.hook.broadcast(trainer=trainer, tensors=begins)
         if trainer.shares % self.replicas:
             raise ValueError(f"fsdp.replicas={self.replicas} does not divide the {trainer.shares} ranks")
         mesh = trainer.hook.get_mesh(trainer=trainer)
@@ -152,12 +146,9 @@ class Fsdp(CallbackInterface):
         blocks = [block for block in find_blocks(trainer, model, "fsdp.wrap", self.wrap).values() if block is not model]
         return [block for block in reversed(blocks) if size_of(block) >= self.min_parameters]
 
-    @hookimpl(wrapper=True, optionalhook=True)  # of distributed
-    def get_replicated(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        tensors = yield
-        if self.broadcast_buffers:
-            return tensors
-        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
+    @hookimpl(optionalhook=True)  # of distributed
+    def shares_buffers(self) -> bool:
+        return self.broadcast_buffers
 
     # The step -------------------------------------------------------------------------
 
@@ -170,12 +161,12 @@ class Fsdp(CallbackInterface):
 
     def _share_in_training(self, trainer: Trainer, model: torch.nn.Module, *_: Any) -> None:
         if trainer.stage is Stage.TRAIN:  # else ranks may have different numbers of batches
-            broadcast(model.buffers())
+            trainer.hook.broadcast(trainer=trainer, tensors=list(model.buffers()))
 
     @hookimpl(tryfirst=True)
     def on_boundary(self, trainer: Trainer) -> None:
         if self._has_buffers:  # else those of other ranks would be of the state, and not what training goes on with
-            broadcast(trainer.model.buffers())
+            trainer.hook.broadcast(trainer=trainer, tensors=list(trainer.model.buffers()))
 
     # Evaluation -----------------------------------------------------------------------
     # Every forward is one of all ranks, and they may have different numbers of batches.
@@ -187,8 +178,6 @@ class Fsdp(CallbackInterface):
 
     @hookimpl(wrapper=True, trylast=True)  # who swaps other weights in does that in the shares
     def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
-        if self._has_buffers:  # since the last forward each rank has its own
-            broadcast(trainer.model.buffers())
         try:
             return (yield)
         finally:
@@ -257,19 +246,6 @@ class Remembering:
         for batch in self.loader:
             self.last[self.key] = batch
             yield batch
-
-
-def broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    """Give all ranks the tensors of rank 0, in one exchange for each type; not those of which they have shares."""
-    kinds: dict[Any, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        if not (isinstance(tensor, DTensor) or tensor.is_meta):  # who split it over ranks has made it begin alike
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor.detach())
-    for same in kinds.values():
-        flat = torch.cat([tensor.flatten() for tensor in same])
-        dist.broadcast(flat, src=0)
-        for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 def size_of(module: torch.nn.Module) -> int:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import hookline
 from hookline import CallbackInterface, hookimpl, require_metrics
-from hookline_model_saving import storage
-from hookline_model_saving.weights import Tensors, size, untie, write_pt, write_safetensors
+from hookline.files import bytes_of, clear, make_folder, replacing
+from hookline.files.weights import Tensors, untie
+from hookline_model_saving.weights import refuse_others, write_pt, write_safetensors
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -96,7 +97,7 @@ class ModelSaving(CallbackInterface):
         self._policies = policies(self.policy)
         ranked = [name for name in self._policies if name != ALWAYS]
         of_metrics = [name for name in ranked if name not in (VALID, TRAIN)]
-        self._limit = size(self.max_shard_size)
+        self._limit = bytes_of(self.max_shard_size, "model_saving.max_shard_size")
         self._below = by_policy("below", self.below, ranked)
         self._above = by_policy("above", self.above, ranked)
         for option, bounds in (("below", self._below), ("above", self._above)):
@@ -144,7 +145,8 @@ class ModelSaving(CallbackInterface):
         if TRAIN in self._policies:  # the trainer keeps it, over a resume too
             self._best[TRAIN] = trainer.best.train_loss
         if trainer.rank == 0:
-            storage.prepare(trainer.run_dir / FOLDER)
+            make_folder(trainer.run_dir / FOLDER)
+            clear(trainer.run_dir / FOLDER)
 
     @hookimpl(wrapper=True)
     def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
@@ -210,6 +212,7 @@ class ModelSaving(CallbackInterface):
         self._saved |= dict.fromkeys(due, global_step)
         if trainer.rank != 0:
             return
+        refuse_others(weights)
         tensors, tied = untie(weights)
         for policy, (metric, value) in due.items():
             path = trainer.run_dir / FOLDER / folder_name(policy)
@@ -229,7 +232,8 @@ class ModelSaving(CallbackInterface):
 
     def _write(self, path: Path, tensors: Tensors, tied: Mapping[str, str], about: Mapping[str, Any]) -> None:
         try:
-            with storage.replacing(path) as folder:
+            with replacing(path) as folder:
+                folder.mkdir()
                 if self.safe_serialization:
                     write_safetensors(folder, tensors, tied, self._limit)
                 else:

@@ -1,0 +1,96 @@
+"""Tensors as the bytes of a safetensors file, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from hookline.files.weights import Tensors
+from hookline_checkpoint.storage import Buffer, Reader
+
+NATIVE = {  # what safetensors knows, in its words; tensors of other dtypes are stored as their bytes
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+DTYPES = {word: dtype for dtype, word in NATIVE.items()}
+
+
+def tensors_to_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Buffer]:
+    """Yield a safetensors file part by part: its head, then each tensor's bytes, copied only from another device.
+
+    The format asks for the length of the head, the head as JSON, and the data without gaps; the
+    widest dtypes come first and the head is padded to 8 bytes, so that every tensor is aligned.
+    """
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    head, end = {}, 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        head[name] = {"dtype": NATIVE[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    written = json.dumps(head).encode()
+    written += b" " * (-len(written) % 8)
+    yield len(written).to_bytes(8, "little") + written
+    for _, tensor in ordered:
+        if tensor.numel():
+            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def is_shared(value: Any) -> bool:
+    """Tell whether a value is a tensor of which ranks have shares, a DTensor, without importing what makes them."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "to_local")
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a tensor as another one."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def read_tensors(file: Reader, names: Container[str] | None = None) -> Tensors:
+    """Return the tensors of a safetensors file, each read into memory of its own.
+
+    Not into one memory for all: sums depend in the last bit on how a tensor lies in memory, and
+    torch lays its own out alike.
+
+    Args:
+        file: its content.
+        names: keep these alone.
+
+    Raises:
+        ValueError: it is none.
+    """
+    tensors, place = {}, 0
+    try:
+        head = json.loads(file.take(int.from_bytes(file.take(8), "little")))
+        for name, entry in sorted(head.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            end = place + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [place, end] or end - place > file.left:
+                raise ValueError(f"{name} is not where the head says")
+            if names is not None and name not in names:
+                file.skip(end - place)
+                place = end
+                continue
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            if end > place:
+                file.fill(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+            place = end
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"no safetensors file: {type(error).__name__}: {error}") from error
+    return tensors
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """Return the dtype of torch that has this name.
+
+    Raises:
+        ValueError: none has.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"torch.{name} is no dtype")
+    return dtype
