@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,9 +83,21 @@ class Logs:
         """How much a value weighs that is logged now: the samples of the batch under way, or what `get_weight` says."""
         return self.window.weight if self._weight is None else self._weight
 
-    def add_step_losses(self, outputs: Sequence[Outputs], weights: Iterable[float]) -> None:
-        """Take the losses of a training step, the first of each micro-batch's outputs."""
-        for row, weight in zip(outputs, weights, strict=False):
+    def add_step_losses(self, outputs: Sequence[Outputs]) -> None:
+        """Take the losses of a training step, the first of each micro-batch's outputs.
+
+        Raises:
+            TypeError: what a plugin's `update` has returned are no outputs.
+        """
+        window = self.window
+        real = outputs[: len(outputs) - window.padding] if window.padding else outputs
+        weights = window.weights if len(window.weights) == len(outputs) else itertools.repeat(1.0)
+        for row, weight in zip(real, weights, strict=False):
+            if type(row) is not tuple:
+                raise TypeError(
+                    "the verb 'update' must answer a list with one tuple per micro-batch, the loss first; it answered "
+                    f"a {type(outputs).__name__} of {type(row).__name__}"
+                )
             if row:
                 loss = row[0]
                 fresh = loss.grad_fn is not None and not loss._is_view()  # `kept`, without a call in each step

@@ -157,10 +157,16 @@ class Training:
         counters.skipped_steps += not self._stepped
         self._unsettled = True
         several = run.world_size > 1  # who watches may be there on one rank alone; all of them reduce what is logged
+        collated: list[Any] = []
+        if run.plugins.asking or several:
+            self.logs.add_step_losses(outputs)
+            room = run.plugins.rooms["on_end_train_step"]
+            if room or self._epoch_outputs.room:
+                collated = self._collect(outputs, room)
         run.hook.on_end_train_step(
             trainer=run,
             global_step=counters.global_step,
-            train_step_collated_outputs=self._collect(outputs) if run.plugins.asking or several else [],
+            train_step_collated_outputs=collated,
             stepped=self._stepped,
         )
         if self.evaluation.by_counter and run.due(run.options.evaluate_every):
@@ -177,22 +183,13 @@ class Training:
         assert self.ends.reason is not None
         run.hook.save(trainer=run, reason=self.ends.reason, state=None)
 
-    def _collect(self, outputs: Sequence[Outputs]) -> list[Any]:
-        """Keep of a step's outputs what somebody will ask for; return what its end is asked for, collated."""
-        for row in outputs:
-            if type(row) is not tuple:
-                raise TypeError(
-                    "the verb 'update' must answer a list with one tuple per micro-batch, the loss first; it answered "
-                    f"a {type(outputs).__name__} of {type(row).__name__}"
-                )
-        window = self.window
-        real = outputs[: len(outputs) - window.padding] if window.padding else outputs
-        weights = window.weights if len(window.weights) == len(outputs) else itertools.repeat(1.0)
-        self.logs.add_step_losses(real, weights)
+    def _collect(self, outputs: Sequence[Outputs], room: int) -> list[Any]:
+        """Keep the outputs of a step for the end of the epoch; return the first `room` of them, collated."""
+        padding = self.window.padding
+        real = outputs[: len(outputs) - padding] if padding else outputs
         if self._epoch_outputs.room:
             for row in real:
                 self._epoch_outputs.add(row)
-        room = self.run.plugins.rooms["on_end_train_step"]
         if not room:
             return []
         collated = collate([detached(row[:room]) for row in real or outputs])
