@@ -29,7 +29,7 @@ class Line(ModuleInterface):
 
 @dataclass(eq=False)
 class DataTime(CallbackInterface):
-    """Say what part of an epoch goes into waiting for data, where it is above a limit."""
+    """Print what part of an epoch is spent waiting for data, if it is above a limit."""
 
     above: float = 0.0
 
