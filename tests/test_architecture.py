@@ -21,20 +21,15 @@ from hookline.testing import Memory, TinyModule, tiny_trainer
 
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "src" / "hookline"
-FLOORS = [  # each may import from those before it
-    {"marks", "installed", "masking", "cadence", "blocks", "files"},
-    {"interfaces"},
-    {"counters", "options", "outputs", "randomness", "schedulers", "state"},
-    {"run", "monitored"},
-    {"data"},
-    {"loop"},
-    {"hookspecs"},
-    {"plugins"},
-    {"trainer"},
-    {"config"},
-    {"commands"},
-    {"cli", "testing", "tracking"},
-]
+MAP = (ROOT / "docs" / "architecture.md").read_text()
+PICTURES = re.findall(r"^```text\n(.*?)^```", MAP, re.M | re.S)
+FLOORS = [set(row.partition("#")[0].split()) for row in reversed(PICTURES[0].splitlines())]
+"""Each may import from those before it."""
+ROOMS = {
+    room: [row.split() for row in reversed(rows.split(">"))]
+    for room, _, rows in (line.partition(":") for line in PICTURES[1].splitlines())
+}
+"""The files of a room, each may import from those before it."""
 PLUGINS = sorted(path.parent.name for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 WORDS = {  # of the distributions that are not called by the word of their one plugin, which is
     "runs": "jsonl",  # one home for the format of records: the plugin writes them, the command `runs` reads them
@@ -122,6 +117,31 @@ def test_floors(path):
             if module in {"__version__", own}:
                 continue
             assert floor_of(module) <= floor_of(own), f"{own} imports {module}, which stands above it"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_files_of_a_room_import_each_other_downwards(room):
+    level = {name: number for number, names in enumerate(ROOMS[room]) for name in names}
+    files = {path.stem for path in (CORE / room).glob("*.py")}
+    assert files - {"__init__"} == level.keys() - {"__init__"}
+    for name in level:
+        for imported in imports(CORE / room / f"{name}.py"):
+            if imported.startswith(f"hookline.{room}."):
+                other = imported.split(".")[2]
+                assert level[other] < level[name], f"{room}/{name} imports {other}, which stands beside or above it"
+
+
+def test_the_map_names_what_there_is():
+    for path in re.findall(r"`((?:src|plugins|tests|docs)/[\w/.-]+)`", MAP):
+        assert (ROOT / path).exists(), path
+    stops = re.findall(r"^\| \d+ \| `([\w/.]+)` `([\w.]+)` \|", MAP, re.M)
+    assert len(stops) > 12
+    for path, name in stops:
+        tree = ast.parse((ROOT / path).read_text())
+        for part in name.split("."):
+            inside = [node for node in tree.body if getattr(node, "name", None) == part]
+            assert inside, f"{path} has no {name}"
+            tree = inside[0]
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
