@@ -1,5 +1,6 @@
 """The first changes that docs/architecture.md describes: each diff is applied to a copy of the repository and tried."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 DIFFS = dict(re.findall(r"^### Add an? (\w+).*?^```diff\n(.*?)^```", PAGE, re.M | re.S))
 COPIED = ("src", "plugins", "tests", "docs", "examples", "benchmarks")
-LEFT = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*", "runs", "node_modules")
+LEFT = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
 
 HEARS = """
 from hookline import CallbackInterface, hookimpl
@@ -68,12 +69,7 @@ class Copy:
 
     def python(self, *arguments, **options):
         paths = [str(self.folder / "src"), *map(str, self.folder.glob("plugins/*/src"))]
-        environment = {
-            "PYTHONPATH": ":".join(paths),
-            "PATH": "/usr/bin:/bin",
-            "OMP_NUM_THREADS": "1",
-            "HOME": str(self.folder),
-        }
+        environment = {**os.environ, "PYTHONPATH": ":".join(paths)}
         command = [sys.executable, *arguments]
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, **options
