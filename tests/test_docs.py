@@ -34,6 +34,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("plu
 PROSE = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
 RUN_BY_LINE = [DOCS / "tutorial.md"]  # pages whose commands are not only parsed but run, in order with their code
 HOOKS = {hook.name: hook for hook in read_hooks()}
+PARTS = ("built", "cursor", "ends", "evaluation", "loaders", "logs", "randomness", "session", "training", "window")
 
 BLOCK = re.compile(r"^```(\w+)(?: +title=\"([^\"]+)\")?\n(.*?)^```$|^<!-- test:\s(.*?)\s-->$", re.M | re.S)
 CODE_SPAN = re.compile(r"(`+)(.+?)\1")
@@ -259,6 +260,53 @@ def test_the_pictures_name_hooks_that_exist():
     names = set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", picture.text))
     assert len(names) > 15
     assert names <= set(HOOKS)
+
+
+# The trainer --------------------------------------------------------------------------
+
+
+def offered(column):
+    """Give the cells of a column of the tables of what the trainer offers to plugins."""
+    section = (DOCS / "writing-a-plugin.md").read_text(encoding="utf-8").partition("## What the trainer offers\n")[2]
+    for line in section.partition("\n## ")[0].splitlines():
+        if line.startswith("| `"):
+            yield line.strip("|").split(" | ")[column]
+
+
+def trainer_attributes():
+    """Return the public methods, properties and attributes of the trainer, as its source defines them."""
+    tree = ast.parse((ROOT / "src" / "hookline" / "trainer.py").read_text(encoding="utf-8"))
+    (trainer,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer"]
+    methods = [node for node in trainer.body if isinstance(node, ast.FunctionDef)]
+    found = {method.name for method in methods}
+    for method in methods:
+        if method.name in ("__init__", "_begin"):
+            stored = [node for node in ast.walk(method) if isinstance(node, ast.Attribute)]
+            found |= {
+                node.attr for node in stored if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+            }
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_the_page_has_every_public_attribute_of_the_trainer_once():
+    names = re.findall(r"`trainer\.(\w+)", "\n".join(offered(0)))
+    assert sorted(names) == sorted(trainer_attributes())
+
+
+def test_the_page_has_what_plugins_use_of_the_parts_of_the_trainer():
+    trainer = tiny_trainer()
+    shown = {
+        (part, name)
+        for cell, words in zip(offered(0), offered(1), strict=True)
+        for part in re.findall(r"^ `trainer\.(\w+)`$", cell)
+        for name in re.findall(r"`\.(\w+)", words)
+    }
+    for part, name in shown:
+        assert hasattr(getattr(trainer, part), name), f"trainer.{part}.{name}"
+    parts = "|".join(PARTS)
+    for path in ROOT.glob("plugins/*/src/**/*.py"):
+        for use in re.findall(rf"\b(?:trainer|core)\.({parts})\.(\w+)", path.read_text(encoding="utf-8")):
+            assert use in shown, f"{path.name} uses trainer.{'.'.join(use)}"
 
 
 # Messages -----------------------------------------------------------------------------

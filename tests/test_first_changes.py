@@ -81,6 +81,7 @@ class Copy:
         self.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", *arguments)
 
 
+@pytest.mark.plugins  # with which a test of the documentation trains
 def test_an_event(copy):
     copy.change("event")
     copy.python("-c", HEARS)

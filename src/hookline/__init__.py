@@ -1,4 +1,4 @@
-"""A training framework for PyTorch: a small loop that speaks through hooks, and plugins for all the rest."""
+"""A training framework for PyTorch: a small loop with hooks; plugins do everything else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {  # public name: module; imported when first asked for, so that `hookline --help` needs no torch
+_HOMES = {  # public name: module; imported at the first access, so that `hookline --help` needs no torch
     "CallbackInterface": "interfaces",
     "ModuleInterface": "interfaces",
     "Stage": "interfaces",

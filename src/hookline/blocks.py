@@ -1,4 +1,4 @@
-"""The blocks of a model: the modules that plugins treat one at a time, to save memory or to compile them."""
+"""The blocks of a model: modules that plugins process one at a time, to save memory or to compile them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 def find_blocks(
     trainer: Trainer, model: torch.nn.Module, option: str, names: Sequence[str]
 ) -> dict[str, torch.nn.Module]:
-    """Return the blocks of a model by name, in its order, the outer before the inner.
+    """Return the blocks of a model by name, in its order, outer blocks before inner ones.
 
     Args:
-        trainer: whose module is asked for `get_blocks()`, if it has it, where no class is named.
-        model: where they are looked for.
-        option: where the names stand, for messages: `plugin.option`.
-        names: of the classes whose modules are blocks.
+        trainer: without `names`, its module's `get_blocks()` gives the blocks, if the method exists.
+        model: the model with the blocks.
+        option: the option with the names, for messages: `plugin.option`.
+        names: names of classes whose modules are blocks.
 
     Raises:
-        ValueError: a name is that of no module, or `get_blocks()` answers what is no part of the model.
+        ValueError: no module has a class of this name, or `get_blocks()` returned a module outside the model.
     """
     modules = dict(model.named_modules())
     if names:

@@ -1,4 +1,4 @@
-"""One grammar for every cadence: "epoch", "2 epochs", "50 steps", "eval", "10 min" …."""
+"""One syntax for every cadence: "epoch", "2 epochs", "50 steps", "eval", "10 min" …."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXAMPLES = '"epoch", "2 epochs", "30ep", "50 steps", "100 batches", "eval", "3 
 
 
 class Every(NamedTuple):
-    """A cadence: every `number` of a counter of the run (`seconds` for clocks)."""
+    """A cadence: every `number` of a counter of the run (of `seconds` for a time)."""
 
     number: int
     unit: str
@@ -38,10 +38,10 @@ class Every(NamedTuple):
 
 @functools.cache
 def every(text: str) -> Every:
-    """Read a cadence: a count (1 where it is left out) and a unit, in upper or lower case.
+    """Read a cadence: a number (1 if left out) and a unit, in upper or lower case.
 
     Raises:
-        ValueError: anything else, with examples.
+        ValueError: any other text; the message has examples.
     """
     match = re.fullmatch(r"\s*(\d+)?\s*([a-z]+)\s*", text.lower()) if isinstance(text, str) else None
     word = match[2] if match else ""
@@ -53,14 +53,14 @@ def every(text: str) -> Every:
 
 
 def seconds(text: str, option: str = "") -> int:
-    """Read a duration such as "10 min" or "1h".
+    """Read a duration such as "10 min" or "1h"; return its seconds.
 
     Args:
         text: the duration.
-        option: where it stands, for messages: `plugin.option`.
+        option: its option, for messages: `plugin.option`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a duration.
     """
     try:
         duration = every(text)

@@ -1,4 +1,4 @@
-"""What commands share, those of the core and those that plugins bring. No torch is imported before one needs it."""
+"""Helpers for commands, of the core and of plugins. No torch is imported before a command needs it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """Something that the user wrote and can mend: told in one line, without a traceback."""
+    """A mistake of the user: printed in one line, without a traceback."""
 
 
 def new_parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """Return the parser of a command, e.g. "hookline checkpoints"; what stands below the help keeps its lines."""
+    """Return the parser of a command, e.g. "hookline checkpoints"; the text below the help keeps its lines."""
     return argparse.ArgumentParser(
         name, description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,7 +27,7 @@ def new_parser(name: str, description: str, epilog: str = "") -> argparse.Argume
 def add_command(
     commands: Any, name: str, summary: str, command: Callable[[argparse.Namespace], Any], **more: Any
 ) -> argparse.ArgumentParser:
-    """Add a command to subparsers, and return its parser; `options.command` does it."""
+    """Add a command to subparsers, and return its parser; `options.command` is the function."""
     description = summary[0].upper() + summary[1:] + "."
     added: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description, **more)
     added.set_defaults(command=command)
@@ -44,10 +44,10 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
 
 
 def read_configuration(options: argparse.Namespace, *overrides: str) -> DictConfig:
-    """Read the configuration that was asked for, with overrides of the command's own behind the user's.
+    """Read the configuration of the command line; overrides of the command come after the user's.
 
     Raises:
-        ValueError: it cannot be used, and why.
+        ValueError: the configuration is not usable; the message has the reason.
     """
     from hookline import config
 
@@ -56,12 +56,12 @@ def read_configuration(options: argparse.Namespace, *overrides: str) -> DictConf
 
 @contextlib.contextmanager
 def mendable(*kinds: type[Exception]) -> Iterator[None]:
-    """Tell what we refuse in one line, with its notes; what the user's code raises keeps its traceback.
+    """Print errors of hookline in one line, with their notes; errors of the user's code keep their traceback.
 
-    Warnings are told in one line as well.
+    Warnings are printed in one line too.
 
     Raises:
-        UserError: one of these kinds was raised by `hookline` or a plugin of it.
+        UserError: `hookline` or one of its plugins raised one of these kinds.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -79,7 +79,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any) 
 
 
 def _raised_by_user_code(error: BaseException) -> bool:
-    """Tell whether an error comes out of the user's module rather than out of what we checked for him."""
+    """Tell whether an error comes from the user's module, not from a check of hookline."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -87,7 +87,7 @@ def _raised_by_user_code(error: BaseException) -> bool:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Return lines of aligned columns below their heads, to the left unless they are among `right`."""
+    """Return lines of aligned columns below their heads, left-aligned unless they are in `right`."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     aligned = [

@@ -1,9 +1,8 @@
 """Configuration: defaults, then YAML, then the command line, in one checked OmegaConf tree.
 
-The tree has the nodes `module` (with `_target_`, built with what it nests), `trainer` (the
-options of `Trainer`), `plugins` (by name; null turns one off) and `vars` (yours, to interpolate).
-`trainer` and each plugin are structured by their dataclasses, so a typo or a wrong type is found
-before any work.
+The tree has the nodes `module` (built from its `_target_`, nested ones too), `trainer` (the options of `Trainer`),
+`plugins` (by name; null turns one off) and `vars` (your own values, for interpolations). The dataclasses of
+`trainer` and of each plugin define their keys and types, so a typo or a wrong type is an error before any work.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from hookline.randomness import set_seed
 from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")
-MOST, DEEPEST = 100_000, 50  # values of a configuration and how deep they are nested, its aliases written out
+MOST, DEEPEST = 100_000, 50  # values of a configuration and depth of nesting, with aliases expanded
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses a key that is written twice, and reads 1e-3 as a number."""
+    """A safe loader that refuses duplicate keys, and reads 1e-3 as a number."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         seen: set[Any] = set()
@@ -45,7 +44,7 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             seen.add(key.value)
         super().flatten_mapping(node)
-        # What is merged again and again stays there once, or a few lines would make a billion keys.
+        # Keep a key that is merged repeatedly once; otherwise a few lines could make a billion keys.
         node.value = list({(key.tag, key.value): (key, kept) for key, kept in node.value}.values())
 
 
@@ -64,12 +63,12 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequen
 
     Args:
         file: a YAML file.
-        overrides: `key.of.node=value`, in YAML's syntax of values; later ones win.
+        overrides: `key.of.node=value`, with values in YAML; later ones win.
         plugins: `name` turns a plugin on, `no:name` turns it off.
 
     Raises:
-        ValueError: a file that is missing or no YAML, or an unknown, missing or mistyped key,
-            named in full, with the nearest that exists.
+        ValueError: a file that is missing or not YAML, or an unknown, missing or mistyped key; the message has
+            the full key and the nearest existing one.
     """
     path = Path(file)
     tree = _read(path)
@@ -92,7 +91,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequen
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open(encoding="utf-8") as file:  # of a text, errors would quote lines, which may hold secrets
+        with path.open(encoding="utf-8") as file:  # from a string, errors would quote lines, which may hold secrets
             tree = _load_yaml(file) or {}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
@@ -104,11 +103,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _load_yaml(given: str | IO[str]) -> Any:
-    """Return what YAML says.
+    """Return the data of a YAML text.
 
     Raises:
-        ValueError: it is nested too deeply, or a few lines of aliases say far too much.
-        yaml.YAMLError: it is none.
+        ValueError: it is nested too deeply, or aliases expand a few lines to too many values.
+        yaml.YAMLError: it is not YAML.
     """
     measured: dict[int, tuple[int, int]] = {}
 
@@ -148,7 +147,7 @@ def _override(config: DictConfig, override: str) -> None:
 
 
 def _structure(given: DictConfig) -> DictConfig:
-    """Bring the tree under the schemas of the trainer and of each plugin, key by key."""
+    """Merge the tree into the schemas of the trainer and of each plugin, key by key."""
     for key in map(str, given):
         if key not in NODES:
             raise ValueError(f"{key}: unknown key{nearest(key, NODES)}; the nodes are {', '.join(NODES)}")
@@ -185,7 +184,7 @@ def _plugin(where: str, node: Any) -> Any:
 
 
 def merge_schema(where: str, schema: type, node: Any) -> DictConfig:
-    """Merge a node over the defaults of a dataclass, which says what keys and types there may be."""
+    """Merge a node into the defaults of a dataclass, which defines the valid keys and types."""
     fields = [field for field in dataclasses.fields(schema) if field.init]
     try:
         defaults = OmegaConf.structured(
@@ -206,7 +205,7 @@ def merge_schema(where: str, schema: type, node: Any) -> DictConfig:
 
 
 def _field(field: dataclasses.Field[Any], schema: type) -> tuple[str, Any, Any]:
-    """Return a field as `make_dataclass` wants it; OmegaConf is shown those alone that are options."""
+    """Return a field for `make_dataclass`; OmegaConf sees only the fields that are options."""
     kind = field.type
     if isinstance(kind, str):
         home = next(base for base in schema.__mro__ if field.name in inspect.get_annotations(base))
@@ -232,10 +231,10 @@ def _refuse_missing(config: DictConfig) -> None:
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
-    """Return the configuration as plain data, interpolations filled in.
+    """Return the configuration as plain data, with interpolations resolved.
 
     Raises:
-        ValueError: an interpolation that leads nowhere, or a secret that was masked.
+        ValueError: an interpolation without a target, or a masked secret.
     """
     try:
         tree = OmegaConf.to_container(config, resolve=True)
@@ -249,7 +248,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
 
 
 def build_trainer(config: DictConfig) -> Trainer:
-    """Return the trainer of a configuration, its module built under the seed."""
+    """Return the trainer of a configuration; its module is built under the seed."""
     tree = resolve(config)
 
     def make_module() -> Any:
@@ -260,15 +259,15 @@ def build_trainer(config: DictConfig) -> Trainer:
 
 
 def instantiate(node: Any, where: str) -> Any:
-    """Build what `_target_` names with the other keys as its arguments, and whatever they nest.
+    """Build the object of `_target_`, with the other keys as its arguments, and nested ones first.
 
     Args:
-        node: plain data; what has no `_target_` in it comes back equal.
+        node: plain data; data without `_target_` comes back equal.
         where: its key in the configuration, for messages.
 
     Raises:
-        ValueError: something that cannot be imported, arguments that it does not take, or values that it
-            refuses by a `ValueError` of its own.
+        ValueError: a target that cannot be imported, arguments that it does not take, or values that it
+            refuses with a `ValueError` of its own.
     """
     if isinstance(node, list):
         return [instantiate(item, f"{where}.{index}") for index, item in enumerate(node)]
@@ -291,7 +290,7 @@ def instantiate(node: Any, where: str) -> Any:
 def _check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> None:
     try:
         signature = inspect.signature(target)
-    except ValueError:  # a builtin does not say
+    except ValueError:  # a builtin has no signature
         return
     parameters = signature.parameters.values()
     known = [parameter.name for parameter in parameters]
@@ -313,8 +312,8 @@ def _check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> N
 def masked(config: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration without its secrets.
 
-    What looks like a password or a token becomes `***`, or stays the interpolation it was
-    (`${oc.env:TOKEN}`), so that the saved configuration still runs where the variable is set.
+    A value that looks like a password or a token becomes `***`, or stays an interpolation
+    (`${oc.env:TOKEN}`), so that the saved configuration still runs if the variable is set.
     """
     written = OmegaConf.to_container(config, resolve=False)
     return mask(resolve(config), written)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""How far a run is: its counters, its place in the data, its best values, and how long it will be."""
+"""The progress of a run: its counters, its place in the data, its best values, and its expected length."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from typing import Any, NamedTuple
 
 @dataclasses.dataclass(slots=True)
 class Counters:
-    """How far a run is. All of them only grow."""
+    """The progress of a run. All counters only grow."""
 
     global_step: int = 0
-    """Optimizer steps completed; an update that was refused counts too."""
+    """Completed optimizer steps; skipped ones count too."""
     batches: int = 0
-    """Micro-batches trained on, by each rank."""
+    """Trained micro-batches of each rank."""
     epochs: int = 0
-    """Epochs completed; while one is under way this is its index."""
+    """Completed epochs; during an epoch this is its index."""
     evaluations: int = 0
     evaluation_batches: int = 0
     """Batches of these validations, on this rank."""
     samples: int = 0
-    """Samples trained on, over all ranks; with several, each batch counts as a full one, so that they agree."""
+    """Trained samples of all ranks; with several ranks each batch counts as a full one, so that ranks agree."""
     skipped_steps: int = 0
-    """Updates that left the weights as they were."""
+    """Updates that did not change the weights."""
     seconds: float = 0.0
-    """Time spent in training, over all sessions of the run."""
+    """Training time over all sessions of the run."""
 
     def update_state(self, values: Mapping[str, Any]) -> None:
-        """Become what `dataclasses.asdict` has made of others."""
+        """Load the values of `dataclasses.asdict`."""
         for name, value in values.items():
             setattr(self, name, value)
 
 
 UNITS = ("steps", "batches", "epochs", "evaluations", "samples", "seconds")
-"""What cadences count, in the order of `snapshot`."""
+"""The units of cadences, in the order of `snapshot`."""
 snapshot = operator.attrgetter("global_step", *UNITS[1:])
-"""Return a run's counters as a tuple: taken every step, hence by a function that is not Python."""
+"""Return a run's counters as a tuple; not a Python function, because every step calls it."""
 
 
 @dataclasses.dataclass
 class Best:
-    """The best losses so far; of training only where somebody listens, to whom losses are worth keeping."""
+    """The lowest losses so far; that of training only if some plugin can use losses."""
 
     train_loss: float = math.inf
     valid_loss: float = math.inf
@@ -56,12 +56,12 @@ class Best:
         return better
 
     def update_state(self, values: Mapping[str, float]) -> None:
-        """Become what `dataclasses.asdict` has made of others."""
+        """Load the values of `dataclasses.asdict`."""
         self.train_loss, self.valid_loss = values["train_loss"], values["valid_loss"]
 
 
 class Totals(NamedTuple):
-    """How long the run will be; None where nobody can know."""
+    """The expected length of the run; None if unknown."""
 
     batches_per_epoch: int | None
     steps_per_epoch: int | None
@@ -70,33 +70,33 @@ class Totals(NamedTuple):
 
 
 def lesser(total: int | None, limit: int | None) -> int | None:
-    """Return the lesser of two numbers either of which may be unknown."""
+    """Return the lesser of two numbers, either of which may be unknown."""
     return min((number for number in (total, limit) if number is not None), default=None)
 
 
 @dataclasses.dataclass
 class Cursor:
-    """The place in the data: which epoch, and how much of it has been trained on."""
+    """The place in the data: the epoch, and how much of it is trained."""
 
     seed: int = 0
     epoch: int = 0
     position: int = 0
-    """Batches of this epoch trained on, by each rank (not batches fetched)."""
+    """Trained batches of this epoch on each rank (not fetched batches)."""
     consumed: int = 0
-    """Samples of this epoch drawn for them, over all ranks; batches where a batch sampler of the user's makes them."""
+    """Samples of this epoch drawn for them, over all ranks; with a batch sampler of the user's, batches."""
     draw: int = 0
-    """How many of these one batch draws over all ranks; 0 where the loader does not say."""
+    """How many of these one batch draws over all ranks; 0 if the loader does not tell."""
     samples: int | None = None
-    """Samples of the data set; None where nobody can know."""
+    """Samples of the data set; None if unknown."""
     loader_state: Any = None
-    """What a stateful loader said where the run was cut, until it is given back to it."""
+    """The state of a stateful loader where the run was cut, until the loader gets it back."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch."""
         self.epoch, self.position, self.consumed, self.loader_state = epoch, 0, 0, None
 
     def advance(self, batches: int) -> None:
-        """Pass over batches that have been trained on."""
+        """Count trained batches."""
         self.position += batches
         self.consumed += batches * self.draw
 
@@ -105,26 +105,26 @@ class Cursor:
         self.position, self.consumed = position, position * self.draw
 
     def begin_loader(self, samples: int | None) -> None:
-        """Have a loader of a data set of so many samples, of whose batches nothing is known yet."""
+        """Begin a loader of a data set of this many samples, whose batch size is still unknown."""
         self.draw, self.samples = 0, samples
 
     def draw_by(self, draw: int) -> None:
-        """Have each batch draw so many samples over all ranks."""
+        """Set how many samples each batch draws over all ranks."""
         self.draw = draw
 
     def settle_place(self) -> None:
-        """Have the two measures of the place agree: the batches of before may have been of another size."""
+        """Make `position` and `consumed` agree: earlier batches may have had another size."""
         if self.consumed:
             self.position = self.consumed // self.draw
         else:
             self.consumed = self.position * self.draw
 
     def keep_loader_state(self, state: Any) -> None:
-        """Have what a stateful loader said where the run was cut."""
+        """Keep the state of a stateful loader where the run was cut."""
         self.loader_state = state
 
     def take_loader_state(self) -> Any:
-        """Return that, once."""
+        """Return the state of the stateful loader, once."""
         state, self.loader_state = self.loader_state, None
         return state
 
@@ -133,5 +133,5 @@ class Cursor:
         return {"epoch": self.epoch, "position": self.position, "consumed": self.consumed}
 
     def update_state(self, state: Mapping[str, int]) -> None:
-        """Go to a place that was returned."""
+        """Go to a place that `get_state` returned."""
         self.epoch, self.position, self.consumed = state["epoch"], state["position"], state["consumed"]

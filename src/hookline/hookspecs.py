@@ -1,16 +1,15 @@
 """Every hook, in the order in which the loop reaches it.
 
-A hook is an event or a verb. Events (`on_*`) are told to everyone and their answers dropped.
-Verbs are done once and answer; a verb's body below is how the core does it when nobody
-*performs* it, and may be called by a performer that wants the core's way in the middle of
-its own. Anyone may *wrap* a verb: `@hookimpl(wrapper=True)`, `return (yield)`.
+A hook is an event or a verb. The trainer calls an event (`on_*`) for every plugin that implements it, and
+ignores what they return. A verb happens once and returns a result. Its body below is the core's way: it runs if
+no plugin *performs* the verb, and a performer may call it within its own implementation. Any plugin may *wrap* a
+verb: `@hookimpl(wrapper=True)`, `return (yield)`.
 
-An implementation names any subset of the arguments, in any order. Every hook offers
-`trainer`. The order within a hook: `tryfirst`, plain, `trylast`; within a band the order
-of `plugins:`, the first listed first and outermost, the module's own hooks last.
+An implementation names any subset of the arguments, in any order. Every hook offers `trainer`. The order within a
+hook is `tryfirst`, plain, `trylast`; within a band it is the order of `plugins:`, the first listed first and
+outermost, the module's own hooks last.
 
-This module is the public hook API: it is given to pluggy as specifications and as the
-plugin `core` at once.
+This module is the public hook API. pluggy gets it as the specifications and as the plugin `core`.
 """
 
 from __future__ import annotations
@@ -46,29 +45,29 @@ from hookline.state import (
 if TYPE_CHECKING:
     from hookline.trainer import Trainer
 
-TRAIN = Stage.TRAIN  # a member of an enum is ten times as slow to find as a name
+TRAIN = Stage.TRAIN  # looking up an enum member is ten times slower than a name
 
 # Before a run -------------------------------------------------------------------------
 
 
 @verb
 def get_ranks(trainer: Trainer) -> tuple[int, int, int]:
-    """Answer (rank, local rank, world size). Asked before anything else."""
+    """Return (rank, local rank, world size). Called before anything else."""
     return 0, 0, 1
 
 
 @verb
 def get_share(trainer: Trainer) -> tuple[int, int]:
-    """Answer (share, shares): which share of the data this rank takes, and of how many.
+    """Return (share, shares): which share of the data this rank takes, and of how many.
 
-    Asked when ranks are known. Ranks that split single layers between them take the same.
+    Called when the ranks are known. Tensor-parallel ranks, which split single layers, take the same share.
     """
     return trainer.rank, trainer.world_size
 
 
 @verb
 def get_device(trainer: Trainer) -> torch.device:
-    """Answer the device of this rank: `trainer.device` of the options, else CUDA where there is one."""
+    """Return the device of this rank: the option `device`, or CUDA if available, else the CPU."""
     name = trainer.options.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -77,26 +76,26 @@ def get_device(trainer: Trainer) -> torch.device:
 
 @verb
 def adapt_module(trainer: Trainer, module: Any) -> Any:
-    """Answer a `ModuleInterface` for what the user gave; what is a function (or a `functools.partial`) is called.
+    """Return a `ModuleInterface` for what the user gave; the core calls a function or a `functools.partial`.
 
-    An adapter wraps this and bridges only what is its own, so that several may be active:
-    `module = yield; return Bridge(module) if is_mine(module) else module`. So may who decides on which
-    device a function makes the module.
+    An adapter wraps this verb and converts only objects of its own framework, so several adapters may be active:
+    `module = yield; return Bridge(module) if is_mine(module) else module`. A plugin that chooses the device on which
+    the function makes the module wraps it too.
     """
     return module() if inspect.isroutine(module) or isinstance(module, functools.partial) else module
 
 
 @event(historic=True)
 def on_setup(trainer: Trainer) -> None:
-    """Hear that the trainer exists and its module is registered.
+    """Run when the trainer exists and its module is registered.
 
-    A plugin that is registered later hears it at that moment, then receives its state.
+    A plugin that is registered later gets this call then, and its state after it.
     """
 
 
 @event
 def on_begin_run(trainer: Trainer, stage: Stage, config: Mapping[str, Any]) -> None:
-    """Hear that a run begins: training, or an evaluation on its own.
+    """Run when training, or a separate evaluation, begins.
 
     `config` is the resolved configuration with its secrets masked.
     """
@@ -104,10 +103,9 @@ def on_begin_run(trainer: Trainer, stage: Stage, config: Mapping[str, Any]) -> N
 
 @verb
 def run(trainer: Trainer, stage: Stage) -> bool:
-    """Do the whole run; answer True.
+    """Do the whole run; return True.
 
-    Wrapped by holders of resources that must not leak: process groups, signal handlers,
-    profilers.
+    Plugins with resources that must not leak wrap it: process groups, signal handlers, profilers.
     """
     if stage is Stage.TRAIN:
         trainer.training.train()
@@ -121,22 +119,22 @@ def run(trainer: Trainer, stage: Stage) -> bool:
 
 @verb
 def find_state(trainer: Trainer, stage: Stage) -> Mapping[str, Any]:
-    """Answer the section `trainer` of the state that `restore` will bring back; empty where there is none.
+    """Return the section `trainer` of the state that `restore` will load; empty if there is none.
 
-    Asked by `trainer.resuming`, on all ranks: a module can so know before it is built what it will be.
+    `trainer.resuming` calls it, on all ranks: a module can thus read the counters before it is built.
     """
     return {}
 
 
 @verb
 def get_window_size(trainer: Trainer) -> int:
-    """Answer how many micro-batches make one optimizer step."""
+    """Return how many micro-batches make one optimizer step (gradient accumulation)."""
     return 1
 
 
 @verb
 def convert_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
-    """Answer the model with parts of it replaced.
+    """Return the model with some of its parts replaced.
 
     trylast is innermost (low-rank adapters), plain in the middle (other number formats),
     tryfirst outermost (activation checkpointing).
@@ -146,32 +144,32 @@ def convert_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
 
 @verb
 def split_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
-    """Answer the model with single layers split over ranks."""
+    """Return the model with single layers split over ranks (tensor parallelism)."""
     return model
 
 
 @verb
 def compile_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
-    """Answer the model compiled; submodules in place keep the names of parameters."""
+    """Return the compiled model; compile submodules in place to keep the names of parameters."""
     return model
 
 
 @verb
 def shard_model(trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
-    """Answer the model where it shall live: whole on this rank's device, or replicated, or sharded."""
+    """Return the model in its place: whole on this rank's device, or replicated (DDP), or sharded (FSDP)."""
     return model.to(trainer.device)
 
 
 @verb
 def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler[Any]]:
-    """Answer the sampler class that the module's `get_*_dataloader` of this stage receives."""
+    """Return the sampler class that the module's `get_*_dataloader` of this stage receives."""
     cursor = trainer.cursor if stage is Stage.TRAIN else Cursor(seed=trainer.options.seed)
     return data.sampler_class(cursor, stage is Stage.TRAIN, trainer.share, trainer.shares)
 
 
 @verb
 def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Loader:
-    """Answer the loader to iterate, a private one: the user's own object stays as it was.
+    """Return the loader to iterate, a private one: the user's own object does not change.
 
     A training loader begins at `trainer.position`.
     """
@@ -180,7 +178,7 @@ def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Lo
 
 @verb
 def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], list[Any]]:
-    """Answer (optimizers, schedulers); the model stands, and `trainer.totals` is known."""
+    """Return (optimizers, schedulers); the model is complete, and `trainer.totals` is known."""
     module, totals = trainer.module, trainer.totals
     epochs = totals.epochs if totals.epochs is not None else 1
     optimizers, schedulers = module.get_optimizers_schedulers(totals.steps_per_epoch, epochs)
@@ -189,10 +187,10 @@ def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], lis
 
 @verb
 def restore(trainer: Trainer, stage: Stage) -> bool:
-    """Bring back the state that `trainer.options.resume` asks for; answer whether there was one.
+    """Load the state that `trainer.options.resume` names; return whether there was one.
 
-    Asked once, after all of the above. For stages other than training only module and
-    plugins are wanted. A performer reads its storage and calls `trainer.hook.set_run_state`.
+    Called once, after all hooks above. Stages other than training need only the module and the plugins. A performer
+    reads its storage and calls `trainer.hook.set_run_state`.
     """
     if trainer.options.resume:
         raise ValueError(
@@ -204,15 +202,15 @@ def restore(trainer: Trainer, stage: Stage) -> bool:
 
 @verb
 def get_run_state(trainer: Trainer) -> dict[str, Any]:
-    """Answer the state of the run in named sections; `own_plugins`, `logs`, `rng`, `loader`, `window` are of this rank.
+    """Return the state of the run in named sections.
 
-    The others are of all ranks. `own_plugins` has the plugins that say `state_of_rank`, `plugins` the rest.
-    Whole only in `on_begin_train`, `on_begin_train_epoch`, `on_boundary` and `save`. The section
-    `window` is there where `save` comes within a window: the gradients so far by parameter,
-    and the outputs of the micro-batches that gave them.
+    `own_plugins`, `logs`, `rng`, `loader` and `window` belong to this rank, the other sections to all ranks.
+    `own_plugins` has the plugins with `state_of_rank`, `plugins` the others. The state is consistent only in
+    `on_begin_train`, `on_begin_train_epoch`, `on_boundary` and `save`. If `save` comes within a window, the section
+    `window` has the gradients so far by parameter, and the outputs of the micro-batches that gave them.
     """
     names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
-    plugins: dict[bool, dict[str, Any]] = {False: {}, True: {}}  # by whether their state is of this rank
+    plugins: dict[bool, dict[str, Any]] = {False: {}, True: {}}  # by whether the state belongs to this rank
     for name, plugin, kept in trainer.plugins.states():
         plugins[getattr(plugin, "state_of_rank", False)][name] = kept
     state = {
@@ -234,9 +232,9 @@ def get_run_state(trainer: Trainer) -> dict[str, Any]:
 
 @verb
 def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> bool:
-    """Put a state back; answer True. Stages other than training take module and plugins alone.
+    """Load a state; return True. Stages other than training load only the module and the plugins.
 
-    Called in `restore`; or in `on_boundary`, and then training goes on, data too, where that state stood.
+    Call it in `restore`; or in `on_boundary`, and training continues where that state was saved, data included.
     """
     state = take_shares(trainer.module, state)
     trainer.module.update_state(state["module"])
@@ -259,18 +257,18 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
     trainer.cursor.keep_loader_state(state.get("loader"))
     if trainer.rank == 0:
         trainer.say_once(lost_with_ranks(state, trainer.world_size))
-    trainer.logs.update_state(state.get("logs", {}))  # a rank that was not there before has neither these
+    trainer.logs.update_state(state.get("logs", {}))  # a new rank has neither these
     trainer.randomness.update_state(state.get("rng"))  # nor this
     return True
 
 
 @verb
 def allocate(trainer: Trainer, path: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Answer what a tensor that ranks had stored in shares is read into; what it holds means nothing.
+    """Return an uninitialized tensor to read a tensor into that ranks have stored in shards.
 
-    `path` is where in a run's state it stands, such as `("optimizers", 0, "state", "net.weight", "exp_avg")`. Made
-    like the parameter or buffer that it names last, where the shape is the same: of a model that ranks share this is
-    the share of this rank alone. All else is whole, on the CPU.
+    `path` is its place in the run's state, such as `("optimizers", 0, "state", "net.weight", "exp_avg")`. The core
+    makes it like the last parameter or buffer that the path names, if the shape is the same: of a sharded model this
+    is only the shard of this rank. Any other tensor is whole and on the CPU.
     """
     for name in reversed(path):
         like = get_named(trainer.module, name)
@@ -284,22 +282,22 @@ def allocate(trainer: Trainer, path: Sequence[Any], shape: Sequence[int], dtype:
 
 @event
 def on_begin_train(trainer: Trainer, global_step: int) -> None:
-    """Hear that all is built and restored, and training begins.
+    """Run when everything is built and restored, and training begins.
 
-    `update_state` may already have come: create only what is missing.
+    `update_state` may have been called already: create only what is missing.
     """
 
 
 @event
 def on_begin_train_epoch(trainer: Trainer, global_step: int, epoch: int) -> None:
-    """Hear that an epoch begins; also that a resumed run goes on in the middle of one."""
+    """Run when an epoch begins, or when a resumed run continues in the middle of one."""
 
 
 @verb
 def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
-    """Train on the batches that are left of this epoch; answer False if a stop cut it short.
+    """Train on the remaining batches of this epoch; return False if a stop cut it short.
 
-    A performer that does not take each batch once keeps `trainer.position` himself.
+    A performer that does not take each batch once must set `trainer.position` itself.
     """
     hook = trainer.hook
     while window := hook.take_window(trainer=trainer, batches=batches):
@@ -315,20 +313,20 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
 
 @verb
 def take_window(trainer: Trainer, batches: Iterator[Any]) -> list[Any]:
-    """Answer the micro-batches of one optimizer step, none at the end; they stay where they are.
+    """Return the micro-batches of one optimizer step, none at the end, without moving them to the device.
 
-    The last window of an epoch may be short, and is known to be before its first backward. Who fills a window
-    up so that all ranks have as many says so by `trainer.window.pad`.
+    The last window of an epoch may be shorter; its size is known before its first backward pass. A performer that adds
+    micro-batches so that all ranks have equally many calls `trainer.window.pad`.
     """
     return list(itertools.islice(batches, trainer.window.size))
 
 
 @verb
 def count_samples(trainer: Trainer, batch: Any, stage: Stage) -> int:
-    """Answer how many samples a batch holds, as the loader gave it.
+    """Return how many samples a batch holds, as it came from the loader.
 
-    A loader of torch's knows; of a batch from elsewhere it is guessed, and one warning says where that is
-    doubtful. `counters.samples` counts it, and means over batches are weighted by it.
+    A loader of torch knows. For other batches the core guesses, and warns once if the guess is doubtful.
+    `counters.samples` counts the samples, and means over batches are weighted by them.
     """
     samples, doubt = data.counted(batch, trainer.loaders.given)
     if doubt:
@@ -343,21 +341,21 @@ def count_samples(trainer: Trainer, batch: Any, stage: Stage) -> int:
 
 @verb
 def get_weight(trainer: Trainer, batch: Any, stage: Stage) -> float:
-    """Answer how much the mean weighs that a step returns for a batch, as the loader gave it: its samples.
+    """Return the weight of a mean that a step returns for a batch, as it came from the loader: its samples.
 
-    Performed where a loss is a mean over something else, such as tokens or valid pixels. A window of several
-    micro-batches, and all ranks, are then weighted by it in training too: the gradient is that of the mean over
-    all of them. Without a performer each micro-batch of a window weighs the same.
+    Perform it if the loss is a mean over something else, such as tokens or valid pixels. Training then weights the
+    micro-batches of a window, over all ranks, too: the gradient is that of the mean over all of them. Without a
+    performer each micro-batch of a window has the same weight.
     """
     return trainer.hook.count_samples(trainer=trainer, batch=batch, stage=stage)  # type: ignore[no-any-return]
 
 
 @verb
 def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
-    """Do one optimizer step, whole; answer each micro-batch's outputs, the loss first.
+    """Do one whole optimizer step; return the outputs of each micro-batch, the loss first.
 
-    Performed by a module with a way of its own (two optimizers in turn, a closure, manual
-    optimisation): it calls `trainer.step` for which optimizers and when.
+    A module with a procedure of its own performs it (two optimizers in turn, a closure, manual optimization). It calls
+    `trainer.step` with the optimizers that step.
     """
     outputs = trainer.hook.run_window(trainer=trainer, window=window)
     trainer.training.step()
@@ -366,7 +364,7 @@ def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
 
 @verb
 def run_window(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
-    """Take the micro-batches of a window forward and backward; answer their outputs."""
+    """Run forward and backward for the micro-batches of a window; return their outputs."""
     hook, size = trainer.hook, len(window)
     outputs = trainer.window.go_on() if trainer.window.begun else []  # of a run that was cut within this window
     for index in range(len(outputs), size):
@@ -380,12 +378,12 @@ def run_window(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
 
 @verb
 def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Outputs:
-    """Take one micro-batch, the `index`-th of `size`, forward and backward; answer its outputs."""
+    """Run forward and backward for one micro-batch, the `index`-th of `size`; return its outputs."""
     hook = trainer.hook
     batch = hook.prepare_batch(trainer=trainer, batch=batch, stage=TRAIN)
     outputs = with_loss(hook.call_model(trainer=trainer, batch=batch, stage=TRAIN))
     if trainer.plugins.collecting:
-        outputs = (outputs[0], *detached(outputs[1:]))  # before the step writes into what they are parts of
+        outputs = (outputs[0], *detached(outputs[1:]))  # before the step changes the memory that they are views of
     loss = hook.scale_loss(trainer=trainer, loss=outputs[0], batch=batch, size=size, index=index)
     hook.run_backward(trainer=trainer, loss=loss)
     hook.on_end_backward(trainer=trainer, global_step=trainer.counters.global_step, loss_tensor=loss)
@@ -394,65 +392,65 @@ def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Out
 
 @verb
 def prepare_batch(trainer: Trainer, batch: Any, stage: Stage) -> Any:
-    """Answer the batch on the device; on the CPU there is nowhere to move it."""
+    """Return the batch on the device; on the CPU nothing moves."""
     return batch if trainer.on_cpu else data.to_device(batch, trainer.device)
 
 
 @verb
 def call_model(trainer: Trainer, batch: Any, stage: Stage) -> Any:
-    """Answer what the module's step for this stage returns for a batch."""
+    """Return what the module's step for this stage returns for a batch."""
     step = trainer.counters.global_step + (stage is TRAIN)
     return trainer.built.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
 
 
 @verb
 def scale_loss(trainer: Trainer, loss: torch.Tensor, batch: Any, size: int, index: int) -> torch.Tensor:
-    """Answer the loss that goes backward: a window's mean, hence divided by the window's own size.
+    """Return the loss for the backward pass: divided by the size of the window, which gives the window's mean.
 
-    Where somebody performs `get_weight` it is the mean by these weights, over the window and over all ranks.
+    If a plugin or the module performs `get_weight`, the mean is weighted, over the window and over all ranks.
     """
     if trainer.window.parts is None:
         return loss if size == 1 else loss / size
     part = trainer.window.parts[index]
-    return loss * part if part else loss.nan_to_num() * 0  # the mean of nothing is no number
+    return loss * part if part else loss.nan_to_num() * 0  # the mean of nothing is NaN
 
 
 @verb
 def run_backward(trainer: Trainer, loss: torch.Tensor) -> bool:
-    """Compute the gradients; answer True."""
+    """Compute the gradients; return True."""
     loss.backward()  # type: ignore[no-untyped-call]
     return True
 
 
 @event
 def on_end_backward(trainer: Trainer, global_step: int, loss_tensor: torch.Tensor) -> None:
-    """Hear that a micro-batch has been through backward; see `CallbackInterface`."""
+    """Run after the backward pass of a micro-batch; see `CallbackInterface`."""
 
 
 @event
 def on_begin_optimizer_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Hear that the gradients are complete.
+    """Run when the gradients are complete.
 
-    tryfirst makes them true (unscaling), plain changes them (clipping), trylast looks (norms).
+    tryfirst makes them true (unscaling), plain changes them (clipping), trylast reads them (norms).
     """
 
 
 @verb
 def should_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
-    """Answer whether to step. A gate wraps it: `return (yield) and fine`, always yielding, so ranks agree."""
+    """Return whether to step. To skip steps, wrap it: `return (yield) and fine`; always yield, so that ranks agree."""
     return True
 
 
 @verb
 def step_optimizer(trainer: Trainer, optimizer: torch.optim.Optimizer, closure: Any) -> bool:
-    """Step one optimizer; answer whether the weights moved."""
+    """Step one optimizer; return whether the weights changed."""
     optimizer.step() if closure is None else optimizer.step(closure)
     return True
 
 
 @event
 def on_end_optimizer_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer], stepped: bool) -> None:
-    """Hear that the optimizers have stepped, or were refused to; the gradients are still there."""
+    """Run after the optimizers have stepped, or the step was skipped; the gradients still exist."""
 
 
 @verb
@@ -462,12 +460,12 @@ def step_schedulers(
     optimizers: Sequence[torch.optim.Optimizer],
     metrics: Mapping[str, float],
 ) -> bool:
-    """Move the schedulers of these optimizers that move after a "step", "epoch" or "validation"; answer True."""
+    """Step the schedulers of these optimizers that move after a "step", "epoch" or "validation"; return True."""
     for scheduler, moves, metric in trainer.built.schedulers:
         if moves == when and getattr(scheduler, "optimizer", trainer.optimizers[0]) in optimizers:
             if metric is None:
                 scheduler.step()
-            elif metric in metrics:  # that it is not has been said, and ends the run at the boundary
+            elif metric in metrics:  # a missing metric is an error at the boundary
                 scheduler.step(metrics[metric])
     return True
 
@@ -476,7 +474,7 @@ def step_schedulers(
 def on_end_train_step(
     trainer: Trainer, global_step: int, train_step_collated_outputs: list[Any], stepped: bool
 ) -> None:
-    """Hear that one optimizer step is complete; `stepped` is False where it was refused."""
+    """Run when one optimizer step is complete; `stepped` is False if it was skipped."""
 
 
 # Evaluation ---------------------------------------------------------------------------
@@ -484,9 +482,9 @@ def on_end_train_step(
 
 @verb
 def evaluate(trainer: Trainer, stage: Stage, loaders: Mapping[str, Loader], limit: int | None) -> dict[str, float]:
-    """Evaluate all loaders of a stage, `limit` batches of each; answer the metrics.
+    """Evaluate all loaders of a stage, `limit` batches of each; return the metrics.
 
-    Wrapped by whoever evaluates other weights than it trains.
+    Plugins that evaluate other weights than the trained ones wrap it.
     """
     hook, word = trainer.hook, stage.value
     totals = {key: lesser(data.length(loader), limit) for key, loader in loaders.items()}
@@ -501,75 +499,75 @@ def evaluate(trainer: Trainer, stage: Stage, loaders: Mapping[str, Loader], limi
 
 @event
 def on_begin_evaluation(trainer: Trainer, stage: Stage, totals: Mapping[str, int | None]) -> None:
-    """Hear that an evaluation begins; `totals` are the batches to come by loader, None where unknown."""
+    """Run when an evaluation begins; `totals` has the number of batches by loader, None if unknown."""
 
 
 @event
 def on_begin_val_epoch(trainer: Trainer, key: str) -> None:
-    """Hear that one validation loader begins."""
+    """Run when the evaluation of one validation loader begins."""
 
 
 @event
 def on_end_val_step(trainer: Trainer, outputs: Outputs, batch: Any, key: str, index: int) -> None:
-    """Hear of one validation batch: what `val_step` returned, on the device."""
+    """Run after one validation batch, with what `val_step` returned, on the device."""
 
 
 @verb
 def gather_outputs(trainer: Trainer, outputs: list[Any], stage: Stage, key: str) -> list[Any]:
-    """Answer the collated outputs of all ranks, in the order of the data set, padding dropped."""
+    """Return the collated outputs of all ranks, in the order of the data set, without padding."""
     return outputs
 
 
 @event
 def on_end_val_epoch(trainer: Trainer, global_step: int, val_step_collated_outputs: list[Any], key: str) -> None:
-    """Hear that one validation loader is through; see `CallbackInterface`."""
+    """Run when the evaluation of one validation loader is complete; see `CallbackInterface`."""
 
 
 @event
 def on_begin_test_epoch(trainer: Trainer, key: str) -> None:
-    """Hear that one test loader begins."""
+    """Run when the evaluation of one test loader begins."""
 
 
 @event
 def on_end_test_step(trainer: Trainer, outputs: Outputs, batch: Any, key: str, index: int) -> None:
-    """Hear of one test batch: what `test_step` returned, on the device."""
+    """Run after one test batch, with what `test_step` returned, on the device."""
 
 
 @event
 def on_end_test_epoch(trainer: Trainer, global_step: int, test_step_collated_outputs: list[Any], key: str) -> None:
-    """Hear that one test loader is through, with its collated outputs."""
+    """Run when the evaluation of one test loader is complete, with its collated outputs."""
 
 
 @event
 def on_begin_predict_epoch(trainer: Trainer, key: str) -> None:
-    """Hear that one loader of what shall be predicted begins."""
+    """Run when the prediction of one loader begins."""
 
 
 @event
 def on_end_predict_step(trainer: Trainer, outputs: Any, batch: Any, key: str, index: int) -> None:
-    """Hear of one prediction, exactly what `predict_step` returned; nobody keeps it."""
+    """Run after one prediction, with exactly what `predict_step` returned; the trainer does not keep it."""
 
 
 @event
 def on_end_predict_epoch(trainer: Trainer, key: str) -> None:
-    """Hear that one loader of what shall be predicted is through."""
+    """Run when the prediction of one loader is complete."""
 
 
 @event
 def on_end_validation(trainer: Trainer, global_step: int, metrics: Mapping[str, float]) -> None:
-    """Hear the metrics of all validation loaders, of all ranks. Not sent after a sanity check.
+    """Run with the metrics of all validation loaders, over all ranks; not after a sanity check.
 
-    What is logged in it becomes part of them: who decides by a metric does so in `on_boundary`, by `trainer.metrics`.
+    Values logged in it join the metrics. To decide by a metric, read `trainer.metrics` in `on_boundary`.
     """
 
 
 @verb
 def get_mode(trainer: Trainer, metric: str) -> str:
-    """Answer whether the smallest ("min") or the largest ("max") value of a metric is the best.
+    """Return whether the smallest ("min") or the largest ("max") value of a metric is the best.
 
-    The core knows losses, and what the words of the name say; where they say nothing, or both, it raises a ValueError
-    that asks for an option. Asked by whoever looks for the best value, before the first step; wrapped by whoever
-    knows better.
+    The core knows losses and the words of names. If the words do not decide, or contradict each other, it raises a
+    ValueError that asks for an option. Plugins that look for the best value call it before the first step. A plugin or
+    module that knows better wraps it.
     """
     losses = trainer.options.val_loss_metric_name, trainer.options.train_loss_metric_name
     return "min" if metric.partition("/")[0] in losses else mode_of(metric)
@@ -580,42 +578,42 @@ def get_mode(trainer: Trainer, metric: str) -> str:
 
 @event
 def on_end_train_epoch(trainer: Trainer, global_step: int, train_step_collated_outputs: list[Any]) -> None:
-    """Hear that an epoch is complete, its validation included; see `CallbackInterface`."""
+    """Run when an epoch and its validation are complete; see `CallbackInterface`."""
 
 
 @event
 def on_boundary(trainer: Trainer, global_step: int) -> None:
-    """Hear that a step, its evaluation and, where due, its epoch's end are complete: state is whole.
+    """Run when a step, its evaluation and, if due, its epoch's end are complete: the state is consistent.
 
-    The only place to save, vote, roll back or stop. Told before the next update, or after
-    the epoch's end, so nobody needs to know which step is the last.
+    The only place to save, vote, roll back or stop. It comes before the next update, or after the epoch's end, so no
+    plugin needs to know which step is the last.
     """
 
 
 @verb
 def save(trainer: Trainer, reason: str, state: Mapping[str, Any] | None) -> bool:
-    """Store the run's state; answer whether it was stored.
+    """Store the run's state; return whether it was stored.
 
-    Called at a boundary, when somebody has asked by `trainer.save(reason)` or training ends. `state` is
-    what `get_run_state` answered at another boundary, or None for what it answers now.
+    Called at a boundary if `trainer.save(reason)` was called, or if training ends. `state` is what `get_run_state`
+    returned at another boundary, or None for the current state.
     """
     return False
 
 
 @event
 def on_end_train(trainer: Trainer, global_step: int) -> None:
-    """Hear that training has come to its end; not sent when it was interrupted or raised."""
+    """Run when training is over; not if it was interrupted or raised."""
 
 
 @verb
 def export_model(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Answer the portable weights of the model alone."""
+    """Return only the portable weights of the model."""
     return trainer.module.state_dict()
 
 
 @event
 def on_checkpoint(trainer: Trainer, path: Path, kind: str) -> None:
-    """Hear that something is complete on disk; `kind` says what: a whole run's state, or a model."""
+    """Run when the state of a run, or a model, is complete on disk; `kind` says which."""
 
 
 # Logging ------------------------------------------------------------------------------
@@ -623,22 +621,22 @@ def on_checkpoint(trainer: Trainer, path: Path, kind: str) -> None:
 
 @verb
 def filter_log(trainer: Trainer, metrics: dict[str, float]) -> dict[str, float]:
-    """Answer what shall be logged of one flush; wrapped by whoever changes it."""
+    """Return the metrics of one flush that are to be logged; wrap it to change or drop them."""
     return metrics
 
 
 @event
 def on_log(trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
-    """Hear the values of one flush. Other axes than the step stand in `trainer.counters`.
+    """Run with the values of one flush. `trainer.counters` has other axes than the step.
 
-    Within a validation of a training (`trainer.stage` is then `Stage.VAL`) they are those of the validation so far, and
-    `global_step` is `trainer.counters.evaluation_batches`; see `report_loss_after_eval`.
+    Within a validation during training (`trainer.stage` is then `Stage.VAL`), the values cover the validation so far,
+    and `global_step` is `trainer.counters.evaluation_batches`; see `report_loss_after_eval`.
     """
 
 
 @event
 def on_log_object(trainer: Trainer, name: str, value: Any, global_step: int) -> None:
-    """Hear of something that is no number: a text, a figure, an image, a table."""
+    """Run with an object that is not a number: a text, a figure, an image, a table."""
 
 
 # Ranks --------------------------------------------------------------------------------
@@ -646,7 +644,7 @@ def on_log_object(trainer: Trainer, name: str, value: Any, global_step: int) -> 
 
 @verb
 def all_reduce(trainer: Trainer, value: torch.Tensor, op: str) -> torch.Tensor:
-    """Answer a small tensor reduced over all ranks; `op` is sum, min or max.
+    """Return a small tensor reduced over all ranks; `op` is sum, min or max.
 
     Ranks with the same share of the data count once in a sum.
     """
@@ -655,24 +653,24 @@ def all_reduce(trainer: Trainer, value: torch.Tensor, op: str) -> torch.Tensor:
 
 @verb
 def all_gather(trainer: Trainer, value: Any) -> list[Any]:
-    """Answer every rank's object, in the order of ranks."""
+    """Return every rank's object, in the order of ranks."""
     return [value]
 
 
 @verb
 def vote(trainer: Trainer, asked: bool, seconds: float) -> tuple[bool, float]:
-    """Answer whether a rank has asked for what all have to do together, and the seconds of training that all count.
+    """Return whether any rank requests something that all ranks must do together, and the common seconds of training.
 
-    Called at each boundary where there are several ranks; the answer is the same on all of them. `asked` is
-    whether this one has, by `trainer.stop` or `trainer.save(…, alone=True)`. Who asked goes on asking
-    until the answer is yes, so it may come some steps later, and steps need not wait for it.
+    Called at each boundary if there are several ranks; the result is the same on all of them. `asked` tells whether
+    this rank has a request, by `trainer.stop` or `trainer.save(…, alone=True)`. A rank repeats its request until the
+    answer is yes. The answer may come some steps later, so steps need not wait for it.
     """
     return asked, seconds
 
 
 @verb
 def rank_zero_first(trainer: Trainer, each_machine: bool) -> AbstractContextManager[None]:
-    """Answer a context that rank 0 goes through alone, then the others; see `Trainer.rank_zero_first`."""
+    """Return a context that rank 0 executes first, then the others; see `Trainer.rank_zero_first`."""
     return nullcontext()
 
 
@@ -681,12 +679,12 @@ def rank_zero_first(trainer: Trainer, each_machine: bool) -> AbstractContextMana
 
 @event
 def on_exception(trainer: Trainer, exception: BaseException) -> None:
-    """Hear that something was raised; it is raised again afterwards."""
+    """Run when an exception was raised; it is raised again afterwards."""
 
 
 @event
 def on_end_run(trainer: Trainer, stage: Stage, status: str, reason: str) -> None:
-    """Hear that a run is over; this reaches every plugin, whatever happened. Teardown is here.
+    """Run for every plugin when training, or a separate evaluation, is over, with or without an error: teardown.
 
     `status` is "finished", "stopped", "preempted" or "failed".
     """

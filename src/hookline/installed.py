@@ -1,4 +1,4 @@
-"""The plugins that are installed, known from metadata alone: nothing of them is imported before it is named."""
+"""The installed plugins, read from metadata: nothing of a plugin is imported before a run names it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ COMMANDS = "hookline.commands"
 
 @functools.cache
 def installed(group: str = PLUGINS) -> dict[str, metadata.EntryPoint]:
-    """Return the entry points of a group by name: the plugins, or the commands that they bring.
+    """Return the entry points of a group by name: the plugins, or the commands.
 
-    A command's entry point is a function that takes the words behind the command's name and returns an exit code.
+    A command's entry point is a function that takes the words after the command's name and returns an exit code.
 
     Raises:
         ValueError: two distributions claim one name.
@@ -38,8 +38,8 @@ def load(name: str) -> type:
     """Import the class of a plugin, by its installed name or by a dotted path.
 
     Raises:
-        ValueError: no such plugin is installed (with the nearest name), or it needs other
-            versions than are installed, or it cannot be imported.
+        ValueError: no such plugin is installed (the message has the nearest name), or it needs other versions than
+            are installed, or it cannot be imported.
     """
     if "." in name:
         return load_path(name)  # type: ignore[no-any-return]
@@ -61,10 +61,10 @@ def load(name: str) -> type:
 
 
 def load_path(path: str) -> Any:
-    """Import what a dotted path names.
+    """Import the object of a dotted path.
 
     Raises:
-        ValueError: there is no such thing.
+        ValueError: there is no such object.
     """
     home, _, name = path.rpartition(".")
     if not all(path.split(".")) or not home:
@@ -79,7 +79,7 @@ def load_path(path: str) -> Any:
 
 
 def name_of(plugin_class: type) -> str:
-    """Return the name a plugin class is installed under, else its own in snake_case."""
+    """Return the installed name of a plugin class, else the class's name in snake_case."""
     value = f"{plugin_class.__module__}:{plugin_class.__qualname__}"
     for name, point in installed().items():
         if point.value == value:
@@ -88,13 +88,13 @@ def name_of(plugin_class: type) -> str:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Return ", did you mean …?" with the nearest word, or nothing."""
+    """Return ", did you mean …?" with the nearest word, or ""."""
     found = difflib.get_close_matches(word, list(words), n=1)
     return f", did you mean {found[0]!r}?" if found else ""
 
 
 def distribution_of(plugin_class: type) -> str:
-    """Return "name version" of the distribution that brings a plugin class, or where it is from."""
+    """Return "name version" of the distribution of a plugin class, or the name of its module."""
     point = installed().get(name_of(plugin_class))
     if point is not None and point.value == f"{plugin_class.__module__}:{plugin_class.__qualname__}":
         return distribution(point)
@@ -102,12 +102,12 @@ def distribution_of(plugin_class: type) -> str:
 
 
 def distribution(point: metadata.EntryPoint) -> str:
-    """Return "name version" of the distribution that brings an entry point."""
+    """Return "name version" of the distribution of an entry point."""
     return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
 
 
 def _check_requirements(point: metadata.EntryPoint) -> None:
-    """Compare what a distribution needs with what is there; pip lets an environment rot."""
+    """Compare a distribution's requirements with the installed versions; pip does not keep them consistent."""
     from packaging.requirements import Requirement
 
     for text in (point.dist.requires or []) if point.dist else []:

@@ -1,10 +1,8 @@
-"""The contract: what a callback hears and what a module offers, in PyMarlin's words.
+"""The contract: the events of a callback and the methods of a module, in PyMarlin's words.
 
-`CallbackInterface` has six events. Overriding one is implementing it, and it is called as
-that contract calls it: positionally, with the collated outputs spread, so that
-parameters may bear any name. Whatever else the loop says and asks stands in
-`hookline.hookspecs`; a method that is marked `@hookimpl` answers to it by the names of its
-parameters.
+`CallbackInterface` has six events. To implement one, override it: the trainer calls it by position, with the
+collated outputs as separate arguments, so its parameters may have any names. `hookline.hookspecs` has all other
+hooks; a method marked `@hookimpl` implements the hook of its name and gets arguments by name.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ if TYPE_CHECKING:
     from hookline.trainer import Trainer
 
 Loader = Iterable[Any]
-"""Anything that gives batches: a `DataLoader`, a list of batches, a generator's owner."""
+"""Anything that yields batches: a `DataLoader`, a list of batches, any iterable."""
 
 
 class Stage(enum.Enum):
-    """What a step is taken for; the value is the word that hooks and log names use."""
+    """What a step is for; hooks and log names use the value."""
 
     TRAIN = "train"
     VAL = "val"
@@ -40,9 +38,9 @@ class Stage(enum.Enum):
 
 @functools.cache
 def seed_call(function: Callable[..., Any]) -> tuple[int, bool]:
-    """Tell how many outputs an override of a starred event has room for, and whether it takes `key`.
+    """Return how many outputs an override of a starred event takes, and whether it takes `key`.
 
-    The first two parameters are `self` and the global step. `*outputs` has room for all.
+    The first two parameters are `self` and the global step. `*outputs` takes all.
     """
     parameters = list(inspect.signature(function).parameters.values())[2:]
     takes_key = any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
@@ -53,75 +51,74 @@ def seed_call(function: Callable[..., Any]) -> tuple[int, bool]:
 
 
 class CallbackInterface(ABC):
-    """What a plugin hears of a run. Override what you need; what you leave costs nothing.
+    """The base class of plugins. Override what you need; what you leave out costs nothing.
 
-    A plugin that only watches (a tracker, a progress bar) says `observer = True`: it then
-    implements events only, an exception in one of its hooks is a warning instead of the
-    end of the run, and after a few of them it is no longer called.
+    A plugin that only watches (a tracker, a progress bar) sets `observer = True`. It may then implement only events.
+    An exception in one of its hooks is a warning and does not end the run; after three in a row the trainer no longer
+    calls that hook.
     """
 
     observer: bool = False
     requires: tuple[str, ...] = ()
-    """Names of plugins that must stand before this one; they join with their defaults."""
+    """Names of plugins that must come before this one; missing ones join with their defaults."""
     state_of_rank: bool = False
-    """Whether each rank has a state of its own, and gets it back; else that of rank 0 is stored, and given to all."""
+    """Whether each rank saves and gets its own state; else rank 0's is saved, and every rank gets it."""
 
     # The seed's six events ------------------------------------------------------------
 
     def on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
-        """Hear that an epoch of training begins, before the first forward of it.
+        """Run when an epoch of training begins, before its first forward pass.
 
         Args:
-            global_step: optimizer steps completed.
+            global_step: completed optimizer steps.
             epoch: index of the epoch, from 0.
         """
 
     def on_end_backward(self, global_step: int, loss_tensor: torch.Tensor) -> None:
-        """Hear that one micro-batch has been through backward.
+        """Run after the backward pass of a micro-batch.
 
         Args:
-            global_step: optimizer steps completed, not counting the one under way.
-            loss_tensor: that micro-batch's loss, not detached, divided by the size of the
+            global_step: completed optimizer steps, without the one under way.
+            loss_tensor: the loss of the micro-batch, not detached, divided by the size of the
                 accumulation window, not scaled by mixed precision; shape ().
         """
 
     def on_end_train_step(self, global_step: int, *train_step_collated_outputs: Any) -> None:
-        """Hear that one optimizer step is complete.
+        """Run when one optimizer step is complete.
 
         Args:
-            global_step: optimizer steps completed, this one included.
-            train_step_collated_outputs: what `train_step` returned, each output collated
-                over the micro-batches of the step: tensors of one element per batch become
-                a vector, others are concatenated along their first dimension. Detached, on
-                their own device, of this rank only. Collected only as far as the
-                override has room for them.
+            global_step: completed optimizer steps, including this one.
+            train_step_collated_outputs: what `train_step` returned, each output collated over the
+                micro-batches of the step: tensors of one element per batch become a vector, others are
+                concatenated along their first dimension. Detached, on their own device, of this rank
+                only. The trainer collects only as many outputs as the override takes.
         """
 
     def on_end_val_epoch(self, global_step: int, *val_step_collated_outputs: Any, key: str = "default") -> None:
-        """Hear that one validation loader is through.
+        """Run when the evaluation of one validation loader is complete.
 
         Args:
-            global_step: optimizer steps completed.
-            val_step_collated_outputs: what `val_step` returned, collated over the loader,
-                of all ranks, in the order of the data set; where a batch sampler of the user's makes
-                batches, ranks' batches are interleaved sample by sample.
+            global_step: completed optimizer steps.
+            val_step_collated_outputs: what `val_step` returned, collated over the loader and over all
+                ranks, in the order of the data set. With a batch sampler of your own, the batches of
+                the ranks are interleaved sample by sample.
             key: the loader's key in the dictionary that `get_val_dataloaders` returned.
         """
 
     def on_end_train_epoch(self, global_step: int, *train_step_collated_outputs: Any) -> None:
-        """Hear that an epoch is complete, its validation included.
+        """Run when an epoch and its validation are complete.
 
         Args:
-            global_step: optimizer steps completed.
-            train_step_collated_outputs: as in `on_end_train_step`, over the whole epoch.
-                After a resume in mid-epoch they cover what was trained since.
+            global_step: completed optimizer steps.
+            train_step_collated_outputs: as in `on_end_train_step`, over the whole epoch. After a
+                resume in mid-epoch they cover only the part since the resume.
         """
 
     def on_end_train(self, global_step: int) -> None:
-        """Hear that training has come to its end, by itself or because someone stopped it.
+        """Run when training is over, also after a stop.
 
         Args:
-            global_step: optimizer steps completed.
+            global_step: completed optimizer steps.
         """
 
     # State ----------------------------------------------------------------------------
@@ -131,14 +128,14 @@ class CallbackInterface(ABC):
         return {}
 
     def update_state(self, state: dict[str, Any]) -> None:
-        """Take back what `get_state` returned. Never called with None.
+        """Load what `get_state` returned. Never called with None.
 
         It may come before `on_begin_train`, which therefore creates only what is missing.
         """
 
-    # The bridges: pluggy calls by name and never fills `*args` or keyword-only parameters,
-    # so it is given these instead of the six above (see `PluginManager.parse_hookimpl_opts`).
-    # A starred event has two, so that an override without room costs no collecting.
+    # The bridges: pluggy calls by name and never fills `*args` or keyword-only parameters, so it
+    # gets these instead of the six events above (see `PluginManager.parse_hookimpl_opts`).
+    # A starred event has two, so that an override that takes no outputs costs no collecting.
 
     @hookimpl(specname="on_begin_train_epoch")
     def _call_on_begin_train_epoch(self, global_step: int, epoch: int) -> None:
@@ -182,15 +179,15 @@ class CallbackInterface(ABC):
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a tensor as if nothing was compiled: `torch.compile(part)` puts `_orig_mod.` into it."""
+    """Return the name of a tensor without the `_orig_mod.` that `torch.compile(part)` adds."""
     return name.replace("_orig_mod.", "")
 
 
 class ModuleInterface(torch.nn.Module, CallbackInterface):
     """A model together with its data, its optimizers and its steps; itself a callback.
 
-    The model is whatever submodules you assign, as in any `torch.nn.Module`. What is
-    abstract must be written; the others may.
+    The model consists of the submodules that you assign, as in any `torch.nn.Module`. You must implement the abstract
+    methods; the others are optional.
     """
 
     # Recipes --------------------------------------------------------------------------
@@ -201,36 +198,36 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     ) -> torch.Tensor | tuple[Any, ...]:
         """Return the loss of one micro-batch, alone or as the first of several outputs.
 
-        Called by keyword, so the parameters keep these names, in any order.
+        Called by keyword: the parameters must have these names, in any order.
 
         Args:
             global_step: number of the optimizer step under way, from 1.
-            batch: what the loader gave, already on `device`.
-            device: where the model is.
+            batch: the batch of the loader, already on `device`.
+            device: the device of the model.
 
         Returns:
             The loss, a floating-point tensor of one element with a graph, or a tuple that
-            begins with it. The other outputs are collated for those who ask for them.
+            begins with it. Plugins that take the other outputs get them collated.
         """
 
     def val_step(
         self, global_step: int, batch: Any, device: torch.device | str | int
     ) -> torch.Tensor | tuple[Any, ...]:
-        """Return what shall be collected of one validation batch; gradients are off.
+        """Return the outputs of one validation batch; gradients are off.
 
-        If the first output is a scalar tensor it is taken for the mean loss of the batch,
+        If the first output is a scalar tensor, it is taken as the mean loss of the batch,
         and its mean over all samples is logged as `val_loss`.
         """
         raise NotImplementedError(self._unwritten("val_step", "get_val_dataloaders"))
 
     def test_step(self, global_step: int, batch: Any, device: torch.device | str | int) -> Any:
-        """Return what shall be collected of one test batch; gradients are off."""
+        """Return the outputs of one test batch; gradients are off."""
         raise NotImplementedError(self._unwritten("test_step", "get_test_dataloaders"))
 
     def predict_step(self, global_step: int, batch: Any, device: torch.device | str | int) -> Any:
         """Return the prediction for one batch, in any form; gradients are off.
 
-        It is handed to `on_end_predict_step` and then forgotten.
+        `on_end_predict_step` gets it; the trainer does not keep it.
         """
         raise NotImplementedError(self._unwritten("predict_step", "get_predict_dataloaders"))
 
@@ -241,8 +238,8 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """Return the training loader. Called every epoch, by keyword.
 
         Args:
-            sampler: a `torch.utils.data.Sampler` class; `sampler(dataset)` shuffles, shares
-                between ranks and resumes in mid-epoch without loading what it skips.
+            sampler: a `torch.utils.data.Sampler` class; `sampler(dataset)` shuffles, shards the data
+                over ranks and resumes in mid-epoch without loading what it skips.
             batch_size: samples of one micro-batch on one rank.
         """
 
@@ -258,7 +255,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         return None
 
     def get_predict_dataloaders(self, sampler: type, batch_size: int) -> Mapping[str, Loader] | Loader | None:
-        """Return the loader of what shall be predicted, or several by key."""
+        """Return the loader for prediction, or several by key."""
         return None
 
     # Optimizers -----------------------------------------------------------------------
@@ -269,26 +266,26 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     ) -> tuple[Iterable[torch.optim.Optimizer], Iterable[Any]]:
         """Return the optimizers and the learning-rate schedulers.
 
-        Called once, positionally, when the model stands on its device.
+        Called once, by position, when the model is on its device.
 
         Args:
-            estimated_global_steps_per_epoch: optimizer steps of one epoch, exact where the
-                loader has a length; None where it has none and no limit is set.
+            estimated_global_steps_per_epoch: optimizer steps of one epoch, exact if the loader has a
+                length; None if it has none and no limit is set.
             epochs: epochs to train.
 
         Returns:
             Optimizers, and schedulers. A scheduler moves after each optimizer step; a
-            `ReduceLROnPlateau` after each evaluation, on `val_loss`. A pair
-            `(scheduler, "step" | "epoch" | "validation")` says otherwise.
+            `ReduceLROnPlateau` moves after each evaluation, by `val_loss`. A pair
+            `(scheduler, "step" | "epoch" | "validation")` overrides this.
         """
 
     # What is already written ----------------------------------------------------------
 
     def forward(self, stage: Stage, global_step: int, batch: Any, device: torch.device | str | int) -> Any:
-        """Take the step of `stage`. This is what the loop calls, so wrappers see every step.
+        """Call the step of `stage`. The loop calls this, so wrappers such as DDP see every step.
 
         Raises:
-            AttributeError: `stage` is none of `Stage`.
+            AttributeError: `stage` is not a `Stage`.
         """
         if stage is Stage.TRAIN:
             return self.train_step(global_step=global_step, batch=batch, device=device)
@@ -300,16 +297,16 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             return self.predict_step(global_step=global_step, batch=batch, device=device)
         raise AttributeError(f"stage must be a hookline.Stage, not {stage!r}")
 
-    # Names are those of a module of which nothing is compiled, also where it compiles a part of itself
-    # (`self.net = torch.compile(net)`), so that weights fit runs with and without.
+    # Names are those of the uncompiled module, even if it compiles a part of itself
+    # (`self.net = torch.compile(net)`), so that weights fit runs with and without compilation.
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Give the parameters by name."""
+        """Yield the parameters by name."""
         for name, parameter in super().named_parameters(*args, **kwargs):
             yield plain_name(name), parameter
 
     def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """Give the buffers by name."""
+        """Yield the buffers by name."""
         for name, buffer in super().named_buffers(*args, **kwargs):
             yield plain_name(name), buffer
 
@@ -342,7 +339,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     @property
     def trainer(self) -> Trainer:
-        """The trainer that this module is with; `RuntimeError` before there is one."""
+        """The trainer of this module; `RuntimeError` before it has one."""
         trainer = self._trainer() if self._trainer is not None else None
         if trainer is None:
             raise RuntimeError(
@@ -352,12 +349,11 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         return trainer
 
     def log(self, **values: Any) -> None:
-        """Log values by name; see `Trainer.log`, whose options this takes too."""
+        """Log values by name; takes the arguments of `Trainer.log` too."""
         self.trainer.log(**values)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy or a pickle of a module (a worker that collates, an average of weights)
-        # is with no trainer.
+        # A copy or a pickle of a module (in a collating worker, or as an average of weights) has no trainer.
         return {name: value for name, value in self.__dict__.items() if name != "_trainer"}
 
     def _unwritten(self, step: str, loaders: str) -> str:
@@ -366,5 +362,5 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
 
 def join(module: ModuleInterface, trainer: Trainer) -> None:
-    """Have a module be with a trainer, which it does not keep alive."""
+    """Give a module its trainer, by a weak reference."""
     module._trainer = weakref.ref(trainer)

@@ -16,10 +16,9 @@ event = HookspecMarker(PROJECT)
 
 
 def verb(function: F) -> F:
-    """Specify a hook that is done once and answers; the function is how the core does it.
+    """Specify a hook that happens once and returns a result; the function is the core's way to do it.
 
-    The mark makes one function two things at once: the specification (`firstresult`) and
-    the last implementation in line (`trylast`), so what is documented is what happens
-    when nobody plugs in.
+    The function is both the specification (`firstresult`) and the last implementation (`trylast`), so the
+    documented behavior is what happens without plugins.
     """
     return event(firstresult=True)(hookimpl(trylast=True)(function))

@@ -1,4 +1,4 @@
-"""Secrets: what looks like one, and how it is kept out of what is saved and shown."""
+"""Secrets: how hookline recognizes them and keeps them out of files and output."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _SECRET_VALUE = re.compile(r"^(hf_|sk-|ghp_|xox[bap]-)\w{8,}|^sk-[\w-]*\w{16,}|^
 
 
 def is_secret(key: str, value: Any) -> bool:
-    """Tell whether a value looks like a secret, by its key or by itself."""
+    """Tell whether a value looks like a secret, by its key or by its form."""
     if isinstance(value, str) and _SECRET_VALUE.search(value):
         return True
     return not isinstance(value, (bool, float)) and bool(_SECRET_KEY.search(key)) and not _NO_SECRET_KEY.search(key)
 
 
 def mask(value: Any, written: Any = None, key: str = "") -> Any:
-    """Return a tree of configuration without its secrets.
+    """Return a configuration tree without its secrets.
 
     Args:
-        value: the tree, interpolations filled in.
-        written: the same tree as it was written: a secret that was an interpolation
-            (`${oc.env:TOKEN}`) stays one, so that what is saved still runs where the variable is set.
-        key: under which the value stands.
+        value: the tree, with interpolations resolved.
+        written: the same tree before that: a secret that was an interpolation (`${oc.env:TOKEN}`) stays one, so
+            that the saved configuration still runs if the variable is set.
+        key: the key of the value.
     """
     if isinstance(value, dict):
         originals = written if isinstance(written, dict) else {}

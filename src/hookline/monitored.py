@@ -1,4 +1,4 @@
-"""What is common to all who look for the best value of a metric: which way is better, and that it is there at all."""
+"""What plugins that monitor a metric share: which direction is better, and whether the metric exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MIN = {
     "mae", "mape", "smape", "wmape", "wape", "mase", "sse", "wer", "cer", "ter", "der", "eer", "fid", "kid",
     "lpips", "kl", "kld", "divergence", "distance", "ece", "mce",
 }  # fmt: skip
-"""Words of metrics whose smallest value is the best."""
+"""Words of metrics that are better when lower."""
 MAX = {
     "accuracy", "acc", "f1", "f2", "fbeta", "dice", "iou", "miou", "jaccard", "auc", "auroc", "rocauc", "aucroc",
     "auprc", "prauc", "aucpr", "ap", "map", "precision", "recall", "sensitivity", "specificity", "tpr", "tnr",
@@ -25,24 +25,24 @@ MAX = {
     "rougelsum", "meteor", "chrf", "cider", "bertscore", "reward", "rewards", "return", "returns", "success",
     "ndcg", "mrr", "hit", "hits",
 }  # fmt: skip
-"""Words of metrics whose largest value is the best."""
+"""Words of metrics that are better when higher."""
 TURNING = {
     "neg", "negative", "negated", "minus", "inv", "inverse", "inverted", "complement", "non", "not", "no", "std",
     "stdev", "variance", "gap", "drop", "diff", "difference", "delta", "change", "reduction", "improvement",
 }  # fmt: skip
-"""Words that make another metric of one, of which nothing is known."""
+"""Words that turn a metric into another one, whose direction is unknown."""
 STAGES = {"train", "training", "val", "valid", "validation", "eval", "evaluation", "dev", "test"}
 
 PIECE = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*")
 
 
 def mode_of(metric: str) -> str:
-    """Return "min" or "max": whether the smallest or the largest value of a metric is the best, by its name's words.
+    """Return "min" or "max": the better direction of a metric, by the words of its name.
 
-    What stands behind a slash is the key of a loader and says nothing, unless all before it is the name of a stage.
+    The part after a slash is the key of a loader and does not count, unless all before it is the name of a stage.
 
     Raises:
-        ValueError: no word says so, or words of both kinds, or one that turns the metric round.
+        ValueError: no word decides, or words of both kinds, or a word that inverts the metric.
     """
     name = next((part for part in metric.split("/") if part.lower() not in STAGES), "")
     words = words_of(name)
@@ -58,7 +58,7 @@ def mode_of(metric: str) -> str:
 
 
 def words_of(name: str) -> set[str]:
-    """Return the words of a name in lower case, with and without the digits at their end."""
+    """Return the words of a name in lower case, with and without trailing digits."""
     words: set[str] = set()
     for part in re.split(r"[\W_]+", name):
         pieces = [piece.lower() for piece in PIECE.findall(part)]
@@ -73,19 +73,19 @@ def words_of(name: str) -> set[str]:
 def require_metrics(
     trainer: Run, metrics: Mapping[str, float], wanted: Mapping[str, str], *, boundary: bool = False
 ) -> None:
-    """Refuse to go on where an evaluation has not what somebody looks at.
+    """Raise if an evaluation lacks a metric that a plugin or scheduler reads.
 
-    Before the first step (`sanity_val_steps`, `eval_when_start`) only where nobody logs when an evaluation is over, as
-    what comes then is not there yet.
+    Before the first step (`sanity_val_steps`, `eval_when_start`) it raises only if no plugin may log at the end of an
+    evaluation, because such values do not exist yet.
 
     Args:
-        trainer: whose evaluation it was.
-        metrics: what it gave.
-        wanted: by metric who looks at it: `{"val_acc": "checkpoint.monitor"}`.
-        boundary: it was the evaluation of this boundary, so the state is saved before anything is raised.
+        trainer: the trainer of the evaluation.
+        metrics: the metrics of the evaluation.
+        wanted: by metric, the option that reads it: `{"val_acc": "checkpoint.monitor"}`.
+        boundary: it was the evaluation of this boundary, so save the state before raising.
 
     Raises:
-        ValueError: which is missing, and what there is.
+        ValueError: the missing metric, and the existing ones.
     """
     missing = [name for name in wanted if name not in metrics]
     if not missing or not (boundary or _complete(trainer)):
@@ -100,6 +100,6 @@ def require_metrics(
 
 
 def _complete(trainer: Run) -> bool:
-    """Tell whether all that an evaluation logs is there when it is over: nobody logs when he hears so."""
+    """Tell whether an evaluation's metrics are complete at its end: no plugin can log in `on_end_validation`."""
     hearers = next(row["done_by"] for row in trainer.plugins.plan() if row["hook"] == "on_end_validation")
     return all(getattr(trainer.plugins.get_plugin(name), "observer", False) is True for name in hearers)

@@ -1,4 +1,4 @@
-"""The options of a trainer, and the folder of a run that they name."""
+"""The options of a trainer, and the folder of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hookline.installed import nearest
 
 log = logging.getLogger("hookline.options")
 
-CHECKPOINTS = "checkpoints"  # the subfolder of a run's folder that holds what can be resumed from
+CHECKPOINTS = "checkpoints"  # the subfolder of a run's folder that holds its checkpoints
 
 
 @dataclasses.dataclass
@@ -23,59 +23,60 @@ class Options:
     """The options of a trainer: keywords of `Trainer`, or the node `trainer:` of a configuration."""
 
     epochs: int | None = None
-    """Epochs to train; 1 unless `max_steps` or `max_time` says when to end."""
+    """Epochs to train; 1 unless `max_steps` or `max_time` ends training."""
     train_batch_size: int = 1
-    """Samples of one optimizer step, over all ranks and micro-batches."""
+    """Samples of one optimizer step, over all ranks and micro-batches (the effective batch size)."""
     val_batch_size: int = 1
     """Samples of one evaluation batch on one rank."""
     max_steps: int | None = None
-    """Optimizer steps after which training ends."""
+    """Training ends after this many optimizer steps."""
     max_time: str | None = None
-    """Time of training after which it ends, all sessions of the run together: "90 s", "10 min", "1h"."""
+    """Training ends after this time, over all sessions of the run: "90 s", "10 min", "1h"."""
     max_train_steps_per_epoch: int | None = None
-    """Optimizer steps after which an epoch ends."""
+    """An epoch ends after this many optimizer steps."""
     max_val_steps_per_epoch: int | None = None
-    """Batches after which an evaluation of one loader ends."""
+    """An evaluation of one loader ends after this many batches."""
     evaluate_every: str | None = "epoch"
     """Cadence of validation: "epoch", "2 epochs", "500 steps" …; null for none."""
     eval_when_start: bool = False
     """Validate before the first step."""
     eval_when_finish: bool = True
-    """Validate at the end of training, unless that has just been done."""
+    """Validate at the end of training, unless that step was just validated."""
     sanity_val_steps: int = 0
-    """Validation batches to try before training; their metrics are dropped."""
+    """Validation batches of a sanity check before training; its metrics are dropped."""
     report_loss_after_eval: bool = True
-    """Tell the loss of a validation when it is over; false: also that so far, every `log_every` of its batches."""
+    """Log a validation's loss at its end; false: also the loss so far, every `log_every` of its batches."""
     log_every: str = "50 steps"
     """Cadence at which interval values are copied off the device and logged."""
     train_loss_metric_name: str = "train_loss"
     val_loss_metric_name: str = "val_loss"
     seed: int = 0
-    """Seed of the order of samples and of all random states."""
+    """Seed of the order of samples and of all RNG states."""
     device: str = "auto"
-    """Device of this rank; auto is CUDA where there is one, else the CPU."""
+    """Device of this rank; auto is CUDA if available, else the CPU."""
     keep_loaders: bool = False
-    """Ask for loaders once instead of every epoch, so that their workers live on."""
+    """Get loaders from the module once instead of every epoch, so that their workers stay alive."""
     loader_timeout: str | None = "10 min"
-    """How long a batch of loading workers may take; null to wait for ever."""
+    """The longest time to wait for a batch of loading workers; null waits for ever."""
     reset_optimizers_schedulers: bool = False
     """Resume with fresh optimizers and schedulers."""
     schedulers: str = "as_built"
-    """Of a schedule that a resumed run builds otherwise, for more epochs say: go on with it "as_built" now, from the
-    place that was come to, or "as_saved", as it was."""
+    """If a resumed run builds another schedule, for more epochs say: continue with the new one ("as_built") from the
+    place that was reached, or with the saved one ("as_saved").
+    """
     resume: str | bool = False
-    """Go on with the newest run of this name (true), or with the run or checkpoint at a path."""
+    """Resume the newest run of this name (true), or the run or checkpoint at a path."""
     run_name: str = "run"
     runs_folder: str = "runs"
-    """Where run folders are made: `<runs_folder>/<run_name>-<number>`."""
+    """The parent of run folders: `<runs_folder>/<run_name>-<number>`."""
 
 
 def make_options(given: Mapping[str, Any]) -> Options:
     """Return the options of a trainer from keywords.
 
     Raises:
-        TypeError: a keyword that is none, with the nearest that is.
-        ValueError: a value that cannot be.
+        TypeError: an unknown keyword; the message names the nearest option.
+        ValueError: an invalid value.
     """
     known = [field.name for field in dataclasses.fields(Options)]
     for name in given:
@@ -111,17 +112,17 @@ def make_options(given: Mapping[str, Any]) -> Options:
 
 
 def run_folder(options: Options, training: bool) -> Path:
-    """Return the folder of the run that shall be gone on with, or the next free one.
+    """Return the folder of the run to resume, or the next free one.
 
     Raises:
-        ValueError: there is no run to go on with. A training then begins from scratch, and says so.
+        ValueError: there is no run to resume. A training instead warns and starts from scratch.
     """
     resume = options.resume
     if isinstance(resume, str):
         path = Path(resume)
         if not path.is_dir():
             raise ValueError(f"resume={resume!r} is no folder of a run")
-        for folder in (path, path.parent):  # a checkpoint, or the folder of them, may be named as well as the run
+        for folder in (path, path.parent):  # resume may name a checkpoint, or their folder, instead of the run
             if folder.name == CHECKPOINTS and folder != Path(options.runs_folder):
                 return folder.parent
         return path
@@ -138,5 +139,5 @@ def run_folder(options: Options, training: bool) -> Path:
 def _numbered_runs(options: Options) -> dict[int, Path]:
     pattern = re.compile(re.escape(options.run_name) + r"-(\d+)")
     folder = Path(options.runs_folder)
-    names = os.listdir(folder) if folder.is_dir() else []  # a glob would take what may not be read for empty
+    names = os.listdir(folder) if folder.is_dir() else []  # a glob would treat an unreadable folder as empty
     return {int(match[1]): folder / match[0] for match in map(pattern.fullmatch, names) if match}

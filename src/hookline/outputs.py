@@ -1,4 +1,4 @@
-"""What a step returns: brought into one form, and collected only as far as somebody asks."""
+"""The outputs of a step: brought into one form, and collected only as far as plugins take them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Outputs = tuple[Any, ...]
 
 
 def as_outputs(returned: Any, step: str) -> Outputs:
-    """Bring what a step returned into a tuple.
+    """Return the outputs of a step as a tuple.
 
     Raises:
-        TypeError: a dictionary, whose order would decide what is the loss.
+        TypeError: a dictionary, because its order would decide which output is the loss.
     """
     if isinstance(returned, torch.Tensor):
         return (returned,)
@@ -29,10 +29,10 @@ def as_outputs(returned: Any, step: str) -> Outputs:
 
 
 def with_loss(returned: Any) -> Outputs:
-    """Bring what `train_step` returned into a tuple that begins with the loss.
+    """Return the outputs of `train_step` as a tuple that begins with the loss.
 
     Raises:
-        TypeError: it does not, or nothing can be propagated back from what it begins with.
+        TypeError: it does not begin with a loss that has a graph.
     """
     outputs = (returned,) if isinstance(returned, torch.Tensor) else as_outputs(returned, "train_step")
     loss = outputs[0] if outputs else None
@@ -45,17 +45,17 @@ def with_loss(returned: Any) -> Outputs:
 
 
 def kept(value: torch.Tensor) -> torch.Tensor:
-    """Return a tensor without its graph, as it is now, whatever is written into it later.
+    """Return a tensor without its graph, safe from later in-place changes.
 
-    Copied, on its device, where that can happen: a parameter, a buffer, a batch, a part of one. What was just computed
-    with a graph is nobody else's.
+    Copies it, on its device, if that may happen: a parameter, a buffer, a batch, or a view of one. No other tensor
+    shares memory with a fresh result of a computation.
     """
-    fresh = value.grad_fn is not None and not value._is_view()  # whether it shares memory; torch says it nowhere else
+    fresh = value.grad_fn is not None and not value._is_view()  # does not share memory; torch has no public test
     return value.detach() if fresh else value.detach().clone()
 
 
 class WindowCut(BaseException):
-    """Leaves a window half done, for a run that is to be gone on with; no error, so nobody may handle it as one."""
+    """Leaves a half-done window of a run that will be resumed; not an `Exception`, so that no code catches it."""
 
     def __init__(self, outputs: list[Outputs]) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class WindowCut(BaseException):
 class Collector:
     """Collects the outputs of many batches, the first `room` of each, without a copy or a sync.
 
-    Tensors are kept detached on their own device; nothing is put together before `collate`.
+    Tensors stay detached on their own device; only `collate` concatenates them.
     """
 
     def __init__(self, room: int) -> None:
@@ -73,7 +73,7 @@ class Collector:
         self.rows: list[Outputs] = []
 
     def add(self, outputs: Outputs) -> None:
-        """Keep one micro-batch's outputs."""
+        """Keep the outputs of one micro-batch."""
         self.rows.append(detached(outputs[: self.room]))
 
     def collate(self) -> list[Any]:
@@ -83,12 +83,12 @@ class Collector:
 
 
 def collate(rows: Sequence[Outputs]) -> list[Any]:
-    """Put rows of outputs together, column by column.
+    """Combine rows of outputs, column by column.
 
-    Scalar tensors become a vector, other tensors are concatenated along their first
-    dimension; what is not a tensor, and tensors whose other dimensions differ, become a list.
+    Scalar tensors become a vector; other tensors are concatenated along their first dimension. Other values, and
+    tensors whose other dimensions differ, become a list.
     """
-    if len(rows) == 1:  # the commonest, one micro-batch: nothing is copied
+    if len(rows) == 1:  # the common case, one micro-batch: no copy
         return [
             [value] if not isinstance(value, torch.Tensor) else value if value.ndim else value.reshape(1)
             for value in rows[0]
@@ -97,7 +97,7 @@ def collate(rows: Sequence[Outputs]) -> list[Any]:
 
 
 def detached(outputs: Outputs) -> Outputs:
-    """Return outputs with the tensors among them without their graphs, each as it is now; see `kept`."""
+    """Return outputs with their tensors detached, safe from later in-place changes; see `kept`."""
     return tuple([kept(value) if isinstance(value, torch.Tensor) else value for value in outputs])
 
 

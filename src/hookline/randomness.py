@@ -1,4 +1,4 @@
-"""Randomness: seeds, and the random states of a process and of a run."""
+"""Randomness: seeds, and the RNG states of a process and of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def set_seed(seed: int) -> None:
-    """Seed torch (every device), Python and, where it is loaded, numpy."""
+    """Seed torch (every device), Python and, if it is imported, numpy."""
     torch.manual_seed(seed)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -20,7 +20,7 @@ def set_seed(seed: int) -> None:
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return this process's random states as tensors and plain data."""
+    """Return this process's RNG states as tensors and plain data."""
     version, words, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -41,7 +41,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put this process's random states back."""
+    """Restore this process's RNG states."""
     torch.set_rng_state(state["torch"])
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
@@ -63,7 +63,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def kept_rng() -> Iterator[None]:
-    """Have this process's random states afterwards what they were, whatever is drawn within."""
+    """Restore this process's RNG states at the end of the block, whatever it draws."""
     state = get_rng_state()
     try:
         yield
@@ -72,16 +72,16 @@ def kept_rng() -> Iterator[None]:
 
 
 class Randomness:
-    """The random states of a run, which are not those of the process around it."""
+    """The RNG states of a run, which are separate from those of the process around it."""
 
     def __init__(self) -> None:
         self.restored: Mapping[str, Any] | None = None
-        """Those of a state that was put back, until training goes on from it."""
-        self._own: Mapping[str, Any] | None = None  # while the run is not under way
+        """The states of a loaded checkpoint, until training continues from them."""
+        self._own: Mapping[str, Any] | None = None  # between two runs
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """Draw from the run's own states within, and from those of the process afterwards, as if nothing was drawn."""
+        """Draw from the run's own states within the block; afterwards restore those of the process."""
         outside = get_rng_state()
         if self._own is not None:
             set_rng_state(self._own)
@@ -93,20 +93,20 @@ class Randomness:
             set_rng_state(outside)
 
     def get_state(self) -> Mapping[str, Any]:
-        """Return the states of the run, whether it is under way or not."""
+        """Return the states of the run, during it or between two."""
         return self.restored or self._own or get_rng_state()
 
     def update_state(self, states: Mapping[str, Any] | None) -> None:
-        """Take states back, for `go_on`; None stands for those that are there."""
+        """Keep loaded states for `go_on`; None means the current ones."""
         self.restored = states or get_rng_state()
 
     def go_on(self) -> bool:
-        """Draw from here on from the states that were put back, if any were; return whether."""
+        """Set the loaded states, if there are any; return whether there were."""
         if self.restored is None:
             return False
         set_rng_state(self.restored)
         return True
 
     def forget_restored(self) -> None:
-        """Let the states that were put back go: training has gone on from them."""
+        """Forget the loaded states: training has continued from them."""
         self.restored = None

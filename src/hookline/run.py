@@ -1,4 +1,4 @@
-"""What the parts of a run ask of the trainer that holds them."""
+"""What the parts of a run need of the trainer that holds them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hookline.options import Options
 
 
 class Run(Protocol):
-    """A run as its parts see it: what it is, and where this process is in it. The trainer is one."""
+    """A run as its parts see it: its properties and the place of this process in it. The trainer is one."""
 
     options: Options
     config: dict[str, Any]

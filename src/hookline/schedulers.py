@@ -1,4 +1,4 @@
-"""Learning-rate schedulers in a run: when they move, what they follow, how long they are, how they are gone on with."""
+"""Learning-rate schedulers of a run: when they move, which metric they follow, their length, and how they resume."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.optim import lr_scheduler
 
 log = logging.getLogger("hookline.schedulers")
 
-PROGRESS = {  # what of a scheduler's state says how far it is, not what it was built as
+PROGRESS = {  # the parts of a scheduler's state that are progress, not construction
     "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "best", "num_bad_epochs",
     "cooldown_counter", "_schedulers", "T_cur", "T_i",
 }  # fmt: skip
 
 
 class Scheduled(NamedTuple):
-    """A learning-rate scheduler, when it moves (after a "step", an "epoch" or a "validation"), and what it follows."""
+    """A scheduler, when it moves (after each "step", "epoch" or "validation"), and the metric it follows."""
 
     scheduler: Any
     when: str
     metric: str | None = None
-    """Which metric it is given; None for no one."""
+    """The metric for its `step`; None for schedulers without one."""
 
 
 def is_plateau(scheduler: Any) -> bool:
@@ -33,14 +33,14 @@ def is_plateau(scheduler: Any) -> bool:
 
 
 def schedule_all(schedulers: Sequence[Any], val_loss: str = "val_loss") -> list[Scheduled]:
-    """Tell when each scheduler moves, and which metric it follows.
+    """Return when each scheduler moves, and which metric it follows.
 
     Args:
         schedulers: schedulers, or tuples (scheduler, when) or (scheduler, when, metric).
-        val_loss: what a `ReduceLROnPlateau` follows where no metric is named.
+        val_loss: the metric of a `ReduceLROnPlateau` without a named one.
 
     Raises:
-        ValueError: an entry that says something else than step, epoch or validation, or whose metric cannot be meant.
+        ValueError: an entry with another word than step, epoch or validation, or with a wrong metric.
     """
     scheduled = []
     for entry in schedulers:
@@ -72,7 +72,7 @@ def schedule_all(schedulers: Sequence[Any], val_loss: str = "val_loss") -> list[
 
 
 def length_of(scheduler: Any) -> int | None:
-    """Return behind how many moves a schedule is at its end, None where it has none or nobody knows."""
+    """Return the number of moves in a schedule; None if it has no end or its length is unknown."""
     if isinstance(scheduler, lr_scheduler.CosineAnnealingLR):
         return scheduler.T_max
     if isinstance(scheduler, lr_scheduler.OneCycleLR):
@@ -88,11 +88,11 @@ def length_of(scheduler: Any) -> int | None:
 
 
 def wrong_length(scheduler: Any, planned: int | None) -> str:
-    """Say that a schedule has been moved past its end, or is longer than training was; "" where all is well.
+    """Return a warning if a schedule moved past its end, or is longer than training; else "".
 
     Args:
-        scheduler: any.
-        planned: how many moves there were to be, where training is over by itself; else None.
+        scheduler: any scheduler.
+        planned: the planned number of moves, if training has reached its limits; else None.
     """
     length, moves = length_of(scheduler), getattr(scheduler, "last_epoch", 0)
     if length is None or not (moves > length or (planned is not None and max(planned, moves) < length - 1)):
@@ -109,39 +109,39 @@ def wrong_length(scheduler: Any, planned: int | None) -> str:
 
 
 class Moved(NamedTuple):
-    """A schedule that is gone on with otherwise than it was saved."""
+    """A schedule that continues differently from how it was saved."""
 
     said: str
     optimizer: Any
     settings: list[dict[str, Any]]
-    """What it sets in each of the optimizer's groups, where it was moved anew."""
+    """The values it sets in each of the optimizer's groups, if it was replayed."""
 
     def tell(self) -> None:
-        """Say it, and put it into the optimizer, whose own state is there by now."""
+        """Log a warning, and set the values in the optimizer, whose own state is loaded by then."""
         for group, values in zip(self.optimizer.param_groups, self.settings, strict=False):
             group.update(values)
         log.warning("%s", self.said)
 
 
 def go_on(schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], as_built: bool) -> Iterator[Moved]:
-    """Bring schedulers to where saved ones were; give those that go on otherwise.
+    """Move schedulers to the place of saved ones; yield those that continue differently.
 
-    A schedule that is built as it was takes its state back. One that is built otherwise, for a longer run say, is moved
-    to where the saved one stood, if `as_built`; else it becomes the saved one. To be done before the
-    optimizer's own state is put back, and `tell` afterwards.
+    A schedule that is built as before loads its state. One that is built differently, for a longer run say, moves to
+    the place of the saved one if `as_built`; otherwise it becomes the saved one. Call this before the optimizer's state
+    is loaded, and `tell` afterwards.
     """
     for (scheduler, *_), kept in zip(schedulers, saved, strict=True):
         settings: list[dict[str, Any]] = []
         built = scheduler.state_dict()
         different = built_otherwise(built, kept) if isinstance(scheduler, lr_scheduler.LRScheduler) else []
-        if type(scheduler) is lr_scheduler.LambdaLR:  # its functions are no part of its state
+        if type(scheduler) is lr_scheduler.LambdaLR:  # its functions are not part of its state
             rates = [rate(kept["last_epoch"]) * base for rate, base in by_group(scheduler)]
             if not same(rates, kept["_last_lr"][: len(rates)]):
                 different.append(f"rates {kept['_last_lr']} → {rates}")
         if not different or not as_built:
             scheduler.load_state_dict(kept)
             how = "as it was saved, since trainer.schedulers=as_saved"
-        elif is_plateau(scheduler) or scheduler.last_epoch > 0:  # where it stands depends on what it has met
+        elif is_plateau(scheduler) or scheduler.last_epoch > 0:  # its place depends on its history
             scheduler.load_state_dict({name: (kept if name in PROGRESS else built)[name] for name in built})
             how = "as it is built now, from where it was"
         else:
@@ -153,17 +153,17 @@ def go_on(schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], a
 
 
 def by_group(scheduler: Any) -> Iterator[tuple[Any, float]]:
-    """Give the function and the first rate of each group of a `LambdaLR`."""
+    """Yield the function and the first rate of each group of a `LambdaLR`."""
     return zip(scheduler.lr_lambdas, scheduler.base_lrs, strict=False)
 
 
 def built_otherwise(built: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Return what two states of schedulers say differently besides how far they are: `name was → is`."""
+    """Return the differences of two scheduler states except for their progress: `name was → is`."""
     different = []
     for name, mine in built.items():
         if name in PROGRESS or name not in saved:
             continue
-        grows = name in ("base_lrs", "min_lrs", "lr_lambdas")  # groups may have joined since it was built
+        grows = name in ("base_lrs", "min_lrs", "lr_lambdas")  # groups may have joined later
         if not (grows and len(mine) != len(saved[name])) and not same(mine, saved[name]):
             different.append(f"{name} {saved[name]!r} → {mine!r}" if isinstance(mine, (int, float, str)) else name)
     for one, other in zip(built.get("_schedulers") or (), saved.get("_schedulers") or (), strict=False):
@@ -173,7 +173,7 @@ def built_otherwise(built: Mapping[str, Any], saved: Mapping[str, Any]) -> list[
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tell whether two values of a state are the same; of what is no plain data the kind counts."""
+    """Tell whether two values of a state are equal; for values that are not plain data only the type counts."""
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -183,11 +183,11 @@ def same(one: Any, other: Any) -> bool:
 
 
 def replay(scheduler: Any, moves: int) -> list[dict[str, Any]]:
-    """Move a schedule that was just built to where it is after `moves`; return what that sets in each group."""
+    """Move a newly built schedule to its place after `moves`; return the values it sets in each group."""
     groups = scheduler.optimizer.param_groups
     before = [{name: copy.copy(value) for name, value in group.items() if name != "params"} for group in groups]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a step that the optimizer has not taken
+        warnings.simplefilter("ignore")  # torch warns that the optimizer has not stepped
         while scheduler.last_epoch < moves:
             scheduler.step()
     return [

@@ -1,4 +1,4 @@
-"""State of a run as data: copies of it, shares of it, the state of optimizers by the names of parameters."""
+"""The state of a run as data: copies, shards, and the state of optimizers by parameter names."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hookline.interfaces import plain_name
 
 
 def copy_state(state: Any) -> Any:
-    """Return a copy of a state that nobody else changes, its tensors on the CPU; what is tied stays tied.
+    """Return an independent copy of a state with its tensors on the CPU; tied tensors stay tied.
 
     Args:
-        state: nested containers of tensors and plain data, as `get_run_state` answers them.
+        state: nested containers of tensors and plain data, as `get_run_state` returns them.
     """
     return _copy(state, {})
 
 
 def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
-    """Copy a value; `copied` knows the copy of each memory that was met."""
+    """Copy a value; `copied` has the copy of each memory seen so far."""
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        here = value.to_local() if hasattr(value, "to_local") else value  # of a tensor that ranks share, what is here
+        here = value.to_local() if hasattr(value, "to_local") else value  # of a sharded tensor, the local shard
         if here.layout is not torch.strided or not here.numel():
             return value.to("cpu", copy=True)
         memory = here.data_ptr(), here.device, here.dtype, value.shape, here.stride()
@@ -45,7 +45,7 @@ def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
 
 
 def get_named(module: torch.nn.Module, name: Any) -> torch.Tensor | None:
-    """Return the parameter or buffer of a module that has this name; None where none has."""
+    """Return the parameter or buffer of this name in a module, or None."""
     for find in (module.get_parameter, module.get_buffer):
         with contextlib.suppress(AttributeError):
             if isinstance(name, str):
@@ -54,9 +54,9 @@ def get_named(module: torch.nn.Module, name: Any) -> torch.Tensor | None:
 
 
 def take_shares(module: torch.nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a run's state with this rank's share of each whole tensor that is under the name of a shared weight.
+    """Return a run's state with each whole tensor of a sharded weight replaced by this rank's shard.
 
-    States that were stored before ranks shared the model hold them whole.
+    States that were saved before the ranks sharded the model hold whole tensors.
     """
     weights = {name: weight for name, weight in module.state_dict().items() if hasattr(weight, "device_mesh")}
     if not weights:
@@ -65,7 +65,7 @@ def take_shares(module: torch.nn.Module, state: Mapping[str, Any]) -> Mapping[st
 
 
 def _share(value: Any, weights: Mapping[str, Any], like: Any = None) -> Any:
-    from torch.distributed.tensor import distribute_tensor  # whoever shares weights has imported it
+    from torch.distributed.tensor import distribute_tensor  # a plugin that shards weights has imported it
 
     if isinstance(value, dict):
         other = copy.copy(value)  # keeps its kind, and what is attached to a state dict
@@ -85,12 +85,12 @@ def _share(value: Any, weights: Mapping[str, Any], like: Any = None) -> Any:
 
 
 def get_gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the gradients of a module by parameter."""
+    """Return the gradients of a module by parameter name."""
     return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
 
 
 def set_gradients(module: torch.nn.Module, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Put gradients back; a parameter that has none here gets none."""
+    """Set the gradients of a module; a parameter without one here gets None."""
     by_name = {plain_name(name): gradient for name, gradient in gradients.items()}
     for name, parameter in module.named_parameters():
         gradient = by_name.get(name)
@@ -101,10 +101,10 @@ def set_gradients(module: torch.nn.Module, gradients: Mapping[str, torch.Tensor]
 
 
 def get_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
-    """Return an optimizer's state by the names of its parameters instead of their numbers.
+    """Return an optimizer's state by parameter names instead of numbers.
 
     Args:
-        optimizer: whose state is wanted.
+        optimizer: the optimizer.
         names: parameter name by `id` of the parameter.
     """
     state = optimizer.state_dict()
@@ -119,7 +119,7 @@ def get_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, st
 
 
 def join_late_groups(optimizer: torch.optim.Optimizer, module: torch.nn.Module, state: Mapping[str, Any]) -> None:
-    """Have parameters join an optimizer in the groups in which they joined it while it trained, by a saved state."""
+    """Add parameters to an optimizer in the groups that, by a saved state, joined it during training."""
     parameters = dict(module.named_parameters())
     here = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for group in state["param_groups"][len(optimizer.param_groups) :]:
@@ -129,10 +129,10 @@ def join_late_groups(optimizer: torch.optim.Optimizer, module: torch.nn.Module, 
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str], state: Mapping[str, Any]) -> None:
-    """Put a state by names back.
+    """Load a state by parameter names into an optimizer.
 
     Raises:
-        ValueError: it is of an optimizer over other parameters, or over the same in other groups.
+        ValueError: the state has other parameters, or the same in other groups.
     """
     here = _names_in(optimizer, names)
     numbers = iter(range(len(here)))
@@ -162,7 +162,7 @@ def _names_in(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> lis
 
 
 def lost_with_ranks(state: Mapping[str, Any], world_size: int) -> str:
-    """Say what of a run's state nobody takes, because it is of ranks that are not there any more; "" for nothing."""
+    """Return a warning if no rank takes some saved state, because there are fewer ranks now; else ""."""
     ranks, plugins = state["trainer"].get("ranks", 1), state.get("own_plugins")
     if ranks <= world_size or not plugins:
         return ""

@@ -1,7 +1,7 @@
-"""The trainer: what a user and a plugin may ask of a run.
+"""The trainer: the interface of a run for users and plugins.
 
-What a step, a window, an epoch and an evaluation are stands in `hookline.hookspecs`, as the
-bodies of its verbs. What surrounds them stands in `hookline.loop`, whose parts the trainer holds.
+The bodies of the verbs in `hookline.hookspecs` define a step, a window, an epoch and an evaluation. The parts in
+`hookline.loop`, which the trainer holds, do the rest.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class Trainer:
     """Runs a module: `train`, `validate`, `test`, `predict`.
 
     Args:
-        module: a `ModuleInterface`, or a function that makes one, or what an adapter among the plugins
-            makes one of.
-        plugins: plugin objects and names in the order in which they shall be called; or a
-            mapping of names to objects, to options, or to None for one that is turned off.
-        config: the configuration this run was built from, already without secrets; it is handed to
-            those who keep records.
+        module: a `ModuleInterface`, or a function that makes one, or an object that an adapter among the plugins
+            converts into one.
+        plugins: plugin objects and names in the order of their calls; or a mapping of names to objects, to
+            options, or to None to turn one off.
+        config: the configuration that this run was built from, with its secrets masked; plugins that keep
+            records get it.
         options: the fields of `Options`, by keyword.
 
     Raises:
-        TypeError: an unknown option, or a module that nothing can adapt.
+        TypeError: an unknown option, or a module that no plugin can adapt.
         ValueError: plugins that do not fit together.
     """
 
@@ -64,11 +64,11 @@ class Trainer:
         self.options = make_options(options)
         self.counters, self.cursor, self.best = Counters(), Cursor(seed=self.options.seed), Best()
         self.idle = False
-        """Whether the micro-batch under way only keeps ranks in step: what is logged in it is dropped."""
+        """Whether the micro-batch under way only keeps ranks in step; `log` drops values during it."""
         self._said: set[str] = set()
         self.plugins = PluginManager()
         self.hook = self.plugins.routes
-        # The parts of the loop, each of which owns its state; arrows lead from the later to the earlier.
+        # The parts of the loop, each of which owns its state; a part may use those made before it.
         self.loaders, self.randomness = data.Loaders(self), Randomness()
         self.window, self.ends = Window(self), Ends(self)
         self.session = Session(self, self.ends, self.randomness, self.loaders)
@@ -83,7 +83,7 @@ class Trainer:
             raise
 
     def _begin(self, module: Any, named: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
-        """Register the plugins, find out where this process is, and make the module."""
+        """Register the plugins, find the rank and the device of this process, and make the module."""
         self.plugins.register_all(named)
         self.rank, self.local_rank, self.world_size = self.hook.get_ranks(trainer=self)
         self.share, self.shares = self.hook.get_share(trainer=self)
@@ -92,7 +92,7 @@ class Trainer:
         self.module = adapt_module(self, module)
         join(self.module, self)
         self.built.use_model(self.module)
-        # pluggy calls last whom it met first: the module's own hooks are the innermost.
+        # pluggy calls the first registered plugin last: the module's own hooks are innermost.
         for name in named:
             self.plugins.unregister(name=name)
         self.plugins.register(self.module, MODULE)
@@ -103,10 +103,10 @@ class Trainer:
     # Runs -----------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train until the epochs, the steps or the time are over, or somebody stops it.
+        """Train until the epochs, the steps or the time are over, or until a stop is requested.
 
         Raises:
-            Whatever is raised in it, with a note that says by which plugin.
+            Any exception of the run, with a note that names the plugin that raised it.
         """
         self._run(Stage.TRAIN)
 
@@ -121,7 +121,7 @@ class Trainer:
         return self.metrics
 
     def predict(self) -> None:
-        """Predict; each batch's outputs are handed to `on_end_predict_step` and not kept."""
+        """Predict; pass each batch's outputs to `on_end_predict_step`, and do not keep them."""
         if not self.plugins.heard["on_end_predict_step"]:
             warnings.warn(
                 "nobody hears on_end_predict_step, so the predictions will be dropped: implement it in the module "
@@ -131,10 +131,10 @@ class Trainer:
         self._run(Stage.PREDICT)
 
     def _run(self, stage: Stage) -> None:
-        folder = str(self.run_dir) if "run_dir" in vars(self) else ""  # asking for it makes it
+        folder = str(self.run_dir) if "run_dir" in vars(self) else ""  # reading it would make it
         self.session.do(stage, folder)
 
-    # What anyone may ask for ------------------------------------------------------------
+    # For the module and every plugin -----------------------------------------------------
 
     def log(
         self,
@@ -148,16 +148,16 @@ class Trainer:
     ) -> None:
         """Log values by name, from anywhere; tensors stay on their device until the flush.
 
-        In an evaluation the values belong to it, and of several loaders each gets the loader's key into its
-        name. What is logged where an epoch, a validation or training ends is told right after it. Means are
-        weighted by the samples of the batch under way. Dropped while `idle`.
+        In an evaluation the values belong to it; with several loaders the loader's key is appended to each name. Values
+        logged at the end of an epoch, a validation or training are flushed right after it. Means are weighted by the
+        samples of the current batch. Values logged while `idle` are dropped.
 
         Args:
             over: "interval", until `log_every` is due, or "epoch", until the epoch's end.
-            reduce: "mean", "sum", "min", "max" or "last" of what is logged under one name.
+            reduce: "mean", "sum", "min", "max" or "last" of the values logged under one name.
             sync: reduce over all ranks too (an evaluation always does).
-            prog: have progress displays show it.
-            weighted_by: how much these values weigh in a mean, where that is not the samples of the batch.
+            prog: show it in progress displays.
+            weighted_by: the weight of these values in a mean, if not the number of samples of the batch.
             values: numbers, or tensors of one element.
 
         Raises:
@@ -167,7 +167,7 @@ class Trainer:
         self.logs.log(values, over=over, reduce=reduce, sync=sync, prog=prog, weighted_by=weighted_by)
 
     def log_object(self, name: str, value: Any) -> None:
-        """Hand something that is no number (a text, a figure, an image, a table) to who keeps records."""
+        """Pass a text, a figure, an image or a table to the plugins that implement `on_log_object`."""
         self.hook.on_log_object(trainer=self, name=name, value=value, global_step=self.global_step)
 
     def stop(
@@ -179,28 +179,28 @@ class Trainer:
         alone: bool = True,
         within_window: bool = False,
     ) -> None:
-        """Ask for the end of training; it comes at the next boundary. Anyone may ask.
+        """Request the end of training, from anywhere; it comes at the next boundary.
 
         Args:
-            reason: said to the user and to `on_end_run`.
-            status: "stopped", or "preempted" where the run shall be gone on with later.
-            exit_code: of the command line, where the run is preempted.
-            alone: of several ranks this one alone may ask (a signal), so all end at the boundary at which
-                they have agreed. Otherwise all of them ask at the same step, for the same reason, such as
-                a value that is reduced over them, and end at the next boundary. What only some ask for so is a hang.
-            within_window: do not wait for the boundary, but save and end behind the micro-batch under
-                way, its window half done. Only on one rank, and where the core itself does the window; whoever
-                performs `update`, `run_window` or `train_epoch` comes to the boundary first.
+            reason: for the user and `on_end_run`.
+            status: "stopped", or "preempted" if the run is to be resumed later.
+            exit_code: of the command line, if the run is preempted.
+            alone: with several ranks, perhaps only this rank stops (a signal); all ranks end at the boundary at which
+                they have agreed. False: all ranks call it at the same step, for the same reason, such as a value that
+                is reduced over them; they end at the next boundary. If only some ranks do so, the run hangs.
+            within_window: do not wait for the boundary, but save and end after the current micro-batch, in the middle
+                of the window. Only on one rank, and only if the core does the window; with a performer of `update`,
+                `run_window` or `train_epoch`, training ends at the boundary.
         """
         self.ends.stop(reason, status, exit_code, alone=alone, within_window=within_window)
 
     def save(self, reason: str, alone: bool = False) -> None:
-        """Ask for the state to be stored; done at the next boundary, once for all who ask.
+        """Request a save; the next boundary does it, once for all requests.
 
         Args:
-            reason: stands in what is stored.
-            alone: this rank alone may know of it (a signal), so it is done at the boundary at which
-                all ranks have agreed. Otherwise all ranks ask at the same step.
+            reason: stored with the state.
+            alone: perhaps only this rank calls it (a signal), so it is done at the boundary at which all ranks have
+                agreed. False: all ranks call it at the same step.
         """
         self.ends.save(reason, alone)
 
@@ -213,60 +213,60 @@ class Trainer:
         return bool(snapshot(self.counters)[place] // number > self.training.settled[place] // number)
 
     def say_once(self, text: str, about: str = "") -> None:
-        """Warn in the log, once in the life of this trainer; "" says nothing.
+        """Log a warning, once in the life of this trainer; "" logs nothing.
 
         Args:
-            text: what there is to say.
-            about: what it is about, where the text differs from time to time.
+            text: the warning.
+            about: identifies the warning, if its text varies.
         """
         if text and (about or text) not in self._said:
             self._said.add(about or text)
             log.warning("%s", text)
 
     def export_model(self) -> dict[str, torch.Tensor]:
-        """Return the portable weights of the model alone."""
+        """Return only the portable weights of the model."""
         return self.hook.export_model(trainer=self)  # type: ignore[no-any-return]
 
     def rank_zero_first(self, each_machine: bool = False) -> contextlib.AbstractContextManager[None]:
-        """Return a context that rank 0 goes through alone, and the others after it, to find what it has prepared.
+        """Return a context that rank 0 executes first, alone, and the other ranks after it, to use what it prepared.
 
-        All ranks come to it, from `on_setup` on: `with self.trainer.rank_zero_first(): download()`. They wait as long
-        as it takes; where rank 0 fails in it, all fail.
+        All ranks enter it, from `on_setup` on: `with self.trainer.rank_zero_first(): download()`. They wait as long as
+        it takes; if rank 0 fails in it, all ranks fail.
 
         Args:
-            each_machine: have the first rank of each machine go first, for what machines do not share.
+            each_machine: let the first rank of each machine go first, for files that machines do not share.
         """
         return self.hook.rank_zero_first(trainer=self, each_machine=each_machine)  # type: ignore[no-any-return]
 
     # For performers of the loop's verbs -------------------------------------------------
 
     def advance(self, window: Sequence[Any]) -> bool:
-        """Settle the step before, then take one: update, count, tell; answer False if training stops instead.
+        """Bring the previous step to its boundary, then do one step; return False if training stops instead.
 
-        Public for performers of `train_epoch`.
+        For performers of `train_epoch`.
         """
         return self.training.advance(window)
 
     def settle(self, counted: bool = False) -> bool:
-        """Bring the last step to its boundary, once: tell it, serve what was asked for; return whether to go on.
+        """Bring the last step to its boundary, once: call `on_boundary`, save, stop; return whether to continue.
 
-        Public for performers of `train_epoch` that take steps in a way of their own: they count them in `counters` and
-        `position`, and say after each that it is `counted`.
+        For performers of `train_epoch` that do steps of their own: count each step in `counters` and `position`, then
+        call this with `counted=True`.
         """
         return self.training.settle(counted)
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
         """Step optimizers, all by default, through every gate; return whether all of them stepped.
 
-        Public for performers of `update`, who say which optimizers step and when. Afterwards
-        the gradients of all optimizers are cleared: one network's backward dirties another's.
+        For performers of `update`, which choose the optimizers and the moment. It then clears the gradients of all
+        optimizers, because the backward pass of one network adds gradients to others.
 
         Args:
             optimizers: those whose gradients are complete.
-            closure: recomputes loss and gradients and returns the loss, for optimizers that want
-                one (every one of `optimizers` is given it). The gradients are then complete after
-                each call of it, and that is when `on_begin_optimizer_step` is told; gates are asked
-                before the first. The optimizer is given the mean of the losses of all ranks.
+            closure: recomputes loss and gradients and returns the loss, for optimizers that need one (each of
+                `optimizers` gets it). The gradients are then complete after each call of it, and
+                `on_begin_optimizer_step` comes then; gates are called before the first call. The optimizer gets the
+                mean loss over all ranks.
         """
         return self.training.step(optimizers, closure)
 
@@ -277,7 +277,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def idling(self) -> Iterator[None]:
-        """Take a batch that only keeps ranks in step: say so (`idle`), and have it count nowhere in the module."""
+        """Set `idle` within, for a batch that only keeps ranks in step; restore what the module has counted."""
         self.idle = True
         try:
             with untouched(self.module):
@@ -287,7 +287,7 @@ class Trainer:
 
     @property
     def model(self) -> torch.nn.Module:
-        """What the loop calls: the module, converted, split, compiled and sharded as plugins say."""
+        """The model that the loop calls: the module after plugins converted, split, compiled and sharded it."""
         return self.built.model
 
     @property
@@ -302,24 +302,24 @@ class Trainer:
 
     @property
     def totals(self) -> Totals:
-        """How long the run will be."""
+        """The expected length of the run."""
         return self.built.totals
 
     # Where the run is -------------------------------------------------------------------
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps completed."""
+        """Completed optimizer steps."""
         return self.counters.global_step
 
     @property
     def epoch(self) -> int:
-        """Index of the epoch under way, which is the number of epochs completed."""
+        """Index of the current epoch, which is the number of completed epochs."""
         return self.counters.epochs
 
     @property
     def position(self) -> int:
-        """Micro-batches of this epoch trained on."""
+        """Trained micro-batches of this epoch."""
         return self.cursor.position
 
     @position.setter
@@ -333,7 +333,7 @@ class Trainer:
 
     @property
     def sanity_checking(self) -> bool:
-        """Whether the evaluation under way only tries whether it works."""
+        """Whether the evaluation under way is the sanity check before training."""
         return self.evaluation.sanity_checking
 
     @property
@@ -343,27 +343,27 @@ class Trainer:
 
     @property
     def padding(self) -> int:
-        """How many micro-batches at the end of this window only keep ranks in step: their outputs are dropped."""
+        """Micro-batches at the end of this window that only keep ranks in step; their outputs are dropped."""
         return self.window.padding
 
     @property
     def micro_batch_size(self) -> int:
-        """Samples of one micro-batch on one rank: what `get_train_dataloader` is asked for."""
+        """Samples of one micro-batch on one rank: the `batch_size` of `get_train_dataloader`."""
         return self.window.micro_batch_size
 
     @property
     def stop_reason(self) -> str | None:
-        """Why somebody has asked for the end; None while nobody has."""
+        """The reason of a requested stop, or None."""
         return self.ends.reason
 
     @property
     def save_asked(self) -> bool:
-        """Whether somebody has asked for the state to be stored at this boundary, or training ends at it."""
+        """Whether this boundary saves, because of a request or because training ends."""
         return self.ends.save_asked
 
     @property
     def stage(self) -> Stage:
-        """What is done now: training, or an evaluation, also one within a training."""
+        """The current stage: training, or an evaluation, also one within training."""
         return self.session.stage
 
     @property
@@ -373,26 +373,26 @@ class Trainer:
 
     @property
     def exit_code(self) -> int:
-        """What the command line ends with: 0 only for a run that is done."""
+        """The exit code of the command line: 0 only for a run that is done."""
         return {"finished": 0, "stopped": 0, "preempted": self.ends.exit_code}.get(self.status, 1)
 
     @functools.cached_property
     def resuming(self) -> Counters | None:
-        """The counters of the state that this run goes on from, before it is there; None for a run that begins.
+        """The counters of the checkpoint of a resumed run, even before it is loaded; None for a new run.
 
-        For modules that become others while they train (layers that join, or are unfrozen): ask it, on all ranks, where
-        the model and its optimizers are made.
+        For modules that change while they train (layers that join, or are unfrozen): read it, on all ranks, where you
+        make the model and its optimizers.
         """
         found = self.hook.find_state(trainer=self, stage=self.stage)
         return Counters(**found["counters"]) if found else None
 
     @functools.cached_property
     def run_dir(self) -> Path:
-        """The folder of this run, made when it is first asked for: nobody who writes nothing leaves one."""
+        """The folder of this run; the first access makes it, so a run that writes nothing leaves none."""
         path = run_folder(self.options, training=self.stage is Stage.TRAIN)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def use_run_dir(self, folder: Path) -> None:
-        """Have the folder of another rank."""
+        """Use the run folder of another rank."""
         self.run_dir = folder

@@ -1,4 +1,4 @@
-"""The command line. What needs no torch imports none: help, plugins and hooks answer at once."""
+"""The command line. Commands that need no torch import none: help, plugins and hooks start at once."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ DOORS = {
     "predict": ("predict", "predict; the module or a plugin takes the predictions"),
 }
 OWN = (*DOORS, "plan", "plugins", "hooks", "new")
-"""The commands that no plugin brings."""
+"""The commands of the core."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code: 0 only for success, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command; return its exit code: 0 only for success, 2 for a mistake of the user, 130 for Ctrl-C."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # `_target_: examples.digits.Digits` is looked for where the user stands
+        sys.path.insert(0, os.getcwd())  # so that `_target_: examples.digits.Digits` is found in the user's folder
     try:
         brought = installed(COMMANDS).get(words[0]) if words else None
         if brought is not None:
@@ -83,7 +83,7 @@ def _refuse_unknown(words: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse; overrides may stand anywhere behind the configuration, which argparse alone does not allow."""
+    """Parse; overrides may stand anywhere after the configuration, which argparse alone does not allow."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if isinstance(getattr(options, "resume", None), str) and "=" in options.resume:
@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _launching() -> argparse.ArgumentParser:
-    """Return what a door understands of launching, and the processes that it starts are not told."""
+    """Return the parser of the launcher's options, which the started processes do not get."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--nproc", metavar="N", help="run it in N processes of this machine; auto for one a CUDA device"
@@ -218,7 +218,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _refuse_to_train_apart(trainer: Any, door: str) -> None:
-    """Refuse processes that would each do the whole, and restarts that would each begin it."""
+    """Refuse several processes that would each do the whole run, and restarts that would each begin it."""
     from hookline.cli import launch
 
     launcher, _, number = launch.launched()
@@ -237,7 +237,7 @@ def _refuse_to_train_apart(trainer: Any, door: str) -> None:
 
 @contextlib.contextmanager
 def _no_early_success() -> Iterator[None]:
-    """Let a `sys.exit()` in the middle of a run not pass for a run that is done."""
+    """Make a `sys.exit()` in the middle of a run fail."""
     try:
         yield
     except SystemExit as error:

@@ -1,4 +1,4 @@
-"""The hooks, read from the source of `hookspecs.py`: no torch is imported for it."""
+"""The hooks, read from the source of `hookspecs.py`, without importing torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Hook:
-    """One hook as it is written down."""
+    """One hook, as its source defines it."""
 
     name: str
     kind: str
@@ -45,20 +45,20 @@ def read_hooks() -> list[Hook]:
 
 
 def render(hook: Hook) -> str:
-    """Return all that is said of one hook."""
-    kind = f"{hook.kind}, answers {hook.answers}" if hook.answers else hook.kind
+    """Return the text that `hookline hooks NAME` prints."""
+    kind = f"{hook.kind}, returns {hook.answers}" if hook.answers else hook.kind
     return f"{hook.signature}\n\n{kind}; {hook.section.lower()}\n\n{hook.doc}"
 
 
 def render_reference() -> str:
-    """Return the page `docs/hooks.md`: every hook with its arguments, its kind, its answer and what it is for."""
+    """Return the page `docs/hooks.md`: every hook with its arguments, its kind, its result and its purpose."""
     parts = [REFERENCE]
     section = ""
     for hook in read_hooks():
         if hook.section != section:
             section = hook.section
             parts.append(f"## {section}")
-        kind = f"Verb, answers `{hook.answers}`." if hook.kind == "verb" else "Event."
+        kind = f"Verb, returns `{hook.answers}`." if hook.kind == "verb" else "Event."
         parts.append(f"### `{hook.name}({', '.join(hook.arguments)})` {{ #{hook.name} }}\n\n{kind}")
         parts.append(f"```text\n{hook.signature}\n```\n\n{hook.doc}")
     return "\n\n".join(parts)
@@ -69,12 +69,13 @@ REFERENCE = """\
 
 # Hooks
 
-Every hook, read from the source of `hookline.hookspecs`. When each is reached is shown on [the loop](loop.md);
-how to implement one, on [writing a plugin](writing-a-plugin.md).
+Every hook, read from the source of `hookline.hookspecs`. [The loop](loop.md) shows when the trainer reaches each one;
+[writing a plugin](writing-a-plugin.md) shows how to implement one.
 
-An **event** (`on_*`) is told to everyone, and answers are dropped. A **verb** is done once and answers; in
-`hookline.hookspecs` the body of its function is how the core does it. An implementation is a method marked `@hookimpl`
-that names any of the arguments, in any order. `hookline hooks NAME` prints one of these entries."""
+The trainer calls an **event** (`on_*`) for every plugin that implements it, and ignores what they return. A **verb**
+happens once and returns a result; the body of its function in `hookline.hookspecs` is the default. An implementation
+is a method marked `@hookimpl` that names any of the arguments, in any order. `hookline hooks NAME` prints one of these
+entries."""
 
 
 if __name__ == "__main__":

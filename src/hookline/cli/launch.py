@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine: torch's elastic agent starts them, and they report to it."""
+"""Several processes of one command on this machine: torch's elastic agent starts and watches them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-CODES = "HOOKLINE_EXIT_CODES"  # the folder in which processes leave with which code their run has ended in order
-LAUNCHER = "HOOKLINE_LAUNCHER"  # the id of the process that is the launcher
+CODES = "HOOKLINE_EXIT_CODES"  # the folder for the exit codes of runs that ended in order
+LAUNCHER = "HOOKLINE_LAUNCHER"  # the process id of the launcher
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
-GRACE = "600"  # seconds for a save after a signal; a second signal, or whoever sent the first, ends it sooner
+GRACE = "600"  # seconds for a save after a signal; a second signal, or the sender of the first, may end it sooner
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
-STARTED = {  # variables in which what starts processes tells each its rank and their number
+STARTED = {  # the environment variables of launchers: rank, number of processes
     "torchrun": ("RANK", "WORLD_SIZE"),
-    "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # the second is there only for what srun starts
+    "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),  # srun alone sets the second
     "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     "MPI": ("PMI_RANK", "PMI_SIZE"),
 }
@@ -29,16 +29,16 @@ STARTED = {  # variables in which what starts processes tells each its rank and 
 def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
     """Run a command in several processes; return its exit code.
 
-    0 where all ended with 0, that of a preempted run where all were, 128 + its number where a signal
-    ended it before, else 1.
+    0 if all processes ended with 0; the code of a preempted run if all were preempted; 128 + the signal's number if a
+    signal ended the run before; else 1.
 
     Args:
-        words: the command, without what concerns the launcher.
-        nproc: how many processes, or "auto" for one a CUDA device.
-        max_restarts: how often all are started anew when one has failed.
+        words: the command, without the launcher's options.
+        nproc: the number of processes, or "auto" for one per CUDA device.
+        max_restarts: how often all processes restart after one has failed.
 
     Raises:
-        ValueError: `nproc` is no number of processes, or this is one of several already.
+        ValueError: `nproc` is not a number of processes, or a launcher has already started this process.
     """
     launcher, rank, others = launched()
     if launcher == "torchrun" or others > 1:
@@ -57,7 +57,7 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
     with tempfile.TemporaryDirectory(prefix="hookline-") as folder:
         os.environ[CODES], os.environ[LAUNCHER] = folder, str(os.getpid())
         config = _configuration(number, folder, max_restarts)
-        command = ["-u", "-m", "hookline", *(word.replace("$", "$$") for word in words)]  # the agent fills in $names
+        command = ["-u", "-m", "hookline", *(word.replace("$", "$$") for word in words)]  # the agent substitutes $names
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
@@ -73,7 +73,7 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
 
 
 def _configuration(number: int, folder: str, max_restarts: int) -> Any:
-    """Return how torch's agent starts that many processes on this machine; their logs lie in the folder."""
+    """Return the configuration of torch's agent for this many processes on this machine, with logs in the folder."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -89,7 +89,7 @@ def _configuration(number: int, folder: str, max_restarts: int) -> Any:
         logs_specs=DefaultLogsSpecs(log_dir=folder),
     )
     heard = [name for name in SIGNALS if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN]
-    config.signals_to_handle = ",".join(heard)  # what `nohup` and `&` have ignored stays so
+    config.signals_to_handle = ",".join(heard)  # signals ignored by `nohup` or `&` stay ignored
     return config
 
 
@@ -117,7 +117,7 @@ def _how(code: int) -> str:
 
 
 def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function such that an agent, where one has started this process, is told what it raises."""
+    """Return the function so that it reports exceptions to the agent, if one has started this process."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return function
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -126,9 +126,9 @@ def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def end_with_agent() -> None:
-    """Have the system end this process as soon as the agent that started it is gone: it could end it no more.
+    """Let the system end this process when its agent is gone, which could no longer end it.
 
-    On Linux; elsewhere who kills an agent with SIGKILL has to end its processes, too.
+    Only on Linux; elsewhere, if you kill an agent with SIGKILL, end its processes too.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
@@ -136,15 +136,15 @@ def end_with_agent() -> None:
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     parent = os.getppid()
-    if parent != int(os.environ.get(LAUNCHER, parent)):  # it was gone before
+    if parent != int(os.environ.get(LAUNCHER, parent)):  # the launcher is gone already
         os._exit(1)
 
 
 def report(code: int) -> int:
-    """Return what this process shall end with, now that its run has ended in order with an exit code.
+    """Return the exit code for this process after a run that ended in order with an exit code.
 
-    The agent takes every code but 0 for a failure: it would start a preempted run anew, and end the ranks
-    that are still saving. So the launcher is told the code by a file.
+    The agent treats every code but 0 as a failure: it would restart a preempted run, and end the ranks that are still
+    saving. So a file tells the launcher the code.
     """
     folder = os.environ.get(CODES)
     if folder is None:
@@ -154,9 +154,9 @@ def report(code: int) -> int:
 
 
 def launched() -> tuple[str, str, int]:
-    """Return what has started this process, which of them it is, and how many they are; "", "" and 1 where nothing has.
+    """Return the launcher of this process, its rank and the number of processes; "", "" and 1 without a launcher.
 
-    The first that speaks counts: torchrun, say, where srun has started that.
+    The first launcher found counts: torchrun, say, if srun has started torchrun.
     """
     for launcher, (rank, number) in STARTED.items():
         if os.environ.get(rank) and (launcher == "torchrun" or os.environ.get(number)):
@@ -166,18 +166,18 @@ def launched() -> tuple[str, str, int]:
 
 
 def restarts() -> int:
-    """Return how often an agent may start this process anew."""
+    """Return how often an agent may restart this process."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def remember(run_dir: Path) -> None:
-    """Let those who are started anew on this machine know the folder of the run."""
+    """Save the run's folder for restarted processes on this machine."""
     if (note := _note()) is not None:
         note.write_text(str(run_dir))
 
 
 def reminder() -> Any:
-    """Return a plugin that remembers the folder of the run on a machine where it is known only when ranks have met."""
+    """Return a plugin that saves the run's folder on machines where it is known only after ranks have met."""
     from hookline.interfaces import CallbackInterface
     from hookline.marks import hookimpl
 
@@ -192,7 +192,7 @@ def reminder() -> Any:
 
 
 def remembered() -> str | None:
-    """Return the folder of the run that processes of this agent began before, and say so; None where they did not."""
+    """Return, and print, the folder of the run that earlier processes of this agent began; None if there is none."""
     attempt, note = _attempt(), _note()
     folder = (note.read_text() or None) if note is not None and note.exists() else None
     if (attempt or folder) and os.environ["RANK"] == "0":
@@ -209,9 +209,9 @@ def _attempt() -> int:
 
 
 def _note() -> Path | None:
-    """Return the file of an agent's own folder in which its processes leave word to later ones; None where it has none.
+    """Return the file in the agent's own folder in which processes leave a note for later ones; None without an agent.
 
-    The agent outlives them, whether they failed or machines have come or gone, of which it keeps no count.
+    The agent outlives them, whether they failed or machines joined or left; it does not count the latter.
     """
     attempt = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent  # …/attempt_0/0/error.json
     return attempt.parent / "hookline-run" if attempt.name.startswith("attempt_") else None

@@ -1,4 +1,4 @@
-"""What hookline logs, on standard error, for who has configured no logging of his own."""
+"""Log messages of hookline on standard error, unless the user has configured logging."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 @contextlib.contextmanager
 def shown(level: str | None, rank: str) -> Iterator[None]:
-    """Have what is logged below `hookline` written to standard error.
+    """Write log messages of `hookline` to standard error within the block.
 
-    Left to the handlers of the root logger as soon as it has any. Of ranks other than 0 only warnings and
-    errors are written, with the rank before them, unless everything is asked for.
+    If the root logger has handlers, only these write. Ranks other than 0 write only warnings and errors, with the rank
+    in front, unless the level is debug.
 
     Args:
-        level: one of `LEVELS`; None for info, or for the level that the logger has been given before.
-        rank: of this process, as what has started it says; empty where there is but one.
+        level: one of `LEVELS`; None for info, or for the level that the logger already has.
+        rank: the rank of this process, from its launcher; empty for a single process.
     """
     logger, handler = logging.getLogger("hookline"), logging.StreamHandler()
     before = logger.level

@@ -1,4 +1,4 @@
-"""`hookline new plugin NAME`: a plugin's whole folder, ready to be installed and tested."""
+"""`hookline new plugin NAME`: a plugin's whole folder, ready to install and test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def new_plugin(name: str, folder: Path) -> Path:
     """Write the skeleton of a plugin and return its folder.
 
     Raises:
-        ValueError: a name that cannot be a plugin's, or a folder that is there already.
+        ValueError: an invalid name, or a folder that exists already.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
         raise ValueError(f"{name!r} cannot be a plugin's name: use lower-case words joined by '-' or '_'")

@@ -1,4 +1,4 @@
-"""Data: the place in the epoch, loaders as a run iterates them, the randomness of loading, batches."""
+"""Data: the place in the epoch, the run's private loaders, the randomness of loading, batches."""
 
 from hookline.data.asked import Loaders
 from hookline.data.batches import count_samples, counted, to_device

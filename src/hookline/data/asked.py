@@ -1,4 +1,4 @@
-"""The loaders of a run: how the module is asked for them, and what becomes of them."""
+"""The loaders of a run: the calls of the module's `get_*_dataloader`, and the private loaders made from them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ if TYPE_CHECKING:
 
 
 class Loaders:
-    """Asks the module for the loaders of a stage, and keeps the private ones that a run makes of them."""
+    """Gets the loaders of a stage from the module, and keeps the run's private copies."""
 
     def __init__(self, trainer: Run) -> None:
         self.trainer = trainer
         self.given: collections.deque[Any] = collections.deque(maxlen=1)
-        """The last batches, a window of them, each with its number of samples where its loader knows it."""
+        """The last batches, as many as a window has, each with its number of samples if its loader knows it."""
         self._asked: dict[Stage, Any] = {}  # with `keep_loaders`
         self._samplers: dict[Stage, type] = {}
         self._private: dict[tuple[Stage, str], RunLoader] = {}
         self._epochs = Epochs()
-        self._warned = False  # of an order of which nobody knows whether it comes again
+        self._warned = False  # of an order that may not be repeatable
 
     def get(self, stage: Stage) -> dict[str, Loader]:
-        """Return the loaders of a stage by key, ready to iterate; none where the module has none.
+        """Return the loaders of a stage by key, ready to iterate; none if the module has none.
 
         Raises:
-            ValueError: a list of them, which would be taken for a list of batches.
+            ValueError: a list of loaders, which would be read as a list of batches.
         """
         trainer = self.trainer
         given = self._asked.get(stage)
@@ -63,9 +63,9 @@ class Loaders:
         return {key: setup(trainer=trainer, loader=loader, stage=stage, key=key) for key, loader in named.items()}
 
     def _ask(self, stage: Stage) -> Any:
-        """Return what the module gives, made under the same random states each time and on every rank.
+        """Return the loader of the module, made under the same RNG state each time and on every rank.
 
-        So a split that is drawn where loaders are made is one split: on all ranks, in training and in validation.
+        So a random split drawn in `get_*_dataloader` is one split: on all ranks, in training and in validation.
         """
         trainer, training = self.trainer, stage is Stage.TRAIN
         sampler = self._samplers[stage] = trainer.hook.get_sampler(trainer=trainer, stage=stage)
@@ -77,7 +77,7 @@ class Loaders:
                 sampler=sampler, batch_size=trainer.micro_batch_size if training else trainer.options.val_batch_size
             )
             drew = not torch.equal(before, torch.get_rng_state())
-        if drew and training and trainer.epoch and not is_stateful(given):  # which draws where it is made
+        if drew and training and trainer.epoch and not is_stateful(given):  # which draws when it is made
             trainer.say_once(
                 f"{type(trainer.module).__name__}.get_train_dataloader() draws at random, and is asked under the same "
                 "random state in every epoch, on every rank, as get_val_dataloaders is: a split stays one split. For "
@@ -86,7 +86,7 @@ class Loaders:
         return given
 
     def prepare(self, loader: Any, stage: Stage, key: str) -> RunLoader:
-        """Return a loader of the user's as a stage of this run iterates it; the same for the same object."""
+        """Return the run's private loader for a loader of the user's; the same one for the same object."""
         mine = self._private.get((stage, key))
         if mine is None or mine.loader is not (loader.loader if isinstance(loader, Sharded) else loader):
             mine = self._private[stage, key] = self._make(loader, stage, key)
@@ -124,9 +124,9 @@ class Loaders:
         return mine
 
     def _agree_on_loader(self, refused: str, dataset: Any) -> str:
-        """Return why a rank refuses its loader, on all of them; say once where their data sets are other ones.
+        """Return why a rank refuses its loader, on all ranks; warn once if their data sets differ.
 
-        Looked at are the first and the last sample.
+        Compares the first and the last sample.
         """
         trainer = self.trainer
         said = refused, None if dataset is None else mark_of(dataset, trainer.options.seed)
@@ -144,7 +144,7 @@ class Loaders:
         return next(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
 
     def _agree_on_order(self, drawn: Sequence[Any]) -> None:
-        """Refuse ranks that take shares of different orders."""
+        """Raise if ranks would take shares of different orders."""
         ranks = self.trainer.hook.all_gather(trainer=self.trainer, value=repr(drawn)[:10_000])
         for rank, other in enumerate(ranks):
             if other != ranks[0]:
@@ -155,7 +155,7 @@ class Loaders:
                 )
 
     def state(self) -> Any:
-        """Return what a stateful training loader said behind the batches that were trained on; None for others."""
+        """Return the state of a stateful training loader after the last trained batch; None for others."""
         loader, cursor = self._private.get((Stage.TRAIN, "default")), self.trainer.cursor
         states = [] if loader is None or loader.states is None else loader.states
         return next((state for place, state in states if place == cursor.position), cursor.loader_state)
@@ -165,6 +165,6 @@ class Loaders:
         self.given = collections.deque(maxlen=size)
 
     def forget(self) -> None:
-        """Let the private loaders of a run go, with workers that live on."""
+        """Drop the private loaders of a run, with their persistent workers."""
         self._private.clear()
         self.given.clear()

@@ -1,4 +1,4 @@
-"""Batches: to the device, and how many samples there are in one."""
+"""Batches: their move to the device, and their number of samples."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with every tensor in it on a device.
+    """Return the batch with all its tensors on a device.
 
-    Goes through dictionaries, lists, tuples, named tuples and dataclasses, and calls the
-    `.to` of whatever has one; leaves the rest alone.
+    Goes through dictionaries, lists, tuples, named tuples and dataclasses, and calls `.to` of every object that has
+    it; other objects stay as they are.
     """
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
@@ -36,20 +36,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def count_samples(batch: Any) -> int:
-    """Return how many samples a batch seems to hold, where no loader is there to say it; see `counted`."""
+    """Return the likely number of samples of a batch, without its loader; see `counted`."""
     return counted(batch)[0]
 
 
 def counted(batch: Any, given: Iterable[tuple[Any, int | None]] = ()) -> tuple[int, str]:
-    """Return how many samples a batch holds, and why that may be wrong, "" where it is certain.
+    """Return how many samples a batch holds, and why that may be wrong, "" if it is certain.
 
-    A loader knows of how many samples it has made a batch. That counts, unless the tensors of the batch agree
-    on fewer: then its collation has left some out. Of a batch from elsewhere it is guessed: the first dimension of the
-    tensors in it, or the number of its items.
+    The loader's number counts, unless the tensors of the batch agree on fewer: then its collation has dropped some.
+    For a batch from elsewhere it is a guess: the first dimension of the tensors, or the number of items.
 
     Args:
-        batch: what a loader gave.
-        given: the batches that loaders have given last, with their numbers of samples.
+        batch: a batch of a loader.
+        given: the last batches of loaders, with their numbers of samples.
     """
     for other, samples in given:
         if other is batch and samples is not None:
@@ -63,7 +62,7 @@ def counted(batch: Any, given: Iterable[tuple[Any, int | None]] = ()) -> tuple[i
 
 
 def left_of(batch: Any, samples: int) -> int:
-    """Return how many of the samples that a batch was made of are still in it."""
+    """Return how many samples of a batch are left after its collation."""
     if batch is None:
         return 0
     tensors = list(tensors_in(batch))
@@ -106,7 +105,7 @@ def guess(batch: Any) -> tuple[int, str]:
 
 
 def tensors_in(value: Any, depth: int = 9) -> Iterator[Any]:
-    """Give the tensors and arrays in a batch that have a first dimension."""
+    """Yield the tensors and arrays in a batch that have a first dimension."""
     if isinstance(value, torch.nn.utils.rnn.PackedSequence):
         yield value.data[: int(value.batch_sizes[0])]
     elif isinstance(value, torch.Tensor) or (hasattr(value, "shape") and hasattr(value, "dtype")):
@@ -118,7 +117,7 @@ def tensors_in(value: Any, depth: int = 9) -> Iterator[Any]:
 
 
 def lists_in(value: Any) -> Iterator[Any]:
-    """Give a batch and what lies in it, where these are lists."""
+    """Yield a batch and its parts that are lists."""
     if isinstance(value, (list, tuple)):
         yield value
     for inner in inner_of(value):
@@ -126,7 +125,7 @@ def lists_in(value: Any) -> Iterator[Any]:
 
 
 def inner_of(value: Any) -> list[Any]:
-    """Return what a batch or a part of it consists of."""
+    """Return the parts of a batch or of a part of it."""
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, (list, tuple)):
@@ -137,10 +136,10 @@ def inner_of(value: Any) -> list[Any]:
 
 
 def first_of(tensor: Any) -> int:
-    """Return the first dimension of a tensor or an array, also of one that is nested."""
+    """Return the first dimension of a tensor or an array, nested tensors too."""
     return tensor.size(0) if isinstance(tensor, torch.Tensor) else tensor.shape[0]
 
 
 def nested(tensor: Any) -> bool:
-    """Tell whether a tensor is one of tensors that have several lengths."""
+    """Tell whether a tensor is nested: a list of tensors of several lengths."""
     return isinstance(tensor, torch.Tensor) and tensor.is_nested

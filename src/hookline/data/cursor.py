@@ -1,4 +1,4 @@
-"""The sampler that draws from a place in the data."""
+"""The sampler that starts at a place in the data."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from torch.utils.data import Sampler
 
 from hookline.counters import Cursor
 
-CHUNK = 4096  # indices turned into Python integers at a time
+CHUNK = 4096  # indices converted to Python integers at once
 
 
 def mix(*parts: object) -> int:
-    """Return one seed that depends on all parts, the same on every machine; 63 bits."""
+    """Return one seed that depends on all parts, equal on every machine; 63 bits."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 class ResumableSampler(Sampler[int]):
-    """Samples a data set in an order that depends on nothing but (seed, epoch).
+    """Samples a data set in an order that depends only on (seed, epoch).
 
-    The order is one stateless permutation; ranks take strided shares of what lies behind
-    the cursor, so a resumed epoch skips by index, loads nothing, and may run on another
-    number of ranks. A subclass bound to a run (`sampler_class`) is handed to the module's
-    `get_*_dataloader`, where `sampler(dataset)` is all that is needed.
+    The order is one stateless permutation. Ranks take strided shares of the part after the cursor, so a resumed epoch
+    skips by index, loads nothing, and may run on another number of ranks. The module's `get_*_dataloader` gets a
+    subclass bound to a run (`sampler_class`) and only calls `sampler(dataset)`.
     """
 
     cursor: Cursor
@@ -48,11 +47,11 @@ class ResumableSampler(Sampler[int]):
             yield from chunk.tolist()
 
     def __len__(self) -> int:
-        """Return the samples of a whole epoch on this rank, wherever the cursor stands."""
+        """Return the samples of a whole epoch on this rank, wherever the cursor is."""
         return len(range(self.share, self.length, self.shares))
 
 
 def sampler_class(cursor: Cursor, shuffle: bool, share: int, shares: int) -> type[ResumableSampler]:
-    """Return a sampler class that is bound to the cursor of a run and to this rank's share of the data."""
+    """Return a sampler class bound to the cursor of a run and to this rank's share of the data."""
     bound = {"cursor": cursor, "shuffle": shuffle, "share": share, "shares": shares}
     return type("RunSampler", (ResumableSampler,), bound)

@@ -1,4 +1,4 @@
-"""The user's loaders as a run iterates them: privately, from its place in the epoch, under seeds of their own."""
+"""The run's private loaders: they leave the user's objects unchanged, start at a place, and seed their own RNG."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ log = logging.getLogger("hookline.data")
 
 
 class RunLoader:
-    """A loader of the user's as one stage of one run iterates it; the user's object stays as it was.
+    """A private loader for one stage of one run; the user's loader does not change.
 
-    Answers for the rest to all that the user's loader does. Batches come with their number of samples, where the
-    loader knows it: the last ones stand in `given`, as pairs.
+    Other attributes come from the user's loader. `given` gets the last batches with their numbers of samples, if the
+    loader knows them.
 
     Args:
         loader: the user's.
-        cursor: where to begin, and which epoch it is.
+        cursor: the place to start, and the epoch.
         share: this rank's share of the data.
-        shares: of how many.
-        sampler: the class that the module was handed for this loader.
-        patience: seconds that a batch of loading workers may take, 0 for ever, unless the loader says itself.
+        shares: the number of shares.
+        sampler: the sampler class that the module got for this loader.
+        patience: seconds to wait for a batch of loading workers, 0 for ever; the loader's own `timeout` wins.
         agree: see `Batches`.
-        given: is filled with batches and their numbers of samples.
-        say: is told what there is to say of the loader.
-        name: which loader it is, for messages.
+        given: gets batches and their numbers of samples.
+        say: gets warnings about the loader.
+        name: the name of the loader, for messages.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RunLoader:
         self.given = collections.deque(maxlen=1) if given is None else given
         self._say, self._name = say, name
         self.states: collections.deque[tuple[int, Any]] | None = None
-        """What a stateful loader said behind each of the last batches; kept where somebody saves."""
+        """States of a stateful loader after each of the last batches; only if a plugin saves."""
         self._private: DataLoader[Any] | None = None
         self._generator = torch.Generator() if getattr(loader, "generator", None) is None else None
         self._view: SeededDataset | None = None
@@ -97,22 +97,22 @@ class RunLoader:
         if loader.num_workers and not loader.timeout:
             arguments["timeout"] = patience
         self.timeout = arguments["timeout"]
-        if self._generator is not None:  # else `iter(loader)` would draw from the global random state
+        if self._generator is not None:  # else `iter(loader)` would draw from the global RNG
             arguments["generator"] = self._generator
         return arguments
 
     def place(self) -> None:
-        """Begin at the cursor, which may have been moved."""
+        """Start at the cursor, which may have moved."""
         if self._batches is not None:
             self.cursor.settle_place()
 
     @property
     def own_order(self) -> str:
-        """The name of a sampler of the user's of which nobody knows whether it draws the same again; else ""."""
+        """The name of a sampler of the user's that may not draw the same again; else ""."""
         return "" if self._batches is None or self._batches.repeatable else self._batches.name
 
     def __len__(self) -> int:
-        # of streams torch would remember that it was asked, and warn in its own words
+        # torch would remember `len` of a stream, and warn later in its own words
         known: Any = self._private if self._view is not None else copy.copy(self.loader)
         return len(known)
 
@@ -141,13 +141,13 @@ class RunLoader:
         self._compare(begin, place)
 
     def _compare(self, begin: int, end: int) -> None:
-        """Say that a loader has given more or fewer batches than it says, where all of them were taken."""
+        """Warn if a loader gave more or fewer batches than its length, after a whole epoch."""
         said = length(self)
         if begin == 0 and said not in (None, end):
             self._say(f"the {self._name} says that it has {said} batches, and gave {end}; what was given counts")
 
     def _streamed(self) -> Iterator[Any]:
-        """Give the batches of a stream from the cursor on; what it draws in this process is seeded for each batch."""
+        """Yield the batches of a stream from the cursor on; seed the RNG of this process for each batch."""
         cursor = self.cursor
         skipped, place = cursor.position, 0
         load_state = getattr(self.loader, "load_state_dict", None)
@@ -183,7 +183,7 @@ class RunLoader:
 
 
 class Counted:
-    """Collates a batch, and says of how many samples it is made."""
+    """Collates a batch, and adds its number of samples."""
 
     def __init__(self, collate: Callable[[Any], Any], batched: bool) -> None:
         self.collate, self.batched = collate, batched
@@ -193,25 +193,25 @@ class Counted:
 
 
 def as_it_is(batch: Any) -> Any:
-    """Return a batch that is collated already."""
+    """Return a batch that is already collated."""
     return batch
 
 
 def is_indexed(loader: Any) -> bool:
-    """Tell whether a loader reads a data set by indices, in torch's way, so that it can be begun anywhere."""
+    """Tell whether a loader reads a data set by index, in torch's way, so that it can start anywhere."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return False
     own = type(loader).__iter__ is DataLoader.__iter__ and type(loader)._get_iterator is DataLoader._get_iterator
-    return own or is_stateful(loader)  # of torchdata, which iterates the same and can say where it is
+    return own or is_stateful(loader)  # a loader of torchdata, which iterates the same and can save its place
 
 
 def is_stateful(loader: Any) -> bool:
-    """Tell whether a loader says where it is, and takes that back."""
+    """Tell whether a loader can save and load its place."""
     return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 def refusal(loader: Any) -> str:
-    """Say why a loader cannot be used on several ranks."""
+    """Return why a loader cannot be used on several ranks."""
     return (
         f"ranks would all be given the same batches: this loader ({type(loader).__name__}) is a stream, of which "
         "nobody says which part is whose. Where each rank's gives its own part, say so by hookline.sharded(loader); "
@@ -221,7 +221,7 @@ def refusal(loader: Any) -> str:
 
 
 def warn_of_order(name: str) -> None:
-    """Say that a resume in mid-epoch is not exact."""
+    """Warn that a resume in mid-epoch is not exact."""
     warnings.warn(
         f"the training loader draws its order from a sampler of its own ({name}): training works, but the "
         "order may not be a function of (seed, epoch), so after a resume in mid-epoch the rest of that "

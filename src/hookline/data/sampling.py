@@ -1,4 +1,4 @@
-"""Which samples make which batch: what the user's samplers draw, begun at the cursor and dealt to ranks."""
+"""Which samples make which batch: the draws of the user's samplers, from the cursor on, dealt to ranks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from hookline.data.seeding import States
 
 Agree = Callable[[list[Any]], None]
 
-INNER = (  # under which names loaders, samplers and data sets hold what they draw from
+INNER = (  # attributes under which loaders, samplers and data sets hold inner ones
     "loader", "dataloader", "base_dataloader", "sampler", "batch_sampler", "base_sampler", "dataset", "datasets",
     "iterable",
 )  # fmt: skip
-PLAIN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)  # draw from torch alone
+PLAIN = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)  # draw only from torch's RNG
 ARGUMENTS = (
     "batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn",
     "multiprocessing_context", "generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
@@ -36,7 +36,7 @@ ARGUMENTS = (
 
 
 def length(loader: Any) -> int | None:
-    """Return how many batches a loader gives, or None where it does not know."""
+    """Return how many batches a loader has, or None if it does not know."""
     try:
         return len(loader)
     except TypeError:
@@ -44,12 +44,12 @@ def length(loader: Any) -> int | None:
 
 
 def arguments_of(loader: DataLoader[Any], *but: str) -> dict[str, Any]:
-    """Return the arguments that a loader was made with, without data set and samplers."""
+    """Return the arguments of a loader's constructor, without data set and samplers."""
     return {name: getattr(loader, name) for name in ARGUMENTS if name not in but}
 
 
 def parts(loader: Any) -> list[Any]:
-    """Return a loader and what it draws from, as far as that lies under the usual names."""
+    """Return a loader and its inner loaders, samplers and data sets, found under the usual names."""
     found: list[Any] = []
     waiting = [loader]
     while waiting and len(found) < 100:
@@ -59,23 +59,23 @@ def parts(loader: Any) -> list[Any]:
         found.append(part)
         for name in INNER:
             inner = None
-            with contextlib.suppress(Exception):  # of whatever the user's own objects do
+            with contextlib.suppress(Exception):  # the user's objects may raise anything
                 inner = getattr(part, name, None)
             waiting += inner if isinstance(inner, (list, tuple)) and name == "datasets" else [inner]
     return found
 
 
 class Epochs:
-    """Tells samplers, batch samplers and streams of the user's which epoch it is, by their `set_epoch`.
+    """Calls `set_epoch` of the user's samplers, batch samplers and streams.
 
-    Whoever was given another epoch by hand is left alone.
+    If you have set another epoch by hand, it stays.
     """
 
     def __init__(self) -> None:
         self._told: dict[int, tuple[Any, int]] = {}
 
     def tell(self, loader: Any, epoch: int) -> None:
-        """Tell a loader and what it draws from."""
+        """Set the epoch of a loader and its inner parts."""
         for part in parts(loader):
             if not callable(getattr(part, "set_epoch", None)):
                 continue
@@ -89,7 +89,7 @@ class Epochs:
 
 
 class Sharded:
-    """A loader of which each rank has its own share already; see `sharded`."""
+    """A loader that yields only this rank's share; see `sharded`."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -102,22 +102,22 @@ class Sharded:
 
 
 def sharded(loader: Any) -> Any:
-    """Say that each rank's loader gives that rank's own share of the data, and no other rank's.
+    """Mark a loader as sharded: each rank's loader yields only that rank's own share of the data.
 
-    For streams and other iterables that hookline cannot share between ranks itself.
+    For streams and other iterables that hookline cannot shard itself.
     """
     return Sharded(loader)
 
 
 def shard(items: Any, share: int, shares: int) -> Iterator[Any]:
-    """Give one rank's share of items that come in the same order on all: every `shares`-th of them.
+    """Yield one rank's share of items that come in the same order on all ranks: every `shares`-th of them.
 
-    Within a loading worker it is that worker's part of the share: call it where an `IterableDataset` iterates.
+    In a loading worker it yields that worker's part of the share: call it in `__iter__` of an `IterableDataset`.
 
     Args:
-        items: any iterable, the same on all ranks.
-        share: which share: `trainer.share`.
-        shares: of how many: `trainer.shares`.
+        items: any iterable, equal on all ranks.
+        share: the share: `trainer.share`.
+        shares: the number of shares: `trainer.shares`.
     """
     worker = torch.utils.data.get_worker_info()
     number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -125,10 +125,10 @@ def shard(items: Any, share: int, shares: int) -> Iterator[Any]:
 
 
 def is_shared(loader: Any, share: int, shares: int) -> bool:
-    """Tell whether a loader gives this rank's share alone, as a sampler in it says.
+    """Tell whether a sampler in a loader limits it to this rank's share.
 
     Raises:
-        ValueError: the sampler is of another share.
+        ValueError: the sampler has another share.
     """
     for part in parts(loader):
         if isinstance(part, (Sharded, ResumableSampler)):
@@ -151,18 +151,18 @@ def is_shared(loader: Any, share: int, shares: int) -> bool:
 class Batches:
     """The batches of a map-style loader: their places in the epoch, with the indices that its samplers draw.
 
-    A place is that of a batch's first sample, so no two are alike, whatever batch size and number of ranks were before
-    a resume. Begins at the cursor. What the user's sampler draws is a function of (seed, epoch), and each rank takes
-    its share of it, unless the sampler has shared already. `__len__` is that of a whole epoch on this rank.
+    A place is that of a batch's first sample, so no two are equal, whatever batch size and number of ranks a run had
+    before a resume. Starts at the cursor. The draws of the user's sampler depend only on (seed, epoch); each rank takes
+    its share of them, unless the sampler has sharded already. `__len__` is that of a whole epoch on this rank.
 
     Args:
         loader: the user's.
-        cursor: where to begin, and which epoch it is.
+        cursor: the place to start, and the epoch.
         share: this rank's share of the data.
-        shares: of how many.
-        sampler: the class that was handed out for this loader; of the run's samplers another may stand in the loader.
-        agree: is told the first draws of an epoch where ranks take shares of them, and refuses others than theirs.
-        own: each rank has its own data, so nothing is shared.
+        shares: the number of shares.
+        sampler: the class that the module got for this loader; the loader may hold another of the run's samplers.
+        agree: gets the first draws of an epoch if ranks take shares of them, and raises if ranks differ.
+        own: each rank has its own data, so nothing is sharded.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Batches:
     ) -> None:
         self.cursor, self.share, self.shares, self.agree = cursor, share, shares, agree
         batches: Any = loader.batch_sampler
-        self.batched = type(batches) is BatchSampler or is_of_torchdata(batches, "BatchSampler")  # which only cut
+        self.batched = type(batches) is BatchSampler or is_of_torchdata(batches, "BatchSampler")  # these only cut
         self.size = (batches.batch_size or 1) if self.batched else 1
         self.drop_last = self.batched and batches.drop_last
         source: Any = batches.sampler if self.batched else loader.sampler if batches is None else batches
@@ -191,10 +191,10 @@ class Batches:
             made.shuffle = like.shuffle and type(source) is not SequentialSampler
             source = made
         self.repeatable = is_repeatable(source)
-        self.runs = isinstance(source, ResumableSampler)  # begins at the cursor and shares by itself
+        self.runs = isinstance(source, ResumableSampler)  # starts at the cursor and shards by itself
         self.dealt = not self.runs and not own and not is_shared(source, share, shares)
         self.source = source if self.runs else rebound(source, like)
-        self.shared = self.dealt or (self.runs and not own)  # what is drawn is drawn for all ranks
+        self.shared = self.dealt or (self.runs and not own)  # one draw serves all ranks
         cursor.draw_by(self.size * (shares if self.shared else 1))
         cursor.settle_place()
 
@@ -205,8 +205,8 @@ class Batches:
         return items // self.size if self.drop_last else -(-items // self.size)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        place, further = self.cursor.consumed + self.share, self.cursor.draw  # which sample of the epoch is its first
-        if not self.shared:  # those of ranks have places of their own
+        place, further = self.cursor.consumed + self.share, self.cursor.draw  # the batch's first sample in the epoch
+        if not self.shared:  # ranks have places of their own
             place, further = self.cursor.consumed * self.shares + self.share, further * self.shares
         for drawn in self._of_the_run() if self.runs else self._of_the_user():
             if not drawn or (self.drop_last and len(drawn) < self.size):
@@ -220,7 +220,7 @@ class Batches:
             yield drawn
 
     def _of_the_user(self) -> Iterator[list[Any]]:
-        """Give what is drawn for one batch of this rank, from the cursor on; what lies before it is drawn too."""
+        """Yield the draws for each batch of this rank, from the cursor on; draw and skip earlier ones."""
         shares = self.shares if self.dealt else 1
         number = self.size * shares
         draws = Draws(self.source, mix(self.cursor.seed, self.cursor.epoch, "sampler"))
@@ -234,14 +234,14 @@ class Batches:
 
 
 class Draws:
-    """What a sampler draws, under random states of its own, whatever is drawn in between and however many at a time."""
+    """The draws of a sampler under an RNG of its own, unaffected by other draws and by how many it takes at once."""
 
     def __init__(self, source: Any, seed: int) -> None:
         self.source, self.states = source, States(seed)
         self.items: Iterator[Any] | None = None
 
     def take(self, number: int) -> list[Any]:
-        """Draw some more."""
+        """Draw the next items."""
         if not number:
             return []
         with self.states.under_way():
@@ -251,23 +251,23 @@ class Draws:
 
 
 def is_exact(sampler: Any) -> bool:
-    """Tell whether a sampler goes through the whole data set once, in order or shuffled by the global random state."""
+    """Tell whether a sampler visits the whole data set once, in order or shuffled by the global RNG."""
     if type(sampler) is SequentialSampler:
         return True
     shuffles = type(sampler) is RandomSampler and sampler.generator is None
-    if not shuffles and not is_of_torchdata(sampler, "RandomSampler"):  # whose generator is its own, seeded globally
+    if not shuffles and not is_of_torchdata(sampler, "RandomSampler"):  # its own generator is seeded by the global one
         return False
     return not sampler.replacement and sampler.num_samples == len(sampler.data_source)
 
 
 def is_of_torchdata(sampler: Any, name: str) -> bool:
-    """Tell whether a sampler is the one of this name that torchdata's loader makes in the place of torch's own."""
+    """Tell whether a sampler is torchdata's version of the torch sampler of this name."""
     kind = type(sampler)
     return kind.__module__ == "torchdata.stateful_dataloader.sampler" and kind.__name__ == name
 
 
 def is_repeatable(sampler: Any) -> bool:
-    """Tell whether a sampler is known to draw the same again, given the epoch and the global random state."""
+    """Tell whether a sampler certainly draws the same again, given the epoch and the global RNG state."""
     if isinstance(sampler, (ResumableSampler, range, list, tuple)) or callable(getattr(sampler, "set_epoch", None)):
         return True
     if type(sampler) is BatchSampler:
@@ -276,7 +276,7 @@ def is_repeatable(sampler: Any) -> bool:
 
 
 def bound(sampler: ResumableSampler, like: type[ResumableSampler], cursor: Any) -> ResumableSampler:
-    """Return a sampler of the run's that draws by this cursor: a copy, where another run or stage has handed it out."""
+    """Return a sampler of the run bound to this cursor: a copy, if another run or stage made it."""
     if type(sampler) is like and sampler.cursor is cursor:
         return sampler
     mine = copy.copy(sampler)
@@ -285,9 +285,9 @@ def bound(sampler: ResumableSampler, like: type[ResumableSampler], cursor: Any) 
 
 
 def rebound(source: Any, like: type[ResumableSampler]) -> Any:
-    """Return a copy of a sampler of the user's in which a sampler of the run draws from the epoch, whole.
+    """Return a copy of a user's sampler whose inner run sampler draws from the whole epoch.
 
-    What is skipped is skipped of what the user's sampler makes of it.
+    The skip then applies to the output of the user's sampler.
     """
     for name, inner in vars(source).items() if hasattr(source, "__dict__") else ():
         if isinstance(inner, ResumableSampler):
@@ -298,7 +298,7 @@ def rebound(source: Any, like: type[ResumableSampler]) -> Any:
 
 
 class Whole:
-    """A cursor that stands at the beginning of whichever epoch another is in."""
+    """A cursor at the beginning of the epoch of another cursor."""
 
     consumed = 0
 

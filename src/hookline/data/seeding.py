@@ -1,4 +1,4 @@
-"""What loading draws at random: a function of the seed and of the place in the data, and of nothing else."""
+"""The randomness of loading: it depends only on the seed and the place in the data."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hookline.data.cursor import mix
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, Python and numpy for a while, and put them back afterwards.
+    """Seed torch's CPU generator, Python and numpy within the block, and restore them afterwards.
 
-    About 20 us, most of it Python's own. A worker has its random states to itself, and puts nothing back.
+    About 20 us, mostly Python's own RNG. A loading worker has its own RNG and restores nothing.
     """
     numpy = sys.modules.get("numpy")
     alone = get_worker_info() is None
     if alone:
         kept = torch.default_generator.get_state(), random.getstate()
-        if numpy:  # exchanging the generator is 15 times cheaper than reading and writing its state
+        if numpy:  # swapping the generator is 15 times cheaper than saving and restoring its state
             kept_bits = numpy.random.get_bit_generator()
             numpy.random.set_bit_generator(_bits_of_loading(numpy))
     torch.default_generator.manual_seed(seed)
@@ -52,7 +52,7 @@ def _bits_of_loading(numpy: Any) -> Any:
 
 
 class States:
-    """Random states that begin with a seed, and go on where they were left; about 100 us each time."""
+    """RNG states that start from a seed and continue where they stopped; about 100 us each time."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -60,7 +60,7 @@ class States:
 
     @contextlib.contextmanager
     def under_way(self) -> Iterator[None]:
-        """Have torch's CPU generator, Python and numpy be in them for a while."""
+        """Set torch's CPU generator, Python and numpy to these states within the block."""
         with seeded(self.seed):
             numpy = sys.modules.get("numpy")
             if self._left is not None:
@@ -74,20 +74,20 @@ class States:
 
 
 class SeededDataset:
-    """A map-style data set as the run's own loader sees it: loads and collates each batch under a seed of its own.
+    """A map-style data set for the run's private loader: it loads and collates each batch under its own seed.
 
-    Nobody else meets it: in workers too the user's code finds the data set itself. An index comes with the place of
-    its batch in the epoch, and a batch goes with its number of samples, None where nobody has said. An error says
-    which samples were loaded, and a worker that is late with a batch says where it is.
+    Only the private loader uses it: in workers too the user's code finds its own data set. An index comes with the
+    place of its batch in the epoch; a batch leaves with its number of samples, None if unknown. An exception names the
+    samples that were loading, and a late worker prints where it is.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int, patience: float) -> None:
         self.dataset = dataset
         self.collate = collate
         self.seed = seed
-        self.epoch = torch.zeros(1, dtype=torch.int64)  # shared with workers, who may outlive an epoch
-        self._patience = patience  # seconds that the main process waits for a batch of workers; 0 for ever
-        self._under_way: Any = None  # in a worker that is watched: since when it loads what, or ()
+        self.epoch = torch.zeros(1, dtype=torch.int64)  # shared with workers, which may outlive an epoch
+        self._patience = patience  # seconds that the main process waits for a worker's batch; 0 for ever
+        self._under_way: Any = None  # in a watched worker: start time and indices of the current load, or ()
 
     def __getitems__(self, placed: tuple[int, Sequence[Any]]) -> tuple[int | None, Any]:
         place, indices = placed
@@ -115,22 +115,22 @@ class SeededDataset:
             with seeded(mix(self.seed, self.epoch.tolist()[0], place)):
                 yield
         except StopIteration as error:
-            raise ValueError(  # a RuntimeError would be taken for Python's own
+            raise ValueError(  # a RuntimeError would look like Python's own
                 f"the data set raised StopIteration while loading {_name(indices)}; it would end the epoch in silence"
             ) from error
         except Exception as error:
             error.add_note(f"while loading {_name(indices)}")
             raise
         finally:
-            self._under_way = self._under_way and ()  # None stays None: nobody watches yet
+            self._under_way = self._under_way and ()  # None stays None: no watcher yet
 
 
 def mark_of(dataset: Any, seed: int) -> str | None:
-    """Return a mark of a data set's first and last sample, None where it has none or they are not plain data."""
+    """Return a hash of a data set's first and last sample; None if it has none or they are not plain data."""
     try:
         with seeded(seed):
             return _hash([dataset[0], dataset[len(dataset) - 1]])
-    except Exception:  # of whichever kind: it is no data set of samples by their number
+    except Exception:  # of any kind: it does not give samples by index
         return None
 
 
@@ -159,31 +159,31 @@ def _hash(value: Any) -> str:
 
 
 class InitWorker:
-    """Begins a loading worker: it finds the user's own data set, as in a loader of the user's."""
+    """Starts a loading worker with the user's own data set, as in a loader of the user's."""
 
     def __init__(self, begin: Callable[[int], Any] | None) -> None:
         self.begin = begin
 
     def __call__(self, worker: int) -> None:
         info: Any = get_worker_info()
-        object.__setattr__(info, "dataset", info.dataset.dataset)  # frozen, for whom it is made
+        object.__setattr__(info, "dataset", info.dataset.dataset)  # WorkerInfo is frozen
         if self.begin is not None:
             self.begin(worker)
 
 
 def _watch(view: SeededDataset) -> None:
-    """Have this worker write where it is, shortly before the main process gives up waiting for its batch.
+    """Let this worker print its traceback shortly before the main process stops waiting for its batch.
 
-    A thread of Python's, because `faulthandler.dump_traceback_later` blocks for ever in a process that
-    was forked from one where it is armed. It cannot speak while code in C holds the interpreter.
+    A Python thread, because `faulthandler.dump_traceback_later` blocks for ever in a process that was forked from one
+    where it is armed. The thread cannot run while C code holds the interpreter.
     """
     while True:
         time.sleep(view._patience / 10)
         under_way = view._under_way
         if under_way and time.monotonic() - under_way[0] > 0.8 * view._patience:
-            view._under_way = ()  # said once a batch
+            view._under_way = ()  # print once per batch
             print(f"still loading {_name(under_way[1])}; trainer.loader_timeout is near:", file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(sys.stderr)  # an error, and the end of this, where stderr is no file
+            faulthandler.dump_traceback(sys.stderr)  # raises, and ends this thread, if stderr is not a file
 
 
 def _name(indices: Sequence[Any]) -> str:

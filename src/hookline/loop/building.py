@@ -1,4 +1,4 @@
-"""What a run is built of: its module, its model, its optimizers, and how long it will be."""
+"""What a run builds: its module, its model, its optimizers, and its expected length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("hookline.trainer")
 
-KEYWORDS = {  # what a module is asked by keyword
+KEYWORDS = {  # methods of a module that are called by keyword
     **{f"{stage.value}_step": ("global_step", "batch", "device") for stage in Stage},
     "get_train_dataloader": ("sampler", "batch_size"),
     **{f"get_{word}_dataloaders": ("sampler", "batch_size") for word in ("val", "test", "predict")},
@@ -30,10 +30,10 @@ KEYWORDS = {  # what a module is asked by keyword
 
 
 def adapt_module(run: Run, given: Any) -> ModuleInterface:
-    """Return the module of what the user gave.
+    """Return the `ModuleInterface` for what the user gave.
 
     Raises:
-        TypeError: it is none, and no plugin makes one of it; or its methods cannot be called by keyword.
+        TypeError: it is not one and no plugin adapts it; or its methods cannot be called by keyword.
     """
     adapted = run.hook.adapt_module(trainer=run, module=given)
     if not isinstance(adapted, ModuleInterface):
@@ -56,22 +56,22 @@ def adapt_module(run: Run, given: Any) -> ModuleInterface:
 
 
 class Built:
-    """The model, the optimizers and the schedulers that a run has made of its module, and how long it will be."""
+    """The model, the optimizers and the schedulers that a run made from its module, and its expected length."""
 
     model: torch.nn.Module
-    """What the loop calls: the module, converted, split, compiled and sharded as plugins say."""
+    """The model that the loop calls: the module after plugins converted, split, compiled and sharded it."""
 
     def __init__(self, run: Run, loaders: Loaders, window: Window) -> None:
         self.run, self.loaders, self.window = run, loaders, window
         self.optimizers: list[torch.optim.Optimizer] = []
         self.schedulers: list[Scheduled] = []
         self.followed: dict[str, str] = {}
-        """Metrics that schedulers follow, and which scheduler does."""
+        """Metrics that schedulers follow, each with the name of its scheduler."""
         self.totals = Totals(None, None, None, run.options.epochs)
         self._stands = False
 
     def make_model(self) -> None:
-        """Make the model of the module, once."""
+        """Make the model from the module, once."""
         if self._stands:
             return
         run, hook = self.run, self.run.hook
@@ -83,7 +83,7 @@ class Built:
         self.model, self._stands = model, True
 
     def use_model(self, model: torch.nn.Module) -> None:
-        """Have the loop call another model from now on, the module in another wrapping; for strategies."""
+        """Let the loop call another wrapping of the module from now on; for strategies."""
         self.model = model
 
     def make_optimizers(self) -> None:
@@ -103,7 +103,7 @@ class Built:
         """Return the training loader, ready to iterate.
 
         Raises:
-            ValueError: the module gives none, or several.
+            ValueError: the module returned none, or several.
         """
         loaders = self.loaders.get(Stage.TRAIN)
         if list(loaders) != ["default"]:
@@ -114,31 +114,31 @@ class Built:
         return loaders["default"]
 
     def batches_per_epoch(self) -> int | None:
-        """Return the most batches that an epoch may take; None for all."""
+        """Return the limit of batches per epoch; None for no limit."""
         steps = self.run.options.max_train_steps_per_epoch
         return None if steps is None else steps * self.window.size
 
     def count_totals(self, loader: Loader) -> None:
-        """Find out how long the run will be."""
+        """Compute the expected length of the run."""
         options = self.run.options
         batches = lesser(data.length(loader), self.batches_per_epoch())
         steps_per_epoch = None if batches is None else math.ceil(batches / self.window.size)
         epochs = epochs_asked(options)
         if epochs is None and options.max_steps is not None and steps_per_epoch:
-            epochs = math.ceil(options.max_steps / steps_per_epoch)  # no end: later epochs may have another length
+            epochs = math.ceil(options.max_steps / steps_per_epoch)  # not a limit: later epochs may have another length
         steps = None if steps_per_epoch is None or epochs is None else steps_per_epoch * epochs
         self.totals = Totals(batches, steps_per_epoch, lesser(steps, options.max_steps), epochs)
 
 
 def epochs_asked(options: Options) -> int | None:
-    """Return how many epochs are to be trained; None where steps or time say when to end."""
+    """Return how many epochs to train; None if only steps or time limit training."""
     if options.epochs is None and options.max_steps is None and options.max_time is None:
         return 1
     return options.epochs
 
 
 def warn_of_modes(run: Run) -> None:
-    """Say that modules are trained in eval mode: modes are the user's, and this one may have been forgotten."""
+    """Warn if modules with trainable weights are in eval mode: modes are the user's, but this may be a mistake."""
     idle = [
         name or "the module itself"
         for name, module in run.module.named_modules()

@@ -1,4 +1,4 @@
-"""Evaluation: validation in training, and a stage on its own."""
+"""Evaluation: validation in training, and separate evaluations."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ log = logging.getLogger("hookline.trainer")
 
 
 class Evaluation:
-    """Evaluates: when it is due in training, and when somebody asks for a stage alone."""
+    """Evaluates: in training when it is due, and when the user calls `validate`, `test` or `predict`."""
 
     def __init__(self, run: Run, session: Session, built: Built, logs: Logs) -> None:
         self.run, self.session, self.built, self.logs = run, session, built, logs
         self.metrics: dict[str, float] = {}
         """The metrics of the last evaluation."""
         self.sanity_checking = False
-        """Whether the evaluation under way only tries whether it works."""
+        """Whether the evaluation under way is the sanity check before training."""
         self.by_counter = False
-        """Whether validation becomes due by steps, batches, samples or time, hence within an epoch too."""
+        """Whether validation is due by steps, batches, samples or time, so within an epoch too."""
         self._cadence: Every | None = None
         self._validated_at: int | None = None  # the optimizer step
         self._reports_so_far = False
 
     def plan(self, cadence: str | None) -> None:
-        """Set how often to validate in training."""
+        """Set the cadence of validation in training."""
         self._cadence = None if cadence is None else every(cadence)
         self.by_counter = self._cadence is not None and self._cadence.unit != "epochs"
 
     def ends_epoch(self) -> bool:
-        """Tell whether a validation belongs to the end of the epoch under way."""
+        """Tell whether a validation is due at the end of the current epoch."""
         cadence, epoch = self._cadence, self.run.epoch
         return cadence is not None and cadence.unit == "epochs" and cadence.crossed(epoch, epoch + 1)
 
     # Whole evaluations ----------------------------------------------------------------
 
     def validate(self) -> None:
-        """Validate during training, once per step."""
+        """Validate during training, at most once per step."""
         run = self.run
         if self._validated_at == run.global_step:
             return
         self._validated_at = run.global_step
-        with kept_rng():  # training is the same, whatever is evaluated and how often
+        with kept_rng():  # training gives the same bits, whatever is evaluated and how often
             metrics = self._measure(Stage.VAL, run.options.max_val_steps_per_epoch)
             if metrics is None:
                 return
@@ -74,7 +74,7 @@ class Evaluation:
             run.hook.step_schedulers(trainer=run, when="validation", optimizers=self.built.optimizers, metrics=metrics)
 
     def check_sanity(self) -> None:
-        """Try the validation on a few batches and leave no trace: metrics are dropped, randomness is put back."""
+        """Validate a few batches and leave no trace: drop the metrics and restore the RNG states."""
         metrics, self.sanity_checking = self.metrics, True
         try:
             with kept_rng():
@@ -86,17 +86,17 @@ class Evaluation:
         self.metrics = metrics
 
     def evaluate(self, stage: Stage) -> None:
-        """Evaluate on its own: what the verb `run` does for stages other than training.
+        """Run a separate evaluation: what the verb `run` does for stages other than training.
 
         Raises:
             ValueError: the module has no data for it.
         """
         run = self.run
-        if not self.built.optimizers:  # else this trainer has trained, and what it trained is evaluated
+        if not self.built.optimizers:  # else this trainer has trained: evaluate the trained weights
             set_seed(data.mix(run.options.seed, 0))
             self.built.make_model()
             run.hook.restore(trainer=run, stage=stage)
-        with kept_rng():  # the same whether it comes behind a training or not
+        with kept_rng():  # the same result with and without a training before
             set_seed(data.mix(run.options.seed, run.share))
             metrics = self._measure(stage, run.options.max_val_steps_per_epoch if stage is Stage.VAL else None)
         if metrics is None:
@@ -106,7 +106,7 @@ class Evaluation:
         self.logs.tell(metrics)
 
     def _measure(self, stage: Stage, limit: int | None) -> dict[str, float] | None:
-        """Evaluate a stage; None where the module has no loader for it."""
+        """Evaluate a stage; return None if the module has no loader for it."""
         run = self.run
         loaders = self.built.loaders.get(stage)
         if not loaders:
@@ -120,7 +120,7 @@ class Evaluation:
 
     @contextlib.contextmanager
     def under_way(self, stage: Stage) -> Iterator[None]:
-        """Be in an evaluation: no gradients, every submodule in eval mode and back to what it was, logs apart."""
+        """Evaluate within: no gradients, all submodules in eval mode and restored afterwards, separate logs."""
         run = self.run
         modes = [(module, module.training) for module in self.built.model.modules()]
         in_training = run.stage is Stage.TRAIN and stage is Stage.VAL and not self.sanity_checking
@@ -134,7 +134,7 @@ class Evaluation:
                 module.training = training
 
     def take_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
-        """Take one loader's batches through the model and tell of each."""
+        """Run the model on the batches of one loader and call the hooks of each."""
         run, hook, index = self.run, self.run.hook, -1
         tell = getattr(hook, f"on_end_{stage.value}_step")
         collector = Collector(run.plugins.rooms.get(f"on_end_{stage.value}_epoch", 0))
@@ -161,10 +161,10 @@ class Evaluation:
             ended(trainer=run, global_step=run.global_step, key=key, **collated)
 
     def _take_loss(self, stage: Stage, outputs: Outputs, weight: float) -> None:
-        """Log the loss of an evaluation batch: its first output, where that is one number.
+        """Log the loss of an evaluation batch: its first output, if that is one number.
 
-        Where the mean so far is told, it is of this rank alone, as others may have fewer batches, and of a copy, as to
-        fold the values here would round them otherwise.
+        The mean so far covers only this rank, as others may have fewer batches. It is computed from a copy, because
+        folding the values here would round them differently.
         """
         if not outputs or not is_number(outputs[0]):
             return
@@ -187,9 +187,9 @@ class Evaluation:
     # State ----------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
-        """Return the metrics of the last evaluation, and when the last validation was."""
+        """Return the metrics of the last evaluation, and the step of the last validation."""
         return {"evaluated_at": self._validated_at, "metrics": self.metrics}
 
     def update_state(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Load what `get_state` returned."""
         self._validated_at, self.metrics = state["evaluated_at"], dict(state["metrics"])

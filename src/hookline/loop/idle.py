@@ -1,4 +1,4 @@
-"""A module that shall be afterwards what it was before a batch that only keeps ranks in step."""
+"""Restores a module after a batch that only keeps ranks in step."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ log = logging.getLogger("hookline.loop.idle")
 
 LISTS = (list, collections.deque)
 CONTAINERS = (*LISTS, dict, set, collections.Counter, collections.defaultdict, collections.OrderedDict)
-OF_TORCH = frozenset(vars(torch.nn.Module()))  # what every module has
+OF_TORCH = frozenset(vars(torch.nn.Module()))  # attributes of every module
 
 
 @contextlib.contextmanager
 def untouched(module: torch.nn.Module) -> Iterator[None]:
-    """Have a module afterwards as it was before, but for parameters and their gradients.
+    """Restore a module at the end of the block, except for parameters and their gradients.
 
-    Of it and each submodule these are put back: buffers, the states of a metric of torchmetrics, and which object each
-    other attribute is; of lists, dictionaries and sets also what is in them. A tensor that is neither buffer
-    nor state is not copied, since it may be a whole data set: when it is changed in place, a warning says so.
+    For the module and each submodule this restores buffers, the states of a metric of torchmetrics, and which object
+    each other attribute is; for lists, dictionaries and sets also their items. A tensor that is neither buffer nor
+    state is not copied, since it may be a whole data set: if it was changed in place, a warning says so.
     """
     attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
     contents: dict[int, tuple[Any, Any]] = {}
@@ -34,7 +34,7 @@ def untouched(module: torch.nn.Module) -> Iterator[None]:
     for path, part in module.named_modules():
         own = {name: value for name, value in vars(part).items() if name not in OF_TORCH}
         attributes.append((vars(part), own))
-        states = [own.get(name) for name in getattr(part, "_defaults", ())]  # of a metric
+        states = [own.get(name) for name in getattr(part, "_defaults", ())]  # of a torchmetrics metric
         for tensor in (*_tensors(part._buffers, contents), *(state for state in states if torch.is_tensor(state))):
             copies[id(tensor)] = tensor, tensor.detach().clone()
         for name, value in own.items():
@@ -59,7 +59,7 @@ def untouched(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _tensors(value: Any, contents: dict[int, tuple[Any, Any]]) -> Iterator[torch.Tensor]:
-    """Give the tensors of an attribute, however deep, but for parameters; keep what is in each container."""
+    """Yield the tensors of an attribute at any depth, without parameters; remember the items of each container."""
     if torch.is_tensor(value):
         if not isinstance(value, torch.nn.Parameter) and not value.is_inference():
             yield value
@@ -71,7 +71,7 @@ def _tensors(value: Any, contents: dict[int, tuple[Any, Any]]) -> Iterator[torch
 
 @functools.cache
 def warn_of_change(name: str) -> None:
-    """Say, once, what a batch has changed that shall count nowhere."""
+    """Warn, once, that a batch which must not count has changed a tensor."""
     log.warning(
         "a batch that only keeps ranks in step has changed the tensor %s of the module in place, so it counts there: "
         "make it a buffer (register_buffer), or leave it alone while self.trainer.idle",

@@ -1,4 +1,4 @@
-"""Logged values on their way to whoever shows them: gathered by interval, epoch or evaluation, and told."""
+"""Logged values: collected per interval, epoch or evaluation, and flushed to `on_log`."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
 
 
 class Logs:
-    """Keeps what is logged until it is due, reduced and on its device, and tells it then."""
+    """Keeps logged values, reduced and on their device, until their flush is due."""
 
     def __init__(self, run: Run, window: Window) -> None:
         self.run, self.window = run, window
         self.shown: set[str] = set()
         """Names of values that were logged with `prog=True`."""
         self.suffix = ""
-        """What an evaluation of several loaders appends to the names of logged values."""
+        """The suffix of the names of logged values, in an evaluation of several loaders."""
         options = run.options
         self._train_loss = train_loss = options.train_loss_metric_name
         self._own_names = {train_loss, f"{train_loss}_epoch", options.val_loss_metric_name, "test_loss"}
         self._weight: float | None = None  # of the evaluation batch under way
-        self._logged_by_user: set[tuple[Stage, str]] = set()  # of these names: then it is the user's value that counts
+        self._logged_by_user: set[tuple[Stage, str]] = set()  # of these names: the user's value replaces the core's
         self._interval = LogBuffer()
         self._epoch = LogBuffer()
         self._evaluation: LogBuffer | None = None
-        self._told_at_once: LogBuffer | None = None  # of what is logged where something ends
-        self._losses: list[tuple[torch.Tensor, float]] = []  # and weights of the last steps, summed up at FOLD_AT
+        self._told_at_once: LogBuffer | None = None  # at the end of an epoch, a validation or training
+        self._losses: list[tuple[torch.Tensor, float]] = []  # of the last steps, with weights; summed up at FOLD_AT
 
     # Taking ---------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ class Logs:
         self._logged_by_user |= {(run.stage, name) for name in values.keys() & self._own_names}
         for name, value in values.items():
             both = (name, name + suffix) if suffix and name in self._own_names else (name + suffix,)
-            for full_name in both:  # the loss counts over all loaders, too
+            for full_name in both:  # the loss is also logged over all loaders
                 reduction = buffer.reduction(full_name, reduce)
                 reduction.sync = reduction.sync or sync or self._evaluation is not None
                 reduction.add(as_number(name, value), weight)
@@ -75,12 +75,12 @@ class Logs:
                 self.shown.add(name + suffix)
 
     def weigh(self, weight: float | None) -> None:
-        """Have what is logged weigh so much, an evaluation batch's; None between batches."""
+        """Set the weight of values logged in the current evaluation batch; None between batches."""
         self._weight = weight
 
     @property
     def weight(self) -> float:
-        """How much a value weighs that is logged now: the samples of the batch under way, or what `get_weight` says."""
+        """The weight of a value logged now: the samples of the current batch, or the result of `get_weight`."""
         return self.window.weight if self._weight is None else self._weight
 
     def add_step_losses(self, outputs: Sequence[Outputs]) -> None:
@@ -100,17 +100,17 @@ class Logs:
                 )
             if row:
                 loss = row[0]
-                fresh = loss.grad_fn is not None and not loss._is_view()  # `kept`, without a call in each step
+                fresh = loss.grad_fn is not None and not loss._is_view()  # `kept` inlined, to save a call in each step
                 self._losses.append((loss.detach() if fresh else kept(loss), weight))
         if len(self._losses) >= FOLD_AT:
             self._fold_losses()
 
     def add_evaluation_loss(self, name: str, loss: Any, weight: float) -> Reduction | None:
-        """Take the loss of an evaluation batch; return that of its loader so far, None where the user logs it."""
+        """Take the loss of an evaluation batch; return its loader's mean so far, None if the user logs it."""
         assert self._evaluation is not None
         if (self.run.stage, name) in self._logged_by_user:
             return None
-        for full_name in dict.fromkeys((name, name + self.suffix)):  # of all loaders together, and of each
+        for full_name in dict.fromkeys((name, name + self.suffix)):  # over all loaders, and of each
             reduction = self._evaluation.reduction(full_name)
             reduction.sync = True
             reduction.add(loss, weight)
@@ -118,7 +118,7 @@ class Logs:
 
     @contextlib.contextmanager
     def in_evaluation(self) -> Iterator[None]:
-        """Have what is logged within belong to an evaluation, which `collect` ends."""
+        """Log within the block into an evaluation; `collect` returns its metrics."""
         self._evaluation = LogBuffer()
         try:
             yield
@@ -127,7 +127,7 @@ class Logs:
 
     @contextlib.contextmanager
     def suffixed(self, suffix: str) -> Iterator[None]:
-        """Append something to the names of what is logged within an evaluation."""
+        """Append a suffix to the names of values logged within the block, in an evaluation."""
         before, self.suffix = self.suffix, suffix
         try:
             yield
@@ -136,7 +136,7 @@ class Logs:
 
     @contextlib.contextmanager
     def told_at_once(self, metrics: dict[str, float] | None = None) -> Iterator[None]:
-        """Have what is logged within belong to where that is: tell it right afterwards, and add it to `metrics`."""
+        """Flush the values logged within the block right after it, and add them to `metrics`."""
         self._told_at_once = buffer = LogBuffer()
         try:
             yield
@@ -154,44 +154,44 @@ class Logs:
     # Telling --------------------------------------------------------------------------
 
     def tell(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Hand values to whoever shows or keeps them."""
+        """Call `filter_log`, then `on_log`, with values."""
         run = self.run
         metrics = run.hook.filter_log(trainer=run, metrics=dict(metrics))
         if metrics:
             run.hook.on_log(trainer=run, metrics=metrics, global_step=run.global_step if step is None else step)
 
     def flush_interval(self) -> None:
-        """Tell what has been logged since the last time, and the mean loss of the steps."""
+        """Flush the values of the interval, and the mean loss of its steps."""
         self._flush(self._interval)
 
     def flush_epoch(self) -> None:
-        """Tell what has been logged over the epoch, and its mean loss."""
+        """Flush the values of the epoch, and its mean loss."""
         self._flush(self._epoch)
 
     def collect(self) -> dict[str, float]:
-        """Return what the evaluation under way has logged, over all ranks."""
+        """Return the metrics of the current evaluation, over all ranks."""
         assert self._evaluation is not None
         return self._floats(self._evaluation)
 
     def epoch_loss(self) -> float | None:
-        """Return the mean training loss of the epoch so far, over all ranks; None where nobody collects losses."""
+        """Return the mean training loss of the epoch so far, over all ranks; None if losses are not collected."""
         self._fold_losses()
-        name = f"{self._train_loss}_epoch"  # with several ranks also where this one has had no batch
+        name = f"{self._train_loss}_epoch"  # with several ranks also if this one had no batch
         loss = self._epoch.reductions.get(name) if self.run.world_size == 1 else self._epoch.reduction(name)
         if loss is None:
             return None
-        loss.sync = True  # ranks that disagreed on the best could not decide anything together
+        loss.sync = True  # ranks that decide by the best value must agree on it
         return loss.value(self._all_reduce).item()
 
     def _flush(self, buffer: LogBuffer) -> None:
-        """Copy the values of a buffer off the device, once for all, if anybody wants to see them."""
+        """Copy the values of a buffer off the device, all at once, if a plugin implements `on_log`."""
         self._fold_losses()
         if self.run.world_size > 1 or (buffer and self.run.plugins.heard["on_log"]):
             self.tell(self._floats(buffer))
         buffer.clear()
 
     def _floats(self, buffer: LogBuffer) -> dict[str, float]:
-        """Empty a buffer; return its values, over all ranks where they are to be."""
+        """Empty a buffer; return its values, reduced over ranks if they are logged so."""
         if self.run.world_size > 1:
             buffer.agree(self.run.hook.all_gather(trainer=self.run, value=buffer.synced()))
         return to_floats(buffer.collect(self._all_reduce))
@@ -200,7 +200,7 @@ class Logs:
         return self.run.hook.all_reduce(trainer=self.run, value=value, op=op)  # type: ignore[no-any-return]
 
     def _fold_losses(self) -> None:
-        """Hand the losses of the last steps to the buffers."""
+        """Add the losses of the last steps to the buffers."""
         pairs, self._losses = [pair for pair in self._losses if pair[1]], []  # without means of nothing
         if not pairs:
             return
@@ -217,7 +217,7 @@ class Logs:
     # State ----------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
-        """Return what has been logged and not told yet, by this rank."""
+        """Return the values of this rank that are not flushed yet."""
         return {
             "losses": torch.stack([loss.reshape(()) for loss, _ in self._losses]) if self._losses else None,
             "weights": torch.tensor([weight for _, weight in self._losses], dtype=torch.float64),
@@ -226,7 +226,7 @@ class Logs:
         }
 
     def update_state(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Load what `get_state` returned."""
         losses = [] if state.get("losses") is None else list(state["losses"].unbind())
         weights = state["weights"].tolist() if "weights" in state else [1.0] * len(losses)
         self._losses = list(zip(losses, weights, strict=True))

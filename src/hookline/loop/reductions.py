@@ -1,4 +1,4 @@
-"""Values on their way to whoever shows them: kept on their device, reduced, copied once a flush."""
+"""Running reductions of logged values: kept on their device, copied off it once per flush."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hookline.outputs import kept
 
 REDUCTIONS = ("mean", "sum", "min", "max", "last")
-FOLD_AT = 256  # values kept before they are folded into one: an interval of any length is flat in memory
+FOLD_AT = 256  # values before they are folded into one: memory does not grow with the interval
 
 _COMBINE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean": torch.sum,
@@ -29,8 +29,8 @@ AllReduce = Callable[..., torch.Tensor]
 class Reduction:
     """A running mean, sum, minimum, maximum or last value of numbers on any device.
 
-    A tensor is kept as it is until `FOLD_AT` have come: folding then costs a few kernels
-    for all of them. Sums are in float64, except where the device has none.
+    It keeps tensors as they are until there are `FOLD_AT` of them: folding then costs a few kernels
+    for all of them. Sums are in float64, unless the device lacks it.
     """
 
     __slots__ = ("_pending", "_value", "_weight", "_weights", "reduce", "sync")
@@ -44,20 +44,20 @@ class Reduction:
         self._weight = 0.0
 
     def add(self, value: Number, weight: float = 1.0) -> None:
-        """Take one number in; a tensor must be detached and of shape ()."""
+        """Add one number; a tensor must be detached and of shape ()."""
         self._pending.append(value)
         self._weights.append(weight)
         if len(self._pending) >= FOLD_AT:
             self._fold()
 
     def add_sum(self, total: torch.Tensor, weight: float) -> None:
-        """Take a weighted sum of numbers, of shape () and `wide`, with the sum of its weights into a mean."""
+        """Add a weighted sum of numbers, of shape () and `wide`, with the sum of its weights, to a mean."""
         self._fold()
         self._value = total if self._value is None else self._value + total
         self._weight += weight
 
     def _fold(self) -> None:
-        if self.reduce == "mean":  # the mean of nothing, a NaN, weighs nothing
+        if self.reduce == "mean":  # the mean of nothing is NaN, with weight 0
             self._pending = [value for value, weight in zip(self._pending, self._weights, strict=True) if weight]
             self._weights = [weight for weight in self._weights if weight]
         if not self._pending:
@@ -79,9 +79,9 @@ class Reduction:
         self._weight += weight
 
     def value(self, all_reduce: AllReduce | None = None) -> torch.Tensor:
-        """Return the reduced value, a tensor of shape () on its device; of all ranks if `sync` is set."""
+        """Return the reduced value, a tensor of shape () on its device; over all ranks if `sync` is set."""
         self._fold()
-        if self._value is None:  # only other ranks have any
+        if self._value is None:  # only other ranks have values
             self._value = torch.tensor(_NOTHING[self.reduce], dtype=torch.float64)
         value, weight = self._value, torch.full_like(self._value, self._weight)
         if self.sync and all_reduce is not None and self.reduce != "last":
@@ -90,7 +90,7 @@ class Reduction:
         return value / weight if self.reduce == "mean" else value
 
     def get_state(self) -> dict[str, Any]:
-        """Return it as data, what is pending as it is: folding earlier would round otherwise."""
+        """Return it as data, with pending values unfolded: folding earlier would round differently."""
         return {
             "reduce": self.reduce,
             "sync": self.sync,
@@ -102,7 +102,7 @@ class Reduction:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Reduction:
-        """Bring it back."""
+        """Make a reduction from what `get_state` returned."""
         reduction = cls(state["reduce"], state["sync"])
         reduction._value, reduction._weight = state["value"], state["weight"]
         reduction._pending, reduction._weights = list(state["pending"]), list(state["weights"])
@@ -110,12 +110,12 @@ class Reduction:
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:
-    """Return numbers in the widest type that their device has, so that long sums stay exact."""
+    """Return numbers in the widest floating type of their device, so that long sums stay exact."""
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 class LogBuffer:
-    """Reductions by name, until somebody collects them."""
+    """Reductions by name, until they are collected."""
 
     def __init__(self) -> None:
         self.reductions: dict[str, Reduction] = {}
@@ -124,7 +124,7 @@ class LogBuffer:
         return bool(self.reductions)
 
     def reduction(self, name: str, reduce: str = "mean") -> Reduction:
-        """Return the reduction of a name, made at its first value."""
+        """Return the reduction of a name; its first value makes it."""
         found = self.reductions.get(name)
         if found is None:
             found = self.reductions[name] = Reduction(reduce)
@@ -136,11 +136,11 @@ class LogBuffer:
         return found
 
     def synced(self) -> dict[str, str]:
-        """Return the reductions that are over all ranks, by name."""
+        """Return the kinds of the reductions that go over all ranks, by name."""
         return {name: reduction.reduce for name, reduction in self.reductions.items() if reduction.sync}
 
     def agree(self, ranks: Iterable[Mapping[str, str]]) -> None:
-        """Reduce over all ranks what one of them does, in the same order on each; `ranks` say what `synced` answers."""
+        """Reduce over all ranks what any rank reduces so, in the same order; `ranks` has each rank's `synced`."""
         for synced in ranks:
             for name, reduce in synced.items():
                 self.reduction(name, reduce).sync = True
@@ -151,17 +151,17 @@ class LogBuffer:
         self.reductions.clear()
 
     def collect(self, all_reduce: AllReduce | None = None) -> dict[str, torch.Tensor]:
-        """Return the values by name and start anew."""
+        """Return the values by name and clear the buffer."""
         values = {name: reduction.value(all_reduce) for name, reduction in self.reductions.items()}
         self.clear()
         return values
 
     def get_state(self) -> dict[str, Any]:
-        """Return what has not been collected yet."""
+        """Return the values that are not collected yet."""
         return {name: reduction.get_state() for name, reduction in self.reductions.items()}
 
     def update_state(self, state: Mapping[str, Any]) -> None:
-        """Take it back."""
+        """Load what `get_state` returned."""
         self.reductions = {name: Reduction.from_state(kept) for name, kept in state.items()}
 
 
@@ -173,10 +173,10 @@ def is_number(value: Any) -> bool:
 
 
 def as_number(name: str, value: Any) -> Number:
-    """Return a value that can be logged, without its graph, as it is now.
+    """Return a value to log, detached, as it is now.
 
     Raises:
-        TypeError: it is not one number.
+        TypeError: the value is not one number.
     """
     if is_number(value):
         return kept(value).reshape(()) if isinstance(value, torch.Tensor) else float(value)
@@ -188,7 +188,7 @@ def as_number(name: str, value: Any) -> Number:
 
 
 def to_floats(values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Copy values off their devices, in one copy per device."""
+    """Copy values off their devices, with one copy per device."""
     by_device: dict[torch.device, list[str]] = {}
     for name, value in values.items():
         by_device.setdefault(value.device, []).append(name)

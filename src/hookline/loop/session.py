@@ -1,4 +1,4 @@
-"""A session: one call of `train`, `validate`, `test` or `predict`, whose end reaches every plugin whatever happens."""
+"""A session: one call of `train`, `validate`, `test` or `predict`; every plugin gets its end, errors included."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ log = logging.getLogger("hookline.trainer")
 
 
 class Session:
-    """Does a run, and tells its beginning and its end."""
+    """Does a run, and calls `on_begin_run`, `on_exception` and `on_end_run`."""
 
     def __init__(self, run: Run, ends: Ends, randomness: Randomness, loaders: Loaders) -> None:
         self.run, self.ends, self.randomness, self.loaders = run, ends, randomness, loaders
         self.stage = Stage.TRAIN
-        """Of what is done now."""
+        """The current stage."""
         self.status = "not started"
         """How the last run ended: "finished", "stopped", "preempted" or "failed"; "running" until then."""
 
     @contextlib.contextmanager
     def at(self, stage: Stage) -> Iterator[None]:
-        """Be at a stage within."""
+        """Set the stage within the block."""
         before, self.stage = self.stage, stage
         try:
             yield
@@ -39,7 +39,7 @@ class Session:
             self.stage = before
 
     def do(self, stage: Stage, folder: str) -> None:
-        """Do a run of one stage; `folder` is said where it is known already."""
+        """Do a run of one stage; `folder` is logged if it is already known."""
         run, began = self.run, time.monotonic()
         self.stage, self.status = stage, "running"
         self.ends.begin_run()
@@ -48,7 +48,7 @@ class Session:
         for row in run.plugins.plan() if log.isEnabledFor(logging.DEBUG) else ():
             if run.plugins.heard[row["hook"]]:
                 log.debug("%(kind)s %(hook)s: wrapped by %(wrapped_by)s, done or heard by %(done_by)s", row)
-        with self.randomness.apart():  # what a run draws does not leak out of it
+        with self.randomness.apart():  # the random numbers of a run leave those outside unchanged
             self._tell(stage, began)
 
     def _tell(self, stage: Stage, began: float) -> None:

@@ -1,4 +1,4 @@
-"""Training: epochs, steps, and the boundary behind each step at which state is whole."""
+"""Training: epochs, steps, and the boundary after each step, at which the state is consistent."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ log = logging.getLogger("hookline.trainer")
 
 
 class Training:
-    """Trains: sets up, takes the epochs and their steps, and brings each step to its boundary."""
+    """Trains: sets up, does the epochs and their steps, and brings each step to its boundary."""
 
     def __init__(self, run: Run, evaluation: Evaluation, ends: Ends, window: Window, randomness: Randomness) -> None:
         self.run, self.evaluation, self.ends, self.window, self.randomness = run, evaluation, ends, window, randomness
         self.built, self.logs = evaluation.built, evaluation.logs
         self.settled = snapshot(run.counters)
-        """The counters at the last boundary; a cadence is due when a multiple lies between the two."""
-        self._unsettled = False  # whether a step has not come to its boundary yet
+        """The counters at the last boundary; a cadence is due if they have crossed a multiple since."""
+        self._unsettled = False  # whether a step has not reached its boundary yet
         self._stepped = True
         self._first_loader: Loader | None = None
         self._epoch_outputs = Collector(0)
@@ -48,7 +48,7 @@ class Training:
         self._set_up()
         if ends.finished():
             log.warning("nothing is left to train: the run is at step %d, epoch %d", run.global_step, run.epoch)
-            self.logs.flush_interval()  # it may have been killed between its last save and this
+            self.logs.flush_interval()  # the run may have been killed between its last save and this flush
             return
         warn_of_modes(run)
         ends.begin_training()
@@ -60,17 +60,17 @@ class Training:
         while not ends.finished():
             self._train_one_epoch()
         self._compare_schedules(ended=ends.over())
-        if not ends.preempted():  # else what was logged so far is in the state, and told when it is due
+        if not ends.preempted():  # else the logged values are in the state, and the resumed run flushes them
             self.logs.flush_interval()
             with self.logs.told_at_once():
                 run.hook.on_end_train(trainer=run, global_step=run.global_step)
 
     def _set_up(self) -> None:
-        """Build what training needs, in the one order that is right; a second `train` goes on with it."""
+        """Build what training needs, in the right order; a second `train` reuses it."""
         run, built, options = self.run, self.built, self.run.options
         fresh = not built.optimizers
         if fresh:
-            set_seed(data.mix(options.seed, 0))  # what is built is the same on all ranks
+            set_seed(data.mix(options.seed, 0))  # all ranks build the same
             built.make_model()
         self._first_loader = built.train_loader()
         built.count_totals(self._first_loader)
@@ -79,7 +79,7 @@ class Training:
         self.evaluation.plan(options.evaluate_every)
         if fresh:
             built.make_optimizers()
-            if run.share:  # what is drawn while training is each rank's own
+            if run.share:  # in training each share draws its own random numbers
                 set_seed(data.mix(options.seed, run.share))
             run.hook.restore(trainer=run, stage=Stage.TRAIN)
 
@@ -97,7 +97,7 @@ class Training:
         limit = self.built.batches_per_epoch()
         batches = itertools.islice(loader, None if limit is None else max(limit - cursor.position, 0))
         if resumed:
-            self.randomness.go_on()  # on_begin_train_epoch was told again, and may have drawn
+            self.randomness.go_on()  # on_begin_train_epoch ran again, and may have drawn random numbers
         self.randomness.forget_restored()
         self._epoch_outputs = Collector(run.plugins.rooms["on_end_train_epoch"])
         if run.hook.train_epoch(trainer=run, batches=batches):
@@ -121,10 +121,10 @@ class Training:
         self._compare_schedules(ended=False)
         run.counters.epochs += 1
         run.cursor.begin_epoch(run.counters.epochs)
-        self._unsettled = True  # also where nothing was trained of what was left of the epoch
+        self._unsettled = True  # also if the rest of the epoch had no batch
 
     def _compare_schedules(self, ended: bool) -> None:
-        """Say of schedules that they are as long as training is not."""
+        """Warn of schedules whose length differs from that of training."""
         run = self.run
         planned = {"step": self.built.totals.steps, "epoch": self.built.totals.epochs}
         for scheduler, when, _ in self.built.schedulers:
@@ -136,7 +136,7 @@ class Training:
     # Steps ----------------------------------------------------------------------------
 
     def advance(self, window: Sequence[Any]) -> bool:
-        """Settle the step before, then take one: update, count, tell; see `Trainer.advance`."""
+        """Bring the previous step to its boundary, then do one step; see `Trainer.advance`."""
         if not self.settle():
             return False
         run, counters, size = self.run, self.run.counters, len(window)
@@ -151,12 +151,12 @@ class Training:
         counters.global_step += 1
         counters.batches += size
         run.cursor.advance(size)
-        if run.shares > 1:  # as if all were full: batches of ranks may differ in size, and what is due must not
+        if run.shares > 1:  # as if all were full: batches differ between ranks, but what is due must not
             samples = size * run.micro_batch_size * run.shares
         counters.samples += samples
         counters.skipped_steps += not self._stepped
         self._unsettled = True
-        several = run.world_size > 1  # who watches may be there on one rank alone; all of them reduce what is logged
+        several = run.world_size > 1  # observers may exist on one rank only; all ranks reduce logged values
         collated: list[Any] = []
         if run.plugins.asking or several:
             self.logs.add_step_losses(outputs)
@@ -176,7 +176,7 @@ class Training:
         return True
 
     def _keep_cut(self, cut: WindowCut) -> None:
-        """Save a run that is stopped within a window, what is done of the window too."""
+        """Save a run that stops within a window, with the finished part of the window."""
         run, rooms = self.run, self.run.plugins.rooms
         room = max(1, rooms["on_end_train_step"], rooms["on_end_train_epoch"])
         self.window.cut([detached(row[:room]) for row in cut.outputs])
@@ -193,7 +193,7 @@ class Training:
         if not room:
             return []
         collated = collate([detached(row[:room]) for row in real or outputs])
-        return collated if real else [column[:0] for column in collated]  # as many as ever, of no sample
+        return collated if real else [column[:0] for column in collated]  # the usual number of outputs, without samples
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
         """Step optimizers through every gate, then clear all gradients; see `Trainer.step`."""
@@ -215,15 +215,15 @@ class Training:
             hook.step_schedulers(trainer=run, when="step", optimizers=chosen, metrics=self.evaluation.metrics)
         else:
             self._stepped = False
-        for optimizer in self.built.optimizers:  # `zero_grad`, without a call in each step
+        for optimizer in self.built.optimizers:  # `zero_grad` inlined, to save a call in each step
             optimizer.zero_grad()
         return stepped
 
     def _completing(self, closure: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
-        """Return a closure after whose every call the gradients are told to be complete.
+        """Return a closure that calls `on_begin_optimizer_step` after each of its calls.
 
-        Gradients are those of all ranks, so the loss is as well: optimizers that look at it (a line search) would take
-        another way on each rank.
+        Gradients are reduced over all ranks, so the loss is too: otherwise optimizers that read it (a line search)
+        would take another path on each rank.
         """
         run = self.run
         several = run.world_size > 1 and bool(run.plugins.performers("shard_model"))
@@ -243,7 +243,7 @@ class Training:
     def settle(self, counted: bool = False) -> bool:
         """Bring the last step to its boundary, once; see `Trainer.settle`."""
         if not (self._unsettled or counted):
-            return True  # what was asked for between two steps is served at the boundary of the second
+            return True  # a request between two steps waits for the boundary of the second
         self._unsettled = False
         run, ends = self.run, self.ends
         finished = ends.finished(agree=True)
@@ -253,7 +253,7 @@ class Training:
         followed = self.built.followed
         if followed and run.due("eval"):
             require_metrics(run, self.evaluation.metrics, followed, boundary=True)
-        back = self.randomness.restored is not None  # another state was put back: the data go on where that one stood
+        back = self.randomness.restored is not None  # a plugin loaded another state: the data continue from there
         if back:
             self.randomness.go_on()
         if ends.reason is not None or back:
@@ -266,7 +266,7 @@ class Training:
     # State ----------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
-        """Return how far the run is, as plain data."""
+        """Return the progress of the run, as plain data."""
         run = self.run
         return {
             "counters": dataclasses.asdict(run.counters),
@@ -278,7 +278,7 @@ class Training:
         }
 
     def update_state(self, state: Mapping[str, Any]) -> None:
-        """Be as far as that, at its boundary."""
+        """Load what `get_state` returned, a progress at a boundary."""
         run = self.run
         run.counters.update_state(state["counters"])
         self.settled = snapshot(run.counters)

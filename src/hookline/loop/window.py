@@ -1,4 +1,4 @@
-"""The window under way: the micro-batches of one optimizer step."""
+"""The current window: the micro-batches of one optimizer step (gradient accumulation)."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
 
 
 class Window:
-    """Knows how many micro-batches make an optimizer step, how much each weighs, and which is under way."""
+    """Knows how many micro-batches make an optimizer step, the weight of each, and the current one."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.size = 1
         """Micro-batches of one optimizer step; the last window of an epoch may have fewer."""
         self.padding = 0
-        """How many micro-batches at the end of this window only keep ranks in step: their outputs are dropped."""
+        """Micro-batches at the end of this window that only keep ranks in step; their outputs are dropped."""
         self.begun: list[Outputs] = []
-        """The outputs of the micro-batches that are done, where a run was cut within a window; else empty."""
+        """The outputs of the finished micro-batches, if a run was cut within a window; else empty."""
         self.weights: list[float] = []
-        """How much each micro-batch weighs in a mean: its samples, or what `get_weight` says."""
+        """The weight of each micro-batch in a mean: its samples, or the result of `get_weight`."""
         self.parts: list[float] | None = None
-        """How much each weighs in the window, where somebody performs `get_weight`."""
-        self._index: int | None = None  # of the micro-batch under way
+        """The factor of each micro-batch's loss in the window, if `get_weight` has a performer; else None."""
+        self._index: int | None = None  # of the current micro-batch
 
     def resize(self, size: int) -> None:
-        """Have so many micro-batches in the windows to come."""
+        """Set the number of micro-batches of the next windows."""
         self.size = size
 
     def pad(self, micro_batches: int) -> None:
-        """Have so many micro-batches at the end of the next window that only keep ranks in step."""
+        """State that the last micro-batches of the next window only keep ranks in step."""
         self.padding = micro_batches
 
     @property
@@ -44,7 +44,7 @@ class Window:
         """Samples of one micro-batch on one rank.
 
         Raises:
-            ValueError: the samples of a step cannot be shared equally.
+            ValueError: the samples of a step do not divide equally.
         """
         total, shares = self.run.options.train_batch_size, self.run.shares
         parts = shares * self.size
@@ -58,7 +58,7 @@ class Window:
     # A window -------------------------------------------------------------------------
 
     def begin(self, batches: Sequence[Any]) -> int:
-        """Begin with the first micro-batch; return how many samples there are in all of them."""
+        """Begin with the first micro-batch; return the number of samples of all of them."""
         run, samples = self.run, 0
         self.weights, self.parts, self._index = [], None, 0
         for batch in batches:
@@ -70,20 +70,20 @@ class Window:
         return samples
 
     def end(self) -> None:
-        """Be between two windows."""
+        """Leave the window."""
         self._index = None
 
     def begin_micro_batch(self, index: int) -> None:
-        """Go to a micro-batch, by whose weight means are weighted from here on."""
+        """Go to a micro-batch, whose weight applies to means from here on."""
         self._index = index
 
     @property
     def weight(self) -> float:
-        """How much a value weighs that is logged in the micro-batch under way."""
+        """The weight of a value logged in the current micro-batch."""
         return 1.0 if self._index is None or self._index >= len(self.weights) else self.weights[self._index]
 
     def _weigh(self, batches: Sequence[Any]) -> None:
-        """Ask how much each micro-batch weighs in the window, of all ranks."""
+        """Get the weight of each micro-batch, and its factor in the window of all ranks."""
         run, real = self.run, len(batches) - self.padding
         for index, batch in enumerate(batches):
             asked = index < real
@@ -99,10 +99,10 @@ class Window:
     # A window that was cut --------------------------------------------------------------
 
     def cut(self, outputs: Sequence[Outputs]) -> None:
-        """Keep what is done of a window that is to be gone on with by another run."""
+        """Keep the finished part of a window that another run will continue."""
         self.begun = list(outputs)
 
     def go_on(self) -> list[Outputs]:
-        """Return what is done already of a window that was cut, and keep it no more."""
+        """Return the finished outputs of a window that was cut, and forget them."""
         begun, self.begun = self.begun, []
         return begun

@@ -1,9 +1,9 @@
-"""Plugins: made of their names, checked, registered, ordered, called, and named where something is raised.
+"""Plugins: built, checked, registered, ordered and called; exceptions name the plugin that raised them.
 
-- `manager`: who implements what, in which order, and what follows from it.
-- `checks`: what is refused at registration.
-- `routes`: the shortest way to each hook; `observers` and their failures; `blame`.
-- `build`: plugin objects of names and options.
+- `manager`: which plugin implements which hook, in which order, and what follows from it.
+- `checks`: mistakes that registration refuses.
+- `routes`: the fastest call of each hook; `observers` and their failures; `blame`.
+- `build`: plugin objects from names and options.
 """
 
 from hookline.plugins.build import build, describe, options_of

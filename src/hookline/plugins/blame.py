@@ -1,4 +1,4 @@
-"""Blame: which hook of which plugin raised an exception."""
+"""Blame: the hook and the plugin that raised an exception."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from hookline.plugins.routes import TELL
 
 
 def blame(error: BaseException, specs: Collection[str]) -> None:
-    """Add a note to an exception: in which hook of which plugin of which distribution it was raised.
+    """Add a note to an exception: the hook, the plugin and the distribution that raised it.
 
-    Walks the traceback down to the innermost implementation: in a frame of `tell_all` it stands
-    at hand; where pluggy calls on, it is the one whose code the next frame runs. Costs
-    nothing until something is raised.
+    Walks the traceback to the innermost implementation: a frame of `tell_all` holds it; after a frame of pluggy it is
+    the one whose code the next frame runs. Costs nothing until an exception is raised.
 
     Args:
-        error: what was raised.
-        specs: names of contracts, whose bodies are nobody's fault.
+        error: the exception.
+        specs: names of the hook specifications, whose bodies are not plugins.
     """
     blamed: tuple[str, HookImpl] | None = None
     traceback = error.__traceback__
@@ -37,7 +36,7 @@ def blame(error: BaseException, specs: Collection[str]) -> None:
                     continue
                 if impl.plugin_name not in specs:
                     blamed = hook, impl
-                elif blamed is not None and blamed[0] == hook:  # it only passed through who wraps this
+                elif blamed is not None and blamed[0] == hook:  # it only passed through the wrapper
                     blamed = None
         traceback = below
     text = note(*blamed) if blamed is not None else None
@@ -46,5 +45,5 @@ def blame(error: BaseException, specs: Collection[str]) -> None:
 
 
 def note(hook: str, impl: HookImpl) -> str:
-    """Return what stands at an exception of a plugin."""
+    """Return the note for an exception of a plugin."""
     return f"raised in {hook} by plugin {impl.plugin_name!r} ({distribution_of(type(impl.plugin))})"

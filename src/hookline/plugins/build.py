@@ -1,4 +1,4 @@
-"""Make plugin objects of names and options, in an order in which what each requires comes first."""
+"""Build plugin objects from names and options, in an order that puts required plugins first."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from hookline.options import Options
 
 
 def build(plugins: Sequence[Any] | Mapping[str, Any]) -> dict[str, Any]:
-    """Return plugin objects by name, in order, with what they require before them.
+    """Return plugin objects by name, in order, with required plugins before those that need them.
 
     Args:
-        plugins: objects and names; or a mapping of name to an object, to a mapping of
-            options, or to None for a plugin that is turned off.
+        plugins: objects and names; or a mapping of name to an object, to a mapping of options, or to None to turn
+            a plugin off.
 
     Raises:
-        ValueError: two of one name, an unknown name, a circle of requirements.
-        TypeError: something that is no plugin.
+        ValueError: two plugins of one name, an unknown name, a circle of requirements.
+        TypeError: an object that is not a plugin.
     """
     if isinstance(plugins, Mapping):
         named = {name: _build_one(name, given) for name, given in plugins.items() if given is not None}
@@ -58,7 +58,7 @@ def _build_one(name: str, given: Any) -> Any:
 
 
 def _place(name: str, named: dict[str, Any], blocked: set[str], ordered: dict[str, Any], path: tuple[str, ...]) -> None:
-    """Put a plugin into the order, what it requires just before it."""
+    """Add a plugin to the order, and before it the plugins that it requires."""
     if name in path:
         raise ValueError(f"plugins require each other in a circle: {' -> '.join([*path, name])}")
     if name in ordered:
@@ -79,7 +79,7 @@ def options_of(plugin: Any) -> dict[str, Any]:
 
 
 def describe(module: ModuleInterface, options: Options, plugins: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the configuration of a run would be that was built in Python, without secrets."""
+    """Return the configuration that corresponds to a run built in Python, without secrets."""
     described = {
         "module": {"_target_": f"{type(module).__module__}.{type(module).__qualname__}"},
         "trainer": dataclasses.asdict(options),

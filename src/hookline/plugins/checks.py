@@ -1,4 +1,4 @@
-"""What is refused when a plugin registers: all that pluggy would let pass in silence."""
+"""Mistakes that registration refuses, and that pluggy would accept silently."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from hookline.plugins.seed import BRIDGES, SEED
 
 
 def check(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
-    """Refuse a plugin that could not be called as its author means.
+    """Refuse a plugin whose hooks would not be called as its author means.
 
     Raises:
-        TypeError: a class, an object without identity, or a method; the message names plugin, method and cure.
+        TypeError: a class, an object without identity, or a wrong method; the message names plugin, method and cure.
         ValueError: a name or an object that is registered already.
     """
     if isinstance(plugin, type):
@@ -70,7 +70,7 @@ def _check_method(hooks: HookRelay, plugin: Any, name: str, attribute: str, func
 
 
 def _check_arguments(offered: list[str], where: str, hook: str, function: Any) -> None:
-    """Refuse parameters that a hook cannot give."""
+    """Refuse parameters that the hook does not have."""
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
         if parameter.kind is parameter.VAR_POSITIONAL:
             cure = f"ask for {next((a for a in offered if 'outputs' in a), 'arguments')} by name"
@@ -97,7 +97,7 @@ def _check_unmarked(hooks: HookRelay, plugin: Any, where: str, attribute: str, s
         override = getattr(type(plugin), attribute)
         sure, spread = SEED[attribute]
         signature = inspect.signature(override)
-        try:  # how many outputs will be spread is known only when they come
+        try:  # the number of outputs is known only at the call
             (signature.bind_partial if spread else signature.bind)(plugin, *range(sure))
         except TypeError as error:
             raise TypeError(
@@ -108,7 +108,7 @@ def _check_unmarked(hooks: HookRelay, plugin: Any, where: str, attribute: str, s
     if not specified and not attribute.startswith("on_"):
         return
     if isinstance(plugin, ModuleInterface):
-        # Methods of a module are its own; but one that looks like a hook and would never be called is worth a word.
+        # A module may have any methods, but one that looks like a hook and is never called deserves a warning.
         if specified and (attribute.startswith("on_") or _fits(hooks, attribute, getattr(type(plugin), attribute))):
             warnings.warn(
                 f"{where} has the name of a hook and is not marked @hookimpl: it will not be called", stacklevel=4
@@ -123,7 +123,7 @@ def _check_unmarked(hooks: HookRelay, plugin: Any, where: str, attribute: str, s
 
 
 def _fits(hooks: HookRelay, hook: str, method: Any) -> bool:
-    """Tell whether a method asks for nothing but arguments of a hook, and for some of them."""
+    """Tell whether all parameters of a method, at least one, are arguments of a hook."""
     asked = list(inspect.signature(method).parameters)[1:]
     return bool(asked) and set(asked) <= set(_arguments(hooks, hook))
 

@@ -1,9 +1,8 @@
-"""The plugin manager: build, check, order, route, plan, blame.
+"""The plugin manager: register, check, order, route, plan, blame.
 
-pluggy keeps the table of who implements what and in which order. This module stands
-around it: it refuses at registration what pluggy would let pass in silence, leads each hook
-the shortest way (a hook that nobody plugged into is a plain Python call), and says
-who was it when something was raised.
+pluggy keeps the table of implementations and their order. This module adds three things: it refuses mistakes that
+pluggy would accept silently, it makes each hook as fast as possible (a hook without an implementation is a plain
+Python call), and it names the plugin that raised an exception.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ LISTENING = ("on_log", "on_end_validation", "on_end_train_epoch", "on_boundary",
 
 
 class PluginManager(pluggy.PluginManager):
-    """pluggy's manager, strict at registration, with a second namespace of shortest ways."""
+    """pluggy's manager with strict registration and a second namespace of fast calls."""
 
     def __init__(self) -> None:
         super().__init__(PROJECT)
-        # A class, because Python finds an attribute of a class five times as fast as one of an instance.
+        # A class, because Python looks up a class attribute five times faster than one of an instance.
         self.routes: Any = type("Routes", (), {})
-        """What the loop calls: one attribute per hook, rebuilt whenever a plugin comes or goes."""
+        """The calls of the loop: one attribute per hook, rebuilt when a plugin joins or leaves."""
         self.rooms: dict[str, int] = {}
-        """How many outputs of each collecting event somebody asks for; 0 if nobody does."""
+        """The most outputs that an implementation of each collecting event takes; 0 if none takes any."""
         self.logging = self.asking = self.collecting = False
-        """Whether anybody hears of logs; may ask for outputs or losses of training; for outputs besides the loss."""
+        """Whether a plugin implements `on_log`; may use outputs or losses of training; outputs besides the loss."""
         self.heard: dict[str, bool] = {}
-        """Whether anybody but the core implements a hook."""
+        """Whether a plugin or the module implements a hook, apart from the core."""
         self.cost: dict[str, float] = {}
         """Seconds spent in each observer."""
         self._failures = Failures()
@@ -53,7 +52,7 @@ class PluginManager(pluggy.PluginManager):
         self.add_contract(hookspecs, CORE)
 
     def add_contract(self, specs: Any, name: str) -> None:
-        """Add hook specifications, and with them how their verbs are done when nobody performs them."""
+        """Add hook specifications, with the bodies of their verbs as defaults."""
         if specs not in self._specs.values():
             self.add_hookspecs(specs)
             super().register(specs, name)
@@ -61,13 +60,12 @@ class PluginManager(pluggy.PluginManager):
             self._route()
 
     def register(self, plugin: Any, name: str | None = None) -> str | None:
-        """Register a plugin after refusing what pluggy would let pass in silence.
+        """Register a plugin; refuse mistakes that pluggy would accept silently.
 
         Raises:
-            TypeError: a class, an object without identity, or a method that could not be
-                called as its author means; the message names plugin, method and cure.
-            ValueError: a name or an object that is registered already, or a second that
-                performs one verb.
+            TypeError: a class, an object without identity, or a method that could not be called as its author means;
+                the message names plugin, method and cure.
+            ValueError: a name or an object that is registered already, or a second performer of one verb.
         """
         name = name or name_of(type(plugin))
         check(self, plugin, name)
@@ -83,7 +81,7 @@ class PluginManager(pluggy.PluginManager):
         return registered
 
     def register_all(self, plugins: Mapping[str, Any]) -> None:
-        """Register plugins by name, with the hooks that they bring; the first is called first."""
+        """Register plugins by name, with the hooks that they define; the first is called first."""
         for name, plugin in plugins.items():
             if getattr(plugin, "hookspecs", None) is not None:
                 self.add_contract(plugin.hookspecs, f"{name}.hookspecs")
@@ -91,17 +89,16 @@ class PluginManager(pluggy.PluginManager):
             self.register(plugin, name)
 
     def unregister(self, plugin: Any = None, name: str | None = None) -> Any:
-        """Unregister a plugin; the loop no longer calls it from its next hook on."""
+        """Unregister a plugin; from the next hook on the loop no longer calls it."""
         unregistered = super().unregister(plugin, name)
         self._route()
         return unregistered
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
-        """Say which methods implement hooks: the marked ones, and overrides of the seed's events.
+        """Return the options of a method that implements a hook: a marked one, or an override of a seed event.
 
-        Of an overridden event pluggy gets the bridge that spreads outputs, or the one
-        that does without where the override has no room for them; of an untouched or a
-        marked one it gets no bridge.
+        For an overridden seed event pluggy gets a bridge: the one that passes outputs, or the one without if the
+        override takes none. An event that is not overridden, or is marked, gets no bridge.
         """
         opts: Any = super().parse_hookimpl_opts(plugin, name)
         if not isinstance(plugin, CallbackInterface) or not name.startswith(BRIDGES):
@@ -125,13 +122,13 @@ class PluginManager(pluggy.PluginManager):
         return max(rooms, default=0)
 
     def stateful(self) -> Iterator[tuple[str, Any]]:
-        """Give name and object of the plugins that may have a state, in order."""
+        """Yield name and object of the plugins that may have a state, in order."""
         for name, plugin in self.listed():
             if hasattr(plugin, "get_state"):
                 yield name, plugin
 
     def states(self) -> Iterator[tuple[str, Any, Any]]:
-        """Give name, object and state of the plugins that have one now; an observer that fails to tell has none."""
+        """Yield name, object and state of the plugins that have one now; a failing observer has none."""
         for name, plugin in self.stateful():
             if ("get_state", name) in self._failures.switched_off:
                 self._failures.lose("get_state", name)
@@ -149,7 +146,7 @@ class PluginManager(pluggy.PluginManager):
                     yield name, plugin, state
 
     def receive(self, states: Mapping[str, Any]) -> None:
-        """Hand states to the plugins of these names; one that is not there yet gets its own when it comes."""
+        """Pass states to the plugins of these names; a plugin that registers later gets its state then."""
         plugins = dict(self.listed())
         for name, state in states.items():
             if name in plugins:
@@ -158,25 +155,25 @@ class PluginManager(pluggy.PluginManager):
                 self._pending[name] = state
 
     def listed(self) -> list[tuple[str, Any]]:
-        """Return the plugins by name in the order in which they are called, without core and module."""
+        """Return the plugins by name in the order of their calls, without core and module."""
         return [pair for pair in reversed(self.list_name_plugin()) if pair[0] != MODULE and pair[0] not in self._specs]
 
     def tell_each(self, hook: str, **arguments: Any) -> list[BaseException]:
-        """Tell an event to every plugin, each on its own; return what they raised, with blame."""
+        """Call an event for every plugin separately; return the exceptions, each with blame."""
         errors: list[BaseException] = []
         for impl in reversed(self._plugged(hook)):
             try:
                 impl.function(*map(arguments.__getitem__, (*impl.argnames, *impl.kwargnames)))
-            except BaseException as error:  # Ctrl-C in one teardown must not cost the others theirs
+            except BaseException as error:  # Ctrl-C in one teardown must not skip the others
                 if is_observer(impl.plugin) and isinstance(error, Exception):
-                    self._failures.say(hook, impl.plugin_name, error)  # once in a run, so it is not switched off
+                    self._failures.say(hook, impl.plugin_name, error)  # once per run, so never switched off
                 else:
                     error.add_note(note(hook, impl))
                     errors.append(error)
         return errors
 
     def report_failures(self) -> None:
-        """Say how many calls of each observer were lost in this run, by hook."""
+        """Log how many calls of each observer were lost in this run, by hook."""
         self._failures.report()
 
     # Routing
@@ -188,7 +185,7 @@ class PluginManager(pluggy.PluginManager):
         return getattr(self.hook, hook)  # type: ignore[no-any-return]
 
     def _route(self) -> None:
-        """Lead each hook the shortest way: one that nobody plugged into is a plain Python call."""
+        """Make the fastest call for each hook; without an implementation it is a plain Python call."""
         for name, caller in vars(self.hook).items():
             plugged = self._plugged(name)
             setattr(self.routes, name, self._way(name, caller, plugged))
@@ -201,13 +198,13 @@ class PluginManager(pluggy.PluginManager):
     def _way(self, name: str, caller: HookCaller, plugged: list[HookImpl]) -> Callable[..., Any]:
         if caller.is_historic() or caller.spec is None:
             return caller
-        if not plugged:  # a verb's body is how the core does it, an event's is empty
+        if not plugged:  # the body of a verb is the core's way, that of an event is empty
             return caller.spec.function
         if not caller.spec.opts.get("firstresult"):
             defaults = caller.spec.kwargdefaults
             return tell_all(name, plugged, defaults, self._failures, self.cost, self._route)
         performed = any(not impl.wrapper for impl in plugged)
-        # A performer that answers None must not fall through to the core's way of doing it.
+        # A performer that returns None must not fall through to the core's way.
         return answered(name, self.subset_hook_caller(name, self._specs.values()) if performed else caller, plugged)
 
     def _check_conflicts(self) -> None:
@@ -221,7 +218,7 @@ class PluginManager(pluggy.PluginManager):
                 )
 
     def performers(self, hook: str) -> list[str]:
-        """Return who performs a verb besides the core, at most one where all is well."""
+        """Return the plugins that perform a verb; at most one in a valid configuration."""
         return [impl.plugin_name for impl in self._plugged(hook) if not impl.wrapper]
 
     def _verbs(self) -> Iterator[str]:
@@ -232,7 +229,7 @@ class PluginManager(pluggy.PluginManager):
     # Plan and blame
 
     def plan(self) -> list[dict[str, Any]]:
-        """Return, for each hook in the loop's order, who wraps it and who does or hears it."""
+        """Return, for each hook in the loop's order, which plugins wrap it and which perform or implement it."""
         rows = []
         order = list(vars(hookspecs))
         names = sorted(vars(self.hook), key=lambda name: order.index(name) if name in order else len(order))
@@ -248,5 +245,5 @@ class PluginManager(pluggy.PluginManager):
         return rows
 
     def blame(self, error: BaseException) -> None:
-        """Add a note to an exception: in which hook of which plugin of which distribution it was raised."""
+        """Add a note to an exception: the hook, the plugin and the distribution that raised it."""
         blame(error, self._specs)

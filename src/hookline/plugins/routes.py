@@ -1,4 +1,4 @@
-"""Routes: the shortest way to each hook. One that nobody plugged into is a plain Python call."""
+"""Routes: the fastest call of each hook. A hook without an implementation is a plain Python call."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def tell_all(
     cost: dict[str, float],
     reroute: Callable[[], None],
 ) -> Callable[..., None]:
-    """Return a call that tells an event in pluggy's order: to plugins that matter, then to observers, guarded, timed.
+    """Return a function that calls an event in pluggy's order: plugins first, then observers, guarded and timed.
 
-    It calls them itself: nothing is answered and nothing wraps, and it is three times as quick.
+    It calls the implementations itself: an event has no result and no wrappers, and this is three times as fast.
     """
     calls = [(impl, impl.function, (*impl.argnames, *impl.kwargnames)) for impl in reversed(plugged)]
     matter = [call for call in calls if not is_observer(call[0].plugin)]
@@ -53,11 +53,11 @@ def tell_all(
 
 
 TELL = tell_all.__qualname__ + ".<locals>.tell"
-"""The name of the code of such a call, by which `blame` knows it."""
+"""The qualified name of such a function's code, by which `blame` finds it."""
 
 
 def answered(name: str, call: Callable[..., Any], plugged: Sequence[HookImpl]) -> Callable[..., Any]:
-    """Return a call of a verb that insists on an answer."""
+    """Return a call of a verb that raises if the result is None."""
 
     def answer(**arguments: Any) -> Any:
         given = call(**arguments)

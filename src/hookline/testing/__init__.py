@@ -1,4 +1,4 @@
-"""What a plugin's author needs to test it: a tiny trainer, hand-written loops, budgets, checks of the contract."""
+"""Helpers for tests of plugins: a tiny trainer, hand-written loops, budgets, checks of the contract."""
 
 from hookline.testing.budgets import Budget, calls_per_step, count_syncs
 from hookline.testing.check import check_plugin

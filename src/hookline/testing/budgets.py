@@ -1,4 +1,4 @@
-"""What a step costs, in counts that do not depend on the machine."""
+"""The cost of a step, in counts that do not depend on the machine."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch.utils._python_dispatch import TorchDispatchMode  # hears every operation; torch documents it by this name
+from torch.utils._python_dispatch import TorchDispatchMode  # sees every operation; torch documents it under this name
 
 
 class Budget(NamedTuple):
     """Counts of one training step."""
 
     calls: float
-    """Python functions called."""
+    """Calls of Python functions."""
     syncs: float
     """Copies of a value off its device that wait for it (`aten::_local_scalar_dense`)."""
 
 
 def calls_per_step(run: Callable[[int], Any], few: int = 40, many: int = 140) -> Budget:
-    """Return what one step of a loop costs, its setting up not counted.
+    """Return the cost of one step of a loop, without its setup.
 
     Args:
-        run: does the whole run over a number of steps; called with two numbers of steps,
-            whose difference is divided by theirs.
+        run: does the whole run over a number of steps; called with both numbers of steps, and the
+            difference in counts is divided by that in steps.
         few: steps of the short run.
         many: steps of the long run.
     """
-    for _ in range(2):  # imports, and then caches, which imports empty
+    for _ in range(2):  # the first run imports, which empties caches; the second fills them
         run(few)
     calls = count_calls(lambda: run(many)) - count_calls(lambda: run(few))
     syncs = count_syncs(lambda: run(many)) - count_syncs(lambda: run(few))
@@ -43,7 +43,7 @@ def count_calls(function: Callable[[], Any]) -> int:
         nonlocal count
         count += happening == "call"
 
-    gc.collect()  # else finalizers of what others have left would be counted
+    gc.collect()  # else finalizers of earlier objects would count
     gc.disable()
     sys.setprofile(profile)
     try:

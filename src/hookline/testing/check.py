@@ -1,4 +1,4 @@
-"""The contract of a plugin, checked as a stranger's package would be."""
+"""A check of a plugin's contract, as for a third-party package."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hookline.testing.tiny import TinyModule, tiny_trainer
 def check_plugin(plugin_class: type, make: Callable[[], Any] | None = None, **options: Any) -> None:
     """Assert that a plugin keeps the contract, and train a tiny module with it.
 
-    Checks that it is a dataclass by identity whose fields OmegaConf understands, that its
-    hooks can be called, that it can be taken out again, that its state is plain and comes back, and
-    that a plugin that only watches leaves the run's bits alone.
+    Checks that it is a dataclass with identity whose fields OmegaConf understands, that its hooks can be called, that
+    it can be unregistered, that its state is plain and can be loaded, and that training with an observer gives the
+    same bits.
 
     Args:
         plugin_class: the class.
-        make: makes one object, where the options do not suffice.
-        options: its fields, where it has no defaults, and options of the trainer.
+        make: makes one object, if the options do not suffice.
+        options: its fields without defaults, and options of the trainer.
     """
     name = plugin_class.__name__
     assert issubclass(plugin_class, CallbackInterface), f"{name} must subclass CallbackInterface"

@@ -1,4 +1,4 @@
-"""Saving and resuming without a disk, for tests of what survives a resume."""
+"""Saving and resuming without a disk, for tests of a resume."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Memory(CallbackInterface):
     """Keep a run's states in this process, and begin a run from one of them."""
 
     state: Any = None
-    """The state to restore; afterwards the last one that was saved."""
+    """The state to restore; later the last saved one."""
     every: str | None = None
-    """Cadence of saving; the end of training is saved as well."""
+    """Cadence of saving; the end of training saves too."""
 
     def __post_init__(self) -> None:
         self.states: dict[int, Any] = {}
-        """The states by their optimizer step."""
+        """The states by optimizer step."""
 
     @hookimpl
     def on_boundary(self, trainer: Trainer) -> None:

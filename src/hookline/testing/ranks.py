@@ -14,16 +14,16 @@ from hookline.testing.faults import Child, Outcome
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60.0) -> list[Outcome]:
-    """Run a function once on each rank, with what torchrun puts into the environment; return how each ended.
+    """Run a function once on each rank, with torchrun's environment variables; return the outcomes.
 
     Args:
         function: importable by its name.
-        world_size: how many processes.
+        world_size: the number of processes.
         args: its arguments, which can be pickled.
-        timeout: seconds for all of them together.
+        timeout: seconds for all processes together.
 
     Raises:
-        TimeoutError: one has not ended; all were killed.
+        TimeoutError: a process has not ended; all were killed.
     """
     ranks = Ranks(function, world_size, *args)
     return ranks.wait(timeout)
@@ -52,7 +52,7 @@ def on_ranks(
 
 
 class Ranks:
-    """Processes of one run that are under way; `children` are by rank. They meet at a store in this process."""
+    """The processes of one run; `children` are by rank. They meet at a store in this process."""
 
     def __init__(self, function: Callable[..., Any], world_size: int, *args: Any) -> None:
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -66,10 +66,10 @@ class Ranks:
         self.children = [Child(_as_rank, place, function, args) for place in places]
 
     def wait(self, timeout: float = 60.0) -> list[Outcome]:
-        """Return how each ended.
+        """Return the outcomes.
 
         Raises:
-            TimeoutError: one has not.
+            TimeoutError: a process has not ended.
         """
         deadline = time.monotonic() + timeout
         outcomes, late = [], []

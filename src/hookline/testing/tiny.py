@@ -1,4 +1,4 @@
-"""A small deterministic module with all that makes a resume hard, and the loop one would write for it."""
+"""A small deterministic module with everything that makes a resume hard, and a hand-written loop for it."""
 
 from __future__ import annotations
 
@@ -113,18 +113,18 @@ def hand_written_loop(
     step: Callable[[torch.optim.Optimizer], Any] = lambda optimizer: optimizer.step(),
     forward: Callable[[Callable[[], Any]], Any] = lambda call: call(),
 ) -> list[float]:
-    """Train a module by the loop one would write by hand; return the loss of each micro-batch.
+    """Train a module with a hand-written loop; return the loss of each micro-batch.
 
-    The loop that a trainer with the same options must equal bit for bit.
+    A trainer with the same options must give the same bits.
 
     Args:
         module: trained in place.
-        epochs: how many.
+        epochs: number of epochs.
         batch_size: of one micro-batch.
-        window: micro-batches per optimizer step; the last window of an epoch may be short.
+        window: micro-batches per optimizer step; the last window of an epoch may be shorter.
         seed: as the option of the trainer.
-        backward: what is done with the loss of a micro-batch, already divided by its window.
-        step: what is done with the complete gradients; False if the weights did not move.
+        backward: called with the loss of a micro-batch, already divided by its window.
+        step: called with each optimizer when the gradients are complete; False if the weights did not change.
         forward: calls the model's forward (under autocast, say).
     """
     from hookline.data import mix

@@ -1,4 +1,4 @@
-"""What every tracker must do, checked by what its service has kept of real runs."""
+"""Checks of every tracker, by what its service has of real runs."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ assert not called, called
 
 
 class Told(CallbackInterface):
-    """Keeps what trackers are told, in order.
+    """Records what trackers get, in order.
 
     Args:
-        batches: also values within validations, which lie at the number of the batch.
+        batches: also values within validations, at the number of the batch.
     """
 
     observer = True
 
     def __init__(self, batches: bool = True) -> None:
         self.points: Points = {}
-        """Places and values by name."""
+        """Positions and values by name."""
         self._batches, self._stage = batches, Stage.TRAIN
 
     @hookimpl
@@ -79,7 +79,7 @@ class _Service(CallbackInterface):
 
 
 class _Shows(CallbackInterface):
-    """Logs one of each kind besides numbers."""
+    """Logs one object of each kind besides numbers."""
 
     @hookimpl
     def on_end_train_step(self, trainer: Trainer, global_step: int) -> None:  # type: ignore[override]
@@ -99,7 +99,7 @@ class _SecondRank(CallbackInterface):
 
 
 class _SavesAndKills(CallbackInterface):
-    """Saves a state; some steps later it kills the process, when the tracker has what a save would wait for."""
+    """Saves a state; some steps later kills the process, when the tracker has what a save would wait for."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
@@ -130,16 +130,16 @@ def check_tracker(
 ) -> None:
     """Assert that a tracker does in a whole run what every tracker must.
 
-    The service has each value that was logged once, at its place: of training, of an evaluation on its own and, where
-    `log_batch` is overridden, within validations. No secret of the configuration is below the folder of the run.
-    Training is the same with the tracker as without, and goes on where the service cannot begin. Rank 0 alone writes.
+    The service has each logged value once, at its position: of training, of a separate evaluation and, if `log_batch`
+    is overridden, of validations under way. No secret of the configuration is below the run's folder. Training gives
+    the same bits as without the tracker, and continues if the service cannot start. Only rank 0 writes.
 
     Args:
-        make: the class, or what makes a tracker of it, whose axis is steps.
-        read: gives what the service has of a run by the folder of the run: a name, a place and a value for each point.
+        make: the class, or a function that makes a tracker, with the axis steps.
+        read: yields a name, a position and a value for each point that the service has of a run, by the run's folder.
         folder: for the runs.
         plugins: beside the tracker.
-        sdk: the module without which the tracker cannot begin, and says what to install.
+        sdk: the module without which the tracker cannot start and reports what to install.
         stored: what the service makes of a value.
     """
     _check_a_run(make, read, folder / "whole", plugins, stored)
@@ -154,11 +154,11 @@ def check_killed_tracker(
     plugins: Sequence[Any] = (),
     stored: Callable[[float], float] = float,
 ) -> None:
-    """Assert that of a run that is killed, in a process of its own, and gone on with no value is lost or doubled.
+    """Assert that no value is lost or doubled if a run is killed, in a separate process, and then resumed.
 
     Args:
-        make: the class, or what makes a tracker of it, whose axis is steps; it can be pickled.
-        read: gives what the service has of a run by the folder of the run: a name, a place and a value for each point.
+        make: the class, or a function that makes a tracker, with the axis steps; it can be pickled.
+        read: yields a name, a position and a value for each point that the service has of a run, by the run's folder.
         folder: for the runs.
         plugins: beside the tracker; they can be pickled.
         stored: what the service makes of a value.
@@ -183,13 +183,14 @@ def check_killed_tracker(
 
 
 def check_quiet_tracker(make: Callable[[], Tracker], folder: Path) -> None:
-    """Assert that a run in a process of its own writes below its folder alone, calls nobody and prints nothing.
+    """Assert that a run in a separate process writes only below its folder, connects to nothing and prints nothing.
 
-    Its home, the place where it is started and the folder for temporary files have afterwards what they had before.
+    Its home, its working directory and its folder for temporary files do not change.
 
     Args:
-        make: the class, or what makes a tracker of it; it can be pickled.
-        folder: for the runs (`runs`), the home (`home`), the place (`place`) and temporary files (`temporary`).
+        make: the class, or a function that makes a tracker; it can be pickled.
+        folder: for the runs (`runs`), the home (`home`), the working directory (`place`) and temporary files
+            (`temporary`).
     """
     homes = [folder / name for name in ("home", "place", "temporary")]
     for home in homes:
@@ -197,7 +198,7 @@ def check_quiet_tracker(make: Callable[[], Tracker], folder: Path) -> None:
     before = _below(homes)
     environment = {**os.environ, "HOME": str(homes[0]), "TMPDIR": str(homes[2]), "PYTHONDONTWRITEBYTECODE": "1"}
     environment |= {"TORCHINDUCTOR_CACHE_DIR": str(folder / "torch"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    if importlib.util.find_spec("matplotlib") is not None:  # an SDK may import it, and it keeps its fonts at home
+    if importlib.util.find_spec("matplotlib") is not None:  # an SDK may import it, and it caches fonts in the home
         environment["MPLCONFIGDIR"] = importlib.import_module("matplotlib").get_cachedir()
     command = [sys.executable, "-c", QUIET, pickle.dumps(make).hex(), str(folder / "runs")]
     done = subprocess.run(command, cwd=homes[1], env=environment, capture_output=True, text=True, check=False)
@@ -207,7 +208,7 @@ def check_quiet_tracker(make: Callable[[], Tracker], folder: Path) -> None:
 
 
 def train_quietly(make: Callable[[], Tracker], runs_folder: str) -> None:
-    """Train with a tracker that is told of one of each kind: what `check_quiet_tracker` starts."""
+    """Train with a tracker that gets one object of each kind: what `check_quiet_tracker` starts."""
     tiny_trainer([_Shows(), make()], runs_folder=runs_folder, epochs=1, log_every="1 steps").train()
 
 
@@ -276,7 +277,7 @@ def _check_failures(make: Callable[[], Tracker], folder: Path, sdk: str | None) 
 
 
 def _trained_all_the_same(tracker: Tracker, folder: Path) -> str:
-    """Train to the end with a tracker that cannot begin; return what was said of it."""
+    """Train to the end with a tracker that cannot start; return its warnings."""
     with _warned() as warned:
         trainer = tiny_trainer([tracker], runs_folder=str(folder), epochs=1)
         trainer.train()
@@ -306,7 +307,7 @@ def _notes(folder: Path) -> dict[str, str]:
 
 
 def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Give the names and the bytes of all files, also of those in archives."""
+    """Yield the names and the bytes of all files, also of those in archives."""
     for path in folder.rglob("*"):
         if path.is_file():
             yield str(path), path.read_bytes()
@@ -317,7 +318,7 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 @contextmanager
 def _warned() -> Iterator[list[str]]:
-    """Collect what trackers warn of."""
+    """Collect the warnings of trackers."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
-"""What trackers have in common: a thread of their own, so that no service holds training up or breaks it.
+"""The base of all trackers: each has its own thread, so that no service slows training down or breaks it.
 
-A tracker is a plugin whose class derives from `Tracker`. It says what its service is told at the start, of values and
-at the end; when that is, what is handed over and what becomes of failures is the same for all.
+A tracker is a plugin whose class derives from `Tracker`. It implements what its service gets at the start, for values
+and at the end; the base decides when, and handles failures.
 """
 
 from __future__ import annotations
@@ -31,55 +31,55 @@ if TYPE_CHECKING:
 __all__ = ["Histogram", "Image", "Run", "Table", "Tracker", "below", "flat"]
 
 AXES = ("steps", "batches", "samples", "epochs", "seconds")
-FEW = 40  # names that a message lists
+FEW = 40  # the most names in a message
 
 log = logging.getLogger("hookline.tracking")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a tracker is told of the run that begins."""
+    """The run that begins, as `Tracker.start` gets it."""
 
     name: str
     folder: Path
-    """Of the run; a service that writes to disk writes below it."""
+    """The run's folder; a service that writes to disk writes below it."""
     config: Mapping[str, Any]
-    """Resolved, its secrets masked."""
+    """Resolved, with secrets masked."""
     stage: Stage
     place: float
-    """Where on the axis it goes on: 0, or what was reached before it was cut."""
+    """The position on the axis from which the run continues: 0, or the one reached before it was cut."""
     id: str | None
-    """What `start` answered when this run was tracked before; None where it is a new one."""
+    """The return value of `start` when this run was tracked before; None for a new run."""
     batch: int = 0
-    """How many validation batches were told of by `log_batch`, up to where it goes on."""
+    """The number of validation batches that `log_batch` got before the point from which the run continues."""
 
     @property
     def plain_config(self) -> Any:
-        """`config` as JSON has it: dictionaries, lists, and texts for what JSON lacks."""
+        """`config` as JSON: dictionaries, lists, and texts for values that JSON lacks."""
         return json.loads(json.dumps(self.config, default=str))
 
 
 @dataclass(eq=False)
 class Tracker(CallbackInterface):
-    """Hands what is logged to a service, in order, by one thread of its own; rank 0 alone does.
+    """Sends logged values to a service, in order, from a thread of its own, on rank 0 only.
 
-    Derive from it, and override `start`, `log_metrics` and what else the service can keep. All of these are called in
-    that thread, and may take their time and raise, and training goes on. A failure of `start` switches the tracker off,
-    three in a row of another method that method alone, and what comes while a thousand calls wait is dropped. A warning
-    says so the first time, and one at the end of the run how many calls of which methods were lost.
+    Derive from it, and override `start`, `log_metrics` and whatever else the service can keep. The thread calls all of
+    these; they may be slow and may raise, and training continues. A failure of `start` switches the tracker off; three
+    failures in a row of another method switch off that method. Calls are dropped while a thousand wait. A warning says
+    so the first time, and one at the end of the run reports how many calls of which methods were lost.
     """
 
     axis: str = "steps"
-    """What values are placed by: steps (of the optimizer), batches, samples, epochs or seconds; or the name of a value.
+    """The axis of values: steps (of the optimizer), batches, samples, epochs or seconds; or the name of a logged value.
 
-    Each flush then lies at the last value that was logged by this name, such as a running total of tokens.
+    With a name, each flush lies at the last value logged by this name, such as a running total of tokens.
     """
     close_timeout: str = "1 min"
-    """How long the end of a run waits for what the service has not taken yet."""
+    """How long the end of a run waits for the service to take the remaining values."""
 
-    observer = True  # what is private here has two underscores: subclasses have names of their own
+    observer = True  # private names have two underscores here, so that subclasses cannot clash
     whole_places: ClassVar[bool] = False
-    """Whether the service takes whole numbers alone for places: it is given these, and `axis` cannot be seconds."""
+    """Whether the service accepts only whole numbers as positions; `axis` then cannot be seconds."""
 
     def __post_init__(self) -> None:
         own = name_of(type(self))
@@ -98,57 +98,57 @@ class Tracker(CallbackInterface):
         self.__clerk: Clerk | None = None
         self.__config: Mapping[str, Any] = {}
         self.__stage = Stage.TRAIN
-        self.__reached: float | None = None  # the last value of the name that `axis` is
+        self.__reached: float | None = None  # the last value of the name in `axis`
 
-    # What a tracker says of its service --------------------------------------------------
+    # What a tracker sends to its service -------------------------------------------------
 
     def start(self, run: Run) -> str | None:
-        """Begin a run of the service, or go on with `run.id`; return the id by which it can be gone on with later."""
+        """Begin a run of the service, or continue `run.id`; return the id for a later resume."""
         raise NotImplementedError
 
     def log_metrics(self, metrics: Mapping[str, float], place: float) -> None:
-        """Keep values by name at a place on the axis; they may be NaN or infinite."""
+        """Log values by name at a position on the axis; they may be NaN or infinite."""
         raise NotImplementedError
 
     def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
-        """Keep values of a validation under way, by the number of its batch in the run: an axis of their own."""
+        """Log values of a validation under way, by the number of its batch in the run: a separate axis."""
 
     def log_text(self, name: str, text: str, place: float) -> None:
-        """Keep a text."""
+        """Log a text."""
 
     def log_image(self, name: str, pixels: Any, place: float) -> None:
-        """Keep an image, or a figure that was drawn: a numpy array (height, width, 3) of uint8."""
+        """Log an image or a drawn figure: a numpy array (height, width, 3) of uint8."""
 
     def log_histogram(self, name: str, values: Any, place: float) -> None:
-        """Keep the distribution of values: a numpy array (n,) of float64, of finite numbers."""
+        """Log the distribution of values: a numpy array (n,) of float64, of finite numbers."""
 
     def log_table(self, name: str, table: Table, place: float) -> None:
-        """Keep a table."""
+        """Log a table."""
 
     def log_file(self, name: str, path: Path, place: float) -> None:
-        """Keep a file, or all files of a folder: a model that was saved, above all."""
+        """Log a file, or all files of a folder: mainly a saved model."""
 
     def finish(self, status: str) -> None:
         """End the run of the service: "finished", "stopped", "preempted" or "failed"."""
 
     @property
     def local(self) -> bool:
-        """Whether it is kept in files: a save then waits until all that was logged before it is written."""
+        """Whether the tracker writes files: a save then waits until everything logged before it is written."""
         return False
 
     @property
     def waiting(self) -> int:
-        """How many calls wait for the thread: a service that takes much at once is given it when there are none."""
+        """How many calls wait for the thread: a service that takes much at once can get it when this is 0."""
         return 0 if self.__clerk is None else self.__clerk.waiting
 
-    # What it says to an SDK ---------------------------------------------------------------
+    # Helpers for an SDK -------------------------------------------------------------------
 
     def import_sdk(self, module: str, needs: str) -> Any:
-        """Import what speaks to the service.
+        """Import the SDK of the service.
 
         Args:
             module: its name in Python.
-            needs: what pip is to be told where it is missing.
+            needs: its name for `pip install`.
 
         Raises:
             ValueError: it cannot be imported.
@@ -162,30 +162,30 @@ class Tracker(CallbackInterface):
             ) from error
 
     def refuse_set(self, init: Iterable[str], set_by: Mapping[str, str]) -> None:
-        """Refuse arguments of the SDK in the option `init` that something else sets: an option of the plugin, say.
+        """Refuse arguments of the SDK in the option `init` that something else sets, such as an option of the plugin.
 
         Args:
-            init: the names that are given.
-            set_by: what sets an argument.
+            init: the names in the option.
+            set_by: what sets an argument, by the argument's name.
 
         Raises:
-            ValueError: one of these arguments is given.
+            ValueError: one of these arguments is in the option.
         """
         for name in init:
             if name in set_by:
                 raise ValueError(f"{name_of(type(self))}.init: {name} is set by {set_by[name]}; leave it out")
 
     def refuse_unknown(self, where: str, given: Iterable[str], sdk: str, known: Iterable[str]) -> None:
-        """Refuse arguments that the SDK does not have, with the nearest that it has.
+        """Refuse arguments that the SDK does not have; the message names the nearest one.
 
         Args:
-            where: the option in which they are given.
+            where: the option with the arguments.
             given: their names.
-            sdk: what takes arguments.
-            known: the names of these.
+            sdk: the function or class that takes them.
+            known: the names that it takes.
 
         Raises:
-            ValueError: one that is not known.
+            ValueError: an unknown name.
         """
         names = sorted(known)
         for name in given:
@@ -210,10 +210,10 @@ class Tracker(CallbackInterface):
 
     @hookimpl(tryfirst=True)
     def on_begin_train(self, trainer: Trainer) -> None:
-        self.__begin(trainer, Stage.TRAIN)  # when it is known where a run that was cut goes on
+        self.__begin(trainer, Stage.TRAIN)  # the position of a resumed run is known only now
 
     def __begin(self, trainer: Trainer, stage: Stage) -> None:
-        self.__end("failed")  # of a run whose end was never told
+        self.__end("failed")  # of a run without `on_end_run`
         note = trainer.run_dir / "trackers" / f"{trainer.plugins.get_name(self)}.json"
         before = json.loads(note.read_text())["id"] if trainer.options.resume and note.exists() else None
         place, batch = self.__place(trainer), trainer.counters.evaluation_batches
@@ -229,16 +229,17 @@ class Tracker(CallbackInterface):
         self.__clerk = Clerk(str(trainer.plugins.get_name(self)), start)
 
     def catch_up(self) -> None:
-        """Wait until all that was logged so far is taken, for `close_timeout` at the longest.
+        """Wait until the service has taken everything logged so far, for at most `close_timeout`.
 
-        A tracker of files (`local`) does at each save: a run that is killed behind it then has all that stands before,
-        and none of it comes again. Who hands it to another thread or process overrides this, to wait for that too.
+        A tracker of files (`local`) does so at each save: a run that is killed afterwards then has everything logged
+        before the save, and logs none of it again. Override it if you pass values to another thread or process, and
+        wait for that.
         """
         if self.__clerk is not None:
             self.__clerk.wait(self.patience)
 
     def wait_until(self, done: Callable[[], bool]) -> bool:
-        """Wait until something is done by others, for `close_timeout` at the longest; return whether it is."""
+        """Wait until a condition holds, for at most `close_timeout`; return whether it does."""
         deadline = time.monotonic() + self.patience
         while not done():
             if time.monotonic() > deadline:
@@ -247,13 +248,13 @@ class Tracker(CallbackInterface):
         return True
 
     def get_state(self) -> dict[str, Any]:
-        """Return where the run stands on an axis that is no counter; who overrides it adds this to his own."""
+        """Return the position on an axis that is a logged value; an override must include it."""
         if self.local:
             self.catch_up()
         return {} if self.__reached is None else {"axis": self.axis, "place": self.__reached}
 
     def update_state(self, state: dict[str, Any]) -> None:
-        """Take it back, where the axis is the same."""
+        """Load the position, if the axis is the same."""
         self.__reached = state.get("place") if state.get("axis") == self.axis else None
 
     def __place(self, trainer: Trainer) -> float:
@@ -263,7 +264,7 @@ class Tracker(CallbackInterface):
 
     @hookimpl
     def on_log(self, trainer: Trainer, metrics: Mapping[str, float], global_step: int) -> None:
-        if self.__clerk is None:  # nothing was left to train, but something to tell
+        if self.__clerk is None:  # nothing is left to train, but values are left to log
             self.__begin(trainer, trainer.stage)
         if trainer.stage is not self.__stage:
             self.__tell(self.log_batch, dict(metrics), global_step)

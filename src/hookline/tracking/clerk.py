@@ -1,4 +1,4 @@
-"""The thread of a tracker: it does one call after the other, whatever becomes of them."""
+"""The thread of a tracker: it makes one call after the other, and survives their failures."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from collections import Counter
 from collections.abc import Callable
 
 WAITING = 1000  # calls that may wait for the thread; more are dropped
-FAILURES_ALLOWED = 3  # of one method in a row, before it is switched off
+FAILURES_ALLOWED = 3  # in a row, of one method, before it is switched off
 
 log = logging.getLogger("hookline.tracking")
 
 
 class Clerk:
-    """Does calls in a thread of its own, one after the other, whatever becomes of them."""
+    """Makes calls in a thread of its own, one after the other, and survives their failures."""
 
     def __init__(self, name: str, start: Callable[[], None]) -> None:
         self.name = name
-        # By the name of the method; None is the end.
+        # Each with the name of its method; None is the end.
         self._calls: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue(WAITING)
         self._finish: Callable[[], None] | None = None
-        self._lost: Counter[str] = Counter()  # calls by method: of the thread, which alone counts here
-        self._dropped: Counter[str] = Counter()  # and where there was no room
-        self._failing: Counter[str] = Counter()  # how many failed in a row
+        self._lost: Counter[str] = Counter()  # calls by method; only the thread writes it
+        self._dropped: Counter[str] = Counter()  # calls by method that found the queue full
+        self._failing: Counter[str] = Counter()  # failures in a row, by method
         self._thread = threading.Thread(target=self._work, args=[start], name=f"hookline-{name}", daemon=True)
         self._thread.start()
 
@@ -36,7 +36,7 @@ class Clerk:
         return self._calls.qsize()
 
     def tell(self, what: str, call: Callable[[], None]) -> None:
-        """Have something done soon; it is dropped where too much waits."""
+        """Queue a call; drop it if too many wait."""
         try:
             self._calls.put_nowait((what, call))
         except queue.Full:
@@ -48,12 +48,12 @@ class Clerk:
             self._dropped[what] += 1
 
     def wait(self, patience: float) -> None:
-        """Wait until nothing waits any more, not for ever."""
+        """Wait until all queued calls are done, for at most `patience` seconds."""
         with self._calls.all_tasks_done:
             self._calls.all_tasks_done.wait_for(lambda: not self._calls.unfinished_tasks, patience)
 
     def close(self, finish: Callable[[], None], patience: float) -> None:
-        """Have the last thing done, and wait for all of it, not for ever."""
+        """Queue the last call, and wait for all calls, for at most `patience` seconds."""
         deadline = time.monotonic() + patience
         self._finish = finish
         with contextlib.suppress(queue.Full):
@@ -98,7 +98,7 @@ class Clerk:
             self._failing[what] = 0
 
     def _try(self, call: Callable[[], None], why: str) -> bool:
-        """Do the first or the last call and return whether it has not failed; else say so."""
+        """Make the first or the last call; return whether it succeeded, and log a failure."""
         try:
             call()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What can be logged besides numbers, and how it is handed to trackers."""
+"""Objects that can be logged besides numbers, and their form for trackers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 
 @dataclass(frozen=True)
 class Image:
-    """A picture: an array or a tensor (height, width), (height, width, 3) or (3, height, width).
+    """An image: an array or a tensor (height, width), (height, width, 3) or (3, height, width).
 
-    Whole numbers are 0 to 255, others 0 to 1.
+    Whole numbers range from 0 to 255, others from 0 to 1.
     """
 
     pixels: Any
@@ -23,21 +23,21 @@ class Image:
 
 @dataclass(frozen=True)
 class Histogram:
-    """The distribution of the numbers of an array or a tensor."""
+    """The distribution of the numbers in an array or a tensor."""
 
     values: Any
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under names of columns."""
+    """Rows with named columns."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
     @property
     def plain_rows(self) -> list[list[Any]]:
-        """The rows with the text of each cell that is no number, text, truth value or None."""
+        """The rows, with the text of each cell that is not a number, text, truth value or None."""
         return [
             [cell if isinstance(cell, bool | int | float | str | None) else str(cell) for cell in row]
             for row in self.rows
@@ -45,14 +45,14 @@ class Table:
 
     @property
     def markdown(self) -> str:
-        """The table as a text."""
+        """The table as Markdown."""
         rows = [self.columns, ["---"] * len(self.columns), *self.rows]
         lines = (" | ".join(str(cell).replace("|", r"\|").replace("\n", " ") for cell in row) for row in rows)
         return "\n".join(f"| {line} |" for line in lines)
 
 
 def flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Give the leaves of a configuration by dotted names; an empty mapping is one."""
+    """Yield the leaves of a configuration by dotted names; an empty mapping is a leaf."""
     for name, value in config.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{path}{name}.")
@@ -61,12 +61,12 @@ def flat(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
 
 
 def below(name: str) -> str:
-    """Return a name that as a path leads nowhere but below where it is put."""
+    """Return a name that, as a path, cannot leave the folder in which it is used."""
     return "/".join(part for part in name.split("/") if part not in ("", ".", "..")) or "_"
 
 
 def prepared(value: Any) -> tuple[str, Any] | None:
-    """Return the kind of a value and what trackers are given of it, which nobody changes any more; None for nothing."""
+    """Return the kind of a value and an independent copy in the form for trackers; None if it has no kind."""
     if isinstance(value, str):
         return "text", value
     if isinstance(value, Path):
@@ -87,8 +87,8 @@ def prepared(value: Any) -> tuple[str, Any] | None:
 
 
 def drawn(figure: Any) -> Any:
-    """Return the pixels of a figure of matplotlib, whatever it is shown on."""
-    agg = importlib.import_module("matplotlib.backends.backend_agg")  # where there is a figure, there is this
+    """Return the pixels of a matplotlib figure, whatever its backend."""
+    agg = importlib.import_module("matplotlib.backends.backend_agg")  # a figure implies that it exists
     shown = figure.canvas
     canvas = agg.FigureCanvasAgg(figure)
     canvas.draw()
@@ -97,8 +97,8 @@ def drawn(figure: Any) -> Any:
 
 
 def as_array(value: Any) -> Any:
-    """Return a copy of the numbers of a tensor, an array or nested lists as an array of numpy."""
-    import numpy  # who logs pictures has it
+    """Return a copy of the numbers of a tensor, an array or nested lists as a numpy array."""
+    import numpy  # needed only to log images
 
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
