@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch.distributed.run import get_args_parser
 
+import hookline_distributed
 from hookline.cli import _parse, launch, main
 from hookline.testing.faults import PRELOADED
 from hookline.testing.ranks import run_ranks
@@ -22,7 +23,6 @@ from hookline_checkpoint import storage
 from hookline_checkpoint.compare import differences
 
 pytestmark = pytest.mark.plugins
-hookline_distributed = pytest.importorskip("hookline_distributed", reason="the session `bare` has no plugin")
 PRELOADED += [__name__, "hookline.config", "hookline_distributed", "hookline_ddp", "hookline_signals"]
 
 ranks = pytest.mark.xdist_group("ranks")
