@@ -275,15 +275,6 @@ def test_a_command_that_is_not_there_says_what_may_bring_it(hookline):
     assert "there is no command 'hook', did you mean 'hooks'?; there are fit" in hookline("hook").stderr
 
 
-def test_plan_says_where_its_worlds_have_gone(hookline):
-    done = hookline("plan", "--world", "8x64", "run.yaml")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "hookline: plan has no --world: `hookline simulate --world 8x64 run.yaml` shows what a rank holds and sends "
-        "in a step (`pip install hookline-simulate`)\n"
-    )
-
-
 @pytest.mark.plugins
 def test_help_shows_the_commands_of_plugins(hookline):
     listed = hookline("--help").stdout.partition("commands of plugins (`hookline COMMAND --help`):\n")[2]

@@ -123,7 +123,6 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     plan = add("plan", "show for each hook who wraps it and who does or hears it", _plan)
     add_configuration(plan)
-    plan.add_argument("--world", help=argparse.SUPPRESS)
     plan.add_argument("--json", action="store_true", help="for machines")
     plugins = add("plugins", "list the installed plugins, or show the hooks of one, or of a configuration's", _plugins)
     plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
@@ -249,11 +248,6 @@ def _no_early_success() -> Iterator[None]:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    if options.world is not None:
-        raise UserError(
-            f"plan has no --world: `hookline simulate --world {options.world} {options.config}` shows what a rank "
-            "holds and sends in a step (`pip install hookline-simulate`)"
-        )
     rows = _trainer(_configuration(options)).plugins.plan()
     if options.json:
         print(json.dumps(rows, indent=2))
