@@ -301,7 +301,7 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
     """
     hook = trainer.hook
     while window := hook.take_window(trainer=trainer, batches=batches):
-        if not trainer.training.advance(window):
+        if not (trainer.training.settle() and trainer.training.take_step(window)):  # `trainer.advance`
             return False
     if trainer.position == 0:
         raise ValueError(

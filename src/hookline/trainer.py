@@ -245,7 +245,7 @@ class Trainer:
 
         For performers of `train_epoch`.
         """
-        return self.training.advance(window)
+        return self.training.settle() and self.training.take_step(window)
 
     def settle(self, counted: bool = False) -> bool:
         """Bring the last step to its boundary, once: call `on_boundary`, save, stop; return whether to continue.

@@ -135,10 +135,8 @@ class Training:
 
     # Steps ----------------------------------------------------------------------------
 
-    def advance(self, window: Sequence[Any]) -> bool:
-        """Bring the previous step to its boundary, then do one step; see `Trainer.advance`."""
-        if not self.settle():
-            return False
+    def take_step(self, window: Sequence[Any]) -> bool:
+        """Take one step: update, count, tell; the step before is settled. Return False if the run was cut in it."""
         run, counters, size = self.run, self.run.counters, len(window)
         self._stepped, samples = True, self.window.begin(window)
         try:

@@ -41,14 +41,6 @@ LEFT_OUT = {  # what would end the simulated run before its step, write into a r
 }
 
 
-class Stepping(Trainer):
-    """Takes steps alone: what is due at the boundary between two, a vote or a save, is no part of a step."""
-
-    def settle(self, counted: bool = False) -> bool:
-        """Go on."""
-        return True
-
-
 def simulate(loaded: DictConfig, world: World) -> Plan:
     """Simulate a step of a configuration.
 
@@ -140,7 +132,7 @@ def _build(loaded: DictConfig, mode: Shapes, simulation: Any, folder: str) -> Tr
         return module
 
     plugins = {"simulation": simulation, **tree["plugins"]}
-    trainer = Stepping(make, plugins=plugins, config=config.masked(loaded), **options)
+    trainer = Trainer(make, plugins=plugins, config=config.masked(loaded), **options)
     for name, plugin in trainer.plugins.listed():
         if getattr(plugin, "observer", False) is True:
             trainer.plugins.unregister(name=name)  # it shows or keeps what is no run

@@ -92,7 +92,7 @@ class Simulation(CallbackInterface):
                     if step == STEPS - 1:
                         mode.find()
                         mode.counting, mode.peak = True, mode.live
-                    trainer.advance(window)
+                    trainer.training.take_step(window)  # without a boundary: a vote or a save is no part of a step
         except Exception as error:
             what = f"{self._name}.train_step" if mode.in_forward else "the step"
             found.missing = f"{what} could not be simulated: {told(error)}"
