@@ -311,14 +311,14 @@ def test_one_that_cannot_end_its_run_does_not_keep_the_run_from_ending(caplog):
 
 
 @pytest.mark.parametrize("where", ["start", "later"])
-def test_one_that_hangs_is_not_waited_for_for_ever(where, caplog, monkeypatch):
+def test_one_that_hangs_is_not_waited_for_for_ever(where, caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(tracking.clerk, "WAITING", 3)
     keeper = Keeper(close_timeout="1 s")
     if where == "start":
         keeper.go.clear()
     else:
         keeper.start = lambda run: keeper.go.clear()
-    trainer = train(keeper)
+    trainer = train(keeper, runs_folder=str(tmp_path / "runs"))  # whole: its thread goes on behind this test
     assert trainer.status == "finished"
     assert [said.partition(":")[0] for said in warnings_of(caplog)] == [
         "keeper is slower than training, or hangs",

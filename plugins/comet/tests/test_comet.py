@@ -348,7 +348,7 @@ class Checkpoints(CallbackInterface):
 def until_killed(folder, resume=None):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    kill = Checkpoints(7, 2) if resume else Checkpoints(6, 1)  # the second has something on disk that the first has not
+    kill = Checkpoints(7, 2) if resume else Checkpoints(5, 1)  # the second has step 6 on disk, which the first has not
     train(folder, kill, Comet(), resume=resume, evaluate_every="2 steps")
 
 
