@@ -33,7 +33,7 @@ def tests_of(changed: list[str]) -> tuple[list[str], list[str]]:
             tests.add(name)
         elif path.parts[0] == "src":
             tests.update(CORE)
-        if path.suffix == ".md" and "templates" not in path.parts:
+        if path.suffix == ".md":
             pages.add(name)
     return sorted(test for test in tests if Path(test).exists()), sorted(pages)
 

@@ -67,13 +67,11 @@ class Copy:
         done = subprocess.run(command, cwd=self.folder, input=DIFFS[what], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
-    def python(self, *arguments, **options):
+    def python(self, *arguments):
         paths = [str(self.folder / "src"), *map(str, self.folder.glob("plugins/*/src"))]
         environment = {**os.environ, "PYTHONPATH": ":".join(paths)}
         command = [sys.executable, *arguments]
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False, **options
-        )
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 

@@ -1,6 +1,6 @@
-"""Files and folders of which a kill or a power cut leaves the old or the new, never half; and how large files may be.
+"""Durable files: after a kill or a power cut a file or folder is the old one or the new one, never half of it; sizes.
 
-Imports nothing heavy. What tensors of a model have to do with files is in `hookline.files.weights`.
+This module imports only the standard library. `hookline.files.weights` is about the tensors of a model in files.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def flush(path: Path) -> None:
 
 
 def make_folder(folder: Path, mode: int = 0o777) -> None:
-    """Make a folder where there is none, and flush the names of it and of all that it is in: any of them may be as new.
+    """Make a folder if it does not exist, and flush the folders that contain it, any of which may be new too.
 
     Args:
-        folder: is made with the folders that it is in.
-        mode: rights of the folder itself, less the umask.
+        folder: missing parents are made too.
+        mode: permissions of the folder itself, before the umask.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=mode, exist_ok=True)
@@ -47,10 +47,10 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 @contextlib.contextmanager
 def replacing(final: Path) -> Iterator[Path]:
-    """Give a new path beside `final`; the file or folder that is made there takes its place when all is on the disk.
+    """Yield a new path beside `final`; the file or folder made there replaces `final` once it is on the disk.
 
-    Whoever looks finds the old one or the new one, after a kill too. Where the new one cannot be made the old one
-    stays. What a kill has left is removed by `clear`.
+    A reader finds the old one or the new one, after a kill too. The old one stays if the block raises. `clear` removes
+    what a kill left.
     """
     new = final.with_name(f"{NEW}{final.name}-{secrets.token_hex(4)}")
     try:
@@ -64,7 +64,7 @@ def replacing(final: Path) -> Iterator[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder; nobody else may replace anything there meanwhile."""
+    """Remove what killed writers left in a folder; no other process may replace files there at the same time."""
     for old in folder.glob(f"{OLD}*"):
         final = folder / old.name.removeprefix(OLD)
         if not final.exists():  # killed between the two renames of a system that cannot exchange
@@ -74,7 +74,7 @@ def clear(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """Remove a file or a folder, as far as that can be done; one that is not there is removed already."""
+    """Remove a file or a folder, as far as possible; a missing one is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -93,7 +93,7 @@ def _put(new: Path, final: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change their names in one step; answer False where the system cannot."""
+    """Exchange the names of two folders in one step; return False if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):  # not of Linux
@@ -107,10 +107,10 @@ def bytes_of(text: str, option: str = "") -> int:
 
     Args:
         text: the size, in upper or lower case.
-        option: where it stands, for messages: `plugin.option`.
+        option: its name in messages: `plugin.option`.
 
     Raises:
-        ValueError: it is none, with examples.
+        ValueError: the text is no size; the message has examples.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b", str(text).strip().lower())
     number = float(match[1]) * UNITS[match[2] or ""] if match else 0

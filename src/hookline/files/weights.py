@@ -1,4 +1,4 @@
-"""A model's tensors as files hold them: what is tied stored once, each in its own memory, shared out over shards."""
+"""The tensors of a model as files store them: tied tensors once, each in its own memory, split over shards."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import NamedTuple
 import torch
 
 INDEX = "model.safetensors.index.json"
-"""Says which tensor is in which file, where there are several."""
+"""The file that maps tensors to files, if there are several."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 def memory_of(tensor: torch.Tensor) -> Hashable:
-    """Return what two tensors have alike that are one (tied); not for an empty one, which has no memory of its own."""
+    """Return a key that is equal for tied tensors; not for empty tensors, which have no memory of their own."""
     layout = tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
     return tensor.data_ptr(), tensor.device, *layout
 
 
 def untie(state: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, str]]:
-    """Return dense tensors, of those that are tied the first, and by the names of the others which that is."""
+    """Return dense tensors, only the first of tied ones, and for each other name the name of its first."""
     tensors: Tensors = {}
     tied: dict[str, str] = {}
     names: dict[Hashable, str] = {}
@@ -35,24 +35,23 @@ def untie(state: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, str]]:
 
 
 class Shard(NamedTuple):
-    """One of the files that hold a model in the format of safetensors."""
+    """One file of a model in the safetensors format."""
 
     file: str
     tensors: Tensors
     metadata: dict[str, str]
-    """The names of what is tied to one of its tensors, as `safetensors.torch.load_model` expects them."""
+    """The names tied to its tensors, as `safetensors.torch.load_model` expects them."""
 
 
 def shards(tensors: Tensors, tied: Mapping[str, str], limit: float) -> Iterator[Shard]:
-    """Give the files of a model as Hugging Face names them: `model.safetensors`, or several that are numbered.
+    """Yield the files of a model with the names of Hugging Face: `model.safetensors`, or several numbered ones.
 
-    Tensors are shared out in their order, and are on the host and in memory of their own as `owned` gives them when
-    their file is taken.
+    The order of tensors stays. The tensors of a file are copied to the host, as by `owned`, when the file is yielded.
 
     Args:
-        tensors: what `untie` returned.
-        tied: and which names stand for others.
-        limit: bytes of the tensors in one file; one that is larger has a file of its own.
+        tensors: the tensors that `untie` returned.
+        tied: the tied names that `untie` returned.
+        limit: bytes of the tensors in one file; a larger tensor gets a file of its own.
     """
     parts: list[list[str]] = [[]]
     size = 0
@@ -69,7 +68,7 @@ def shards(tensors: Tensors, tied: Mapping[str, str], limit: float) -> Iterator[
 
 
 def owned(chosen: Tensors, tensors: Tensors) -> Tensors:
-    """Return some of a model's tensors on the host, contiguous, each alone in its memory; copied only where need be."""
+    """Return some tensors of a model on the host, contiguous, each in its own memory; copied only if necessary."""
     users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
     alone = {}
     for name, tensor in chosen.items():

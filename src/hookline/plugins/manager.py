@@ -138,8 +138,7 @@ class PluginManager(pluggy.PluginManager):
             except Exception as error:
                 if not is_observer(plugin):
                     raise
-                if self._failures.take("get_state", name, error):
-                    self._route()
+                self._failures.take("get_state", name, error)  # no hook, so no route changes
             else:
                 self._failures.in_a_row.pop(("get_state", name), None)
                 if state:

@@ -1,4 +1,4 @@
-"""What a training comes to, on one process or on each of several ranks, and whether that is the same."""
+"""Train a tiny module in one process or on several ranks, and compare the results."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class Trained(NamedTuple):
-    """What a training has come to, as one process sees it."""
+    """The results of a training in one process."""
 
     weights: dict[str, torch.Tensor]
-    """What `export_model` answers."""
+    """The result of `export_model`."""
     metrics: dict[str, float]
     again: dict[str, float]
     """The metrics of one more evaluation."""
     states: dict[int, Any]
-    """The state by step, where it was kept; what ranks have shares of is whole."""
+    """The state of each step, with `keep`; sharded tensors are whole."""
     looked: Any
-    """What `look` has answered."""
+    """The result of `look`."""
 
 
 def train_tiny(
@@ -42,17 +42,17 @@ def train_tiny(
     look: Callable[[Trainer], Any] | None = None,
     **options: Any,
 ) -> Trained:
-    """Train a module as `tiny_trainer` does, and evaluate it; alone, or on a rank by `on_ranks(train_tiny, 2, …)`.
+    """Train a module like `tiny_trainer`, and evaluate it; alone, or on each rank by `on_ranks(train_tiny, 2, …)`.
 
-    In one thread, since sums of several are others in the last bit.
+    It uses one thread, because sums over several threads differ in the last bit.
 
     Args:
-        plugins: by name; as objects they can be pickled.
-        module: makes the module; importable by its name, or a `functools.partial` of what is.
+        plugins: options or objects by name; objects must be picklable.
+        module: makes the module; importable by its name, or a `functools.partial` of such a function.
         keep: keep the state of each step.
-        begin: states to go on from, by rank.
-        look: is given the trainer at the end; importable by its name.
-        options: of the trainer.
+        begin: states to resume from, by rank.
+        look: a function of the trainer, called at the end; importable by its name.
+        options: options of the trainer.
     """
     torch.set_num_threads(1)
     memory = _Kept(every="1 steps" if keep else None)
@@ -72,17 +72,17 @@ def train_tiny(
 def assert_one_model(
     ranks: Sequence[Trained], alone: Trained, *, rtol: float = 1e-5, atol: float = 1e-6, rtol_of_metrics: float = 1e-6
 ) -> None:
-    """Assert that all ranks have the same weights and metrics bit for bit, and one process the same within rounding.
+    """Assert that all ranks have bit-identical weights and metrics, equal within rounding to those of one process.
 
     Args:
-        ranks: what each rank has come to.
-        alone: what one process has come to.
-        rtol: how much of itself a weight may differ by.
-        atol: and besides.
-        rtol_of_metrics: how much of itself a metric may differ by.
+        ranks: the results of each rank.
+        alone: the results of one process.
+        rtol: relative tolerance of weights.
+        atol: absolute tolerance of weights.
+        rtol_of_metrics: relative tolerance of metrics.
 
     Raises:
-        AssertionError: what differs.
+        AssertionError: something differs; the message says what.
     """
     for rank, trained in enumerate(ranks):
         assert digest(trained.weights) == digest(ranks[0].weights), f"rank {rank} has other weights than rank 0"
@@ -92,7 +92,7 @@ def assert_one_model(
 
 
 class _Kept(Memory):
-    """Begins from a state of this rank's own, which is no option: those are the same on all ranks."""
+    """Resumes from this rank's own state; options cannot carry it, as they are the same on all ranks."""
 
     own: Any = None
 
@@ -104,7 +104,7 @@ class _Kept(Memory):
 
 
 def _whole(value: Any) -> Any:
-    """Return a state with all tensors put together of which ranks have shares, on the host: those cannot be sent."""
+    """Return a state with sharded tensors made whole, on the host; shards cannot be sent to another process."""
     if hasattr(value, "full_tensor"):
         return value.full_tensor().cpu()
     if isinstance(value, Mapping):
