@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from hookline import CallbackInterface, hookimpl, require_metrics
+from hookline import CallbackInterface, hookimpl
 from hookline.testing import Memory, TinyModule, tiny_trainer
 
 
@@ -74,19 +74,11 @@ def test_a_loss_of_another_name_and_a_module_that_knows_better():
 
 
 class Looks(CallbackInterface):
-    """Asks for a value where the documentation says."""
+    """Watches a metric that there is, and one that there is not."""
 
     @hookimpl(wrapper=True)
-    def evaluate(self, trainer):
-        metrics = yield
-        if trainer.sanity_checking:
-            require_metrics(trainer, metrics, {"val_acc": "mine"})
-        return metrics
-
-    @hookimpl
-    def on_boundary(self, trainer):
-        if trainer.due("eval"):
-            require_metrics(trainer, trainer.metrics, {"val_loss": "mine", "val_acc": "looks.at"}, boundary=True)
+    def get_watched_metrics(self):
+        return (yield) | {"val_loss": "looks.here", "val_acc": "looks.at"}
 
 
 class LogsLate(TinyModule):
@@ -114,16 +106,44 @@ def test_what_never_comes_is_refused_when_the_state_is_saved():
 
 
 def test_it_is_not_said_to_be_saved_where_nobody_saves():
-    with pytest.raises(ValueError, match="in every evaluation\\n"):
+    with pytest.raises(ValueError, match="in every evaluation$"):
         tiny_trainer([Looks()]).train()
 
 
-def test_a_sanity_check_refuses_it_before_any_step_unless_somebody_logs_when_it_is_over():
-    trainer = tiny_trainer([Looks()], sanity_val_steps=1)
-    with pytest.raises(ValueError, match="mine: the evaluation has no metric 'val_acc'"):
-        trainer.train()
-    assert trainer.global_step == 0
-    trainer = tiny_trainer([Looks()], LogsLate(), sanity_val_steps=1)
+@pytest.mark.parametrize("options", [{"sanity_val_steps": 1}, {"eval_when_start": True}])
+def test_it_is_refused_before_any_step_unless_somebody_logs_when_an_evaluation_is_over(options):
+    trainer = tiny_trainer([Looks()], **options)
     with pytest.raises(ValueError, match="looks.at: the evaluation has no metric 'val_acc'"):
         trainer.train()
-    assert (trainer.global_step, trainer.module.heard) == (7, 1)
+    assert trainer.global_step == 0
+    trainer = tiny_trainer([Looks()], LogsLate(), **options)
+    with pytest.raises(ValueError, match="looks.at: the evaluation has no metric 'val_acc'"):
+        trainer.train()
+    assert (trainer.global_step, trainer.module.heard) == (7, 1 + ("eval_when_start" in options))
+
+
+def test_the_core_watches_what_schedulers_follow():
+    class Follows(TinyModule):
+        def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+            optimizer = torch.optim.SGD(self.parameters(), 0.01)
+            return [optimizer], [(torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), "validation")]
+
+    trainer = tiny_trainer([], Follows(), epochs=1)
+    trainer.train()
+    assert trainer.hook.get_watched_metrics(trainer=trainer) == {"val_loss": "ReduceLROnPlateau"}
+    trainer = tiny_trainer([], Follows(), epochs=1, val_loss_metric_name="other", max_steps=1)
+    trainer.module.val_step = lambda **_: None
+    with pytest.raises(ValueError, match="ReduceLROnPlateau: the evaluation has no metric 'other'"):
+        trainer.train()
+
+
+def test_an_evaluation_before_the_first_step_is_not_due_at_the_boundary_of_that_step():
+    due = []
+
+    class Asks(CallbackInterface):
+        @hookimpl
+        def on_boundary(self, trainer):
+            due.append(trainer.due("eval"))
+
+    tiny_trainer([Asks()], eval_when_start=True, evaluate_every="3 steps", epochs=1, max_steps=4).train()
+    assert due == [False, False, True, True]

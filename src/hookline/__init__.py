@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from hookline.marks import event as event
     from hookline.marks import hookimpl as hookimpl
     from hookline.marks import verb as verb
-    from hookline.monitored import require_metrics as require_metrics
     from hookline.randomness import kept_rng as kept_rng
     from hookline.randomness import set_seed as set_seed
     from hookline.state import copy_state as copy_state
@@ -51,7 +50,6 @@ _HOMES = {  # public name: module; imported at the first access, so that `hookli
     "instantiate": "config",
     "kept_rng": "randomness",
     "nearest": "installed",
-    "require_metrics": "monitored",
     "seconds": "cadence",
     "set_seed": "randomness",
     "shard": "data",

@@ -37,6 +37,7 @@ class Counters:
 
 UNITS = ("steps", "batches", "epochs", "evaluations", "samples", "seconds")
 """The units of cadences, in the order of `snapshot`."""
+EVALUATIONS = UNITS.index("evaluations")
 snapshot = operator.attrgetter("global_step", *UNITS[1:])
 """Return a run's counters as a tuple; not a Python function, because every step calls it."""
 

@@ -591,6 +591,17 @@ def on_boundary(trainer: Trainer, global_step: int) -> None:
 
 
 @verb
+def get_watched_metrics(trainer: Trainer) -> dict[str, str]:
+    """Return the metrics that every validation must have, each with the option that reads it.
+
+    The core knows those that schedulers follow. A plugin that reads one adds it:
+    `return (yield) | {"val_acc": "mine.metric"}`. A validation without one of them ends the run with an error: before
+    the first step where that is known, else at its boundary, when the state is saved.
+    """
+    return dict(trainer.built.followed)
+
+
+@verb
 def save(trainer: Trainer, reason: str, state: Mapping[str, Any] | None) -> bool:
     """Store the run's state; return whether it was stored.
 

@@ -70,10 +70,8 @@ def words_of(name: str) -> set[str]:
     return words | ({"minus"} if re.match(r"\W*1 *-", name) else set())  # 1-accuracy
 
 
-def require_metrics(
-    trainer: Run, metrics: Mapping[str, float], wanted: Mapping[str, str], *, boundary: bool = False
-) -> None:
-    """Raise if an evaluation lacks a metric that a plugin or scheduler reads.
+def require_metrics(trainer: Run, metrics: Mapping[str, float], *, boundary: bool = False) -> None:
+    """Raise if an evaluation lacks a metric of the verb `get_watched_metrics`, which a plugin or scheduler reads.
 
     Before the first step (`sanity_val_steps`, `eval_when_start`) it raises only if no plugin may log at the end of an
     evaluation, because such values do not exist yet.
@@ -81,14 +79,16 @@ def require_metrics(
     Args:
         trainer: the trainer of the evaluation.
         metrics: the metrics of the evaluation.
-        wanted: by metric, the option that reads it: `{"val_acc": "checkpoint.monitor"}`.
         boundary: it was the evaluation of this boundary, so save the state before raising.
 
     Raises:
         ValueError: the missing metric, and the existing ones.
     """
+    if not (boundary or _complete(trainer)):
+        return
+    wanted = trainer.hook.get_watched_metrics(trainer=trainer)
     missing = [name for name in wanted if name not in metrics]
-    if not missing or not (boundary or _complete(trainer)):
+    if not missing:
         return
     reason = f"there is no metric {missing[0]!r}"
     saved = boundary and trainer.hook.save(trainer=trainer, reason=reason, state=None)

@@ -80,7 +80,7 @@ class Evaluation:
             with kept_rng():
                 tried = self._measure(Stage.VAL, self.run.options.sanity_val_steps)
             if tried is not None:
-                require_metrics(self.run, tried, self.built.followed)
+                require_metrics(self.run, tried)
         finally:
             self.sanity_checking = False
         self.metrics = metrics

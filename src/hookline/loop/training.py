@@ -12,7 +12,7 @@ import torch
 
 from hookline import data
 from hookline.cadence import seconds
-from hookline.counters import snapshot
+from hookline.counters import EVALUATIONS, snapshot
 from hookline.interfaces import Loader, Stage, plain_name
 from hookline.loop.building import epochs_asked, warn_of_modes
 from hookline.loop.ends import Ends
@@ -56,7 +56,7 @@ class Training:
         if run.options.sanity_val_steps:
             self.evaluation.check_sanity()
         if not self.randomness.go_on() and run.options.eval_when_start:
-            self.evaluation.validate()
+            self._evaluate_at_start()
         while not ends.finished():
             self._train_one_epoch()
         self._compare_schedules(ended=ends.over())
@@ -64,6 +64,14 @@ class Training:
             self.logs.flush_interval()
             with self.logs.told_at_once():
                 run.hook.on_end_train(trainer=run, global_step=run.global_step)
+
+    def _evaluate_at_start(self) -> None:
+        """Validate before the first step; no boundary comes after it, so it is not due at that of the first step."""
+        run, evaluations = self.run, self.run.counters.evaluations
+        self.evaluation.validate()
+        if run.counters.evaluations > evaluations:
+            require_metrics(run, self.evaluation.metrics)
+        self.settled = snapshot(run.counters)
 
     def _set_up(self) -> None:
         """Build what training needs, in the right order; a second `train` reuses it."""
@@ -248,9 +256,8 @@ class Training:
         if finished and run.options.eval_when_finish and not ends.preempted():
             self.evaluation.validate()
         run.hook.on_boundary(trainer=run, global_step=run.counters.global_step)
-        followed = self.built.followed
-        if followed and run.due("eval"):
-            require_metrics(run, self.evaluation.metrics, followed, boundary=True)
+        if run.counters.evaluations != self.settled[EVALUATIONS]:
+            require_metrics(run, self.evaluation.metrics, boundary=True)
         back = self.randomness.restored is not None  # a plugin loaded another state: the data continue from there
         if back:
             self.randomness.go_on()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hookline import CallbackInterface, Stage, copy_state, hookimpl, require_metrics, seconds
+from hookline import CallbackInterface, Stage, copy_state, hookimpl, seconds
 from hookline.files import make_folder
 from hookline_checkpoint import writing
 from hookline_checkpoint.background import Background
@@ -64,7 +64,6 @@ class Checkpoint(CallbackInterface):
     def __post_init__(self) -> None:
         self._cadences = cadences(self.every)
         self._retention = rules_of(self.keep_last, self.keep_every, self.keep_best, self.monitor, self.mode)
-        self._evaluated_at: int | None = None  # the step of an evaluation that waits for its boundary
         self._monitored = False  # whether an evaluation has had the value of `monitor`
         self._finite = False  # and whether one had a finite one
         self._prepared: Path | None = None
@@ -78,7 +77,7 @@ class Checkpoint(CallbackInterface):
         if not self.asynchronous:
             self.run = None  # type: ignore[assignment,method-assign]  # hides the wrapper: nothing is to be waited for
         if not (self.keep_best and self._cadences):
-            for hook in ("evaluate", "on_begin_train_epoch", "on_end_train"):
+            for hook in ("get_watched_metrics", "on_end_train"):
                 setattr(self, hook, None)  # hides it
 
     @hookimpl
@@ -140,18 +139,8 @@ class Checkpoint(CallbackInterface):
             lock.release()
 
     @hookimpl(wrapper=True)
-    def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
-        metrics = yield
-        if trainer.sanity_checking:
-            require_metrics(trainer, metrics, {self.monitor: f"checkpoint.monitor={self.monitor!r}"})
-        else:
-            self._evaluated_at = trainer.global_step
-        return metrics
-
-    @hookimpl
-    def on_begin_train_epoch(self, trainer: Trainer, global_step: int) -> None:  # type: ignore[override]
-        if self._evaluated_at == global_step == 0:  # `eval_when_start`
-            require_metrics(trainer, trainer.metrics, {self.monitor: f"checkpoint.monitor={self.monitor!r}"})
+    def get_watched_metrics(self) -> Generator[None, dict[str, str], dict[str, str]]:
+        return (yield) | {self.monitor: f"checkpoint.monitor={self.monitor!r}"}
 
     @hookimpl
     def on_end_train(self, trainer: Trainer) -> None:  # type: ignore[override]
@@ -161,15 +150,11 @@ class Checkpoint(CallbackInterface):
             log.warning("checkpoint.keep_best=%d has kept none as the best: no evaluation %s", self.keep_best, why)
 
     @hookimpl
-    def on_boundary(self, trainer: Trainer, global_step: int) -> None:
+    def on_boundary(self, trainer: Trainer) -> None:
         if self._background is not None:
             self._finish(trainer, functools.partial(self._background.take, wait=False))
-        if self._evaluated_at == global_step and trainer.due("eval"):
-            self._evaluated_at = None
-            if not self._monitored:
-                wanted = {self.monitor: f"checkpoint.monitor={self.monitor!r}"}
-                require_metrics(trainer, trainer.metrics, wanted, boundary=True)
-                self._monitored = True
+        if self.keep_best and trainer.due("eval"):
+            self._monitored = True
             self._finite = self._finite or math.isfinite(trainer.metrics.get(self.monitor, math.nan))
         for text in self._cadences:
             if trainer.due(text):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hookline
-from hookline import CallbackInterface, hookimpl, require_metrics
+from hookline import CallbackInterface, hookimpl
 from hookline.files import bytes_of, clear, make_folder, replacing
 from hookline.files.weights import Tensors, untie
 from hookline_model_saving.weights import refuse_others, write_pt, write_safetensors
@@ -114,13 +114,11 @@ class ModelSaving(CallbackInterface):
                 raise ValueError(f'model_saving.mode={self.mode!r}: {mode!r} for {name} must be "min" or "max"')
         self._best: dict[str, float] = {}  # the best value by policy, where there has been one
         self._saved: dict[str, int] = {}  # the step of the model that was saved last, by policy
-        self._evaluated_at: int | None = None  # the step of an evaluation that waits for its boundary
-        self._epoch_ended = False  # and whether an epoch has ended, which does as well
-        self._checked = False  # whether the metrics of an evaluation have been found to be there
+        self._epoch_ended = False  # since the last boundary
         if TRAIN not in self._policies:
             self._turn_off("on_end_train_epoch")
         if self._policies in ([], [TRAIN]):
-            self._turn_off("on_begin_train_epoch", "evaluate")
+            self._turn_off("get_watched_metrics")
         if not self._policies:
             self._turn_off("on_begin_train", "on_boundary", "on_end_train")
 
@@ -149,23 +147,9 @@ class ModelSaving(CallbackInterface):
             clear(trainer.run_dir / FOLDER)
 
     @hookimpl(wrapper=True)
-    def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
-        metrics = yield
-        if trainer.sanity_checking:
-            require_metrics(trainer, metrics, self._wanted(trainer))
-        else:
-            self._evaluated_at = trainer.global_step
-        return metrics
-
-    @hookimpl
-    def on_begin_train_epoch(self, trainer: Trainer, global_step: int) -> None:  # type: ignore[override]
-        if self._evaluated_at == global_step == 0:  # `eval_when_start`
-            require_metrics(trainer, trainer.metrics, self._wanted(trainer))
-
-    def _wanted(self, trainer: Trainer) -> dict[str, str]:
-        """Return by metric which policy looks at it."""
+    def get_watched_metrics(self, trainer: Trainer) -> Generator[None, dict[str, str], dict[str, str]]:
         metrics = {self._metric(trainer, policy): policy for policy in self._policies if policy not in (TRAIN, ALWAYS)}
-        return {name: f"model_saving.policy={policy!r}" for name, policy in metrics.items()}
+        return (yield) | {name: f"model_saving.policy={policy!r}" for name, policy in metrics.items()}
 
     @staticmethod
     def _metric(trainer: Trainer, policy: str) -> str:
@@ -177,16 +161,10 @@ class ModelSaving(CallbackInterface):
 
     @hookimpl
     def on_boundary(self, trainer: Trainer, global_step: int) -> None:
-        evaluated, ended = self._evaluated_at == global_step, self._epoch_ended
-        if not (evaluated or ended):
-            return
-        self._evaluated_at, self._epoch_ended = None, False
+        ended, self._epoch_ended = self._epoch_ended, False
         due: dict[str, tuple[str | None, float | None]] = {}
-        if evaluated and trainer.due("eval"):
+        if trainer.due("eval"):
             metrics = trainer.metrics
-            if not self._checked:
-                require_metrics(trainer, metrics, self._wanted(trainer), boundary=True)
-                self._checked = True
             for policy in self._policies:
                 name = self._metric(trainer, policy)
                 if policy == ALWAYS:
@@ -271,7 +249,7 @@ class ModelSaving(CallbackInterface):
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take them back; a policy that has joined since begins anew."""
-        self._evaluated_at, self._epoch_ended = None, False  # after a roll back the weights of both are gone
+        self._epoch_ended = False  # after a roll back its weights are gone
         for mine, kept in ((self._best, state["best"]), (self._saved, state["saved"])):
             mine.update(
                 {name: value for name, value in kept.items() if name in self._policies and math.isfinite(value)}
