@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hookline import CallbackInterface, Stage, Trainer, hookimpl
+from hookline import CallbackInterface, Stage, Trainer, hookimpl, hookspecs, kept_rng
 from hookline.counters import Cursor
 from hookline.data import sampler_class
 from hookline.testing import Memory, TinyModule, digest, tiny_trainer
@@ -1049,3 +1049,42 @@ def test_who_counts_steps_himself_settles_each():
     assert (trainer.status, trainer.epoch, trainer.position) == ("stopped", 1, 3)
     assert sorted(memory.states) == [4, 8, 10]
     assert memory.states[10]["trainer"]["cursor"]["consumed"] == 24
+
+
+class Again(CallbackInterface):
+    """Takes a second pass over each window, in which a third one over its first batch is nested."""
+
+    @hookimpl
+    def run_window(self, trainer, window):
+        with kept_rng():
+            outputs = hookspecs.run_window(trainer=trainer, window=window)
+        trainer.zero_grad()
+        with trainer.idling():
+            with trainer.idling(), kept_rng():
+                hookspecs.call_model(trainer=trainer, batch=window[0], stage=Stage.TRAIN)
+            assert trainer.idle
+            hookspecs.run_window(trainer=trainer, window=window)
+        assert not trainer.idle
+        return outputs
+
+
+class CountsAll(TinyModule):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def train_step(self, global_step, batch, device):
+        self.count += len(batch[0])
+        self.log(counted=self.count)
+        return super().train_step(global_step, batch, device)
+
+
+def test_a_pass_that_idles_counts_nowhere():
+    ends = []
+    for plugins in ([], [Again()]):
+        memory, diary = Memory(), Diary()
+        trainer = tiny_trainer([*plugins, memory, diary], CountsAll(), log_every="1 steps")
+        trainer.train()
+        memory.state["trainer"]["counters"]["seconds"] = 0
+        ends.append((digest(memory.state), trainer.module.seen, diary.logged))
+    assert ends[0] == ends[1]

@@ -64,7 +64,7 @@ class Trainer:
         self.options = make_options(options)
         self.counters, self.cursor, self.best = Counters(), Cursor(seed=self.options.seed), Best()
         self.idle = False
-        """Whether the micro-batch under way only keeps ranks in step; `log` drops values during it."""
+        """Whether the pass under way does not count, as within `idling`; `log` drops values during it."""
         self._said: set[str] = set()
         self.plugins = PluginManager()
         self.hook = self.plugins.routes
@@ -277,13 +277,13 @@ class Trainer:
 
     @contextlib.contextmanager
     def idling(self) -> Iterator[None]:
-        """Set `idle` within, for a batch that only keeps ranks in step; restore what the module has counted."""
-        self.idle = True
+        """Set `idle` within, for a pass that does not count; restore what the module has counted. May be nested."""
+        before, self.idle = self.idle, True
         try:
             with untouched(self.module):
                 yield
         finally:
-            self.idle = False
+            self.idle = before
 
     @property
     def model(self) -> torch.nn.Module:

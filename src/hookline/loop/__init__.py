@@ -10,5 +10,5 @@ part imports only parts below it, and sees the trainer as a `run.Run`.
 - `logs`: logged values until their flush; `reductions`: the running means and sums below it.
 - `ends`: the end of training, requests to stop or save, and the agreement of ranks on them.
 - `window`: the micro-batches of the current optimizer step.
-- `idle`: a module that is restored after a batch that only keeps ranks in step.
+- `idle`: a module that is restored after a pass that does not count.
 """

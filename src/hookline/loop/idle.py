@@ -1,4 +1,4 @@
-"""Restores a module after a batch that only keeps ranks in step."""
+"""Restores a module after a pass that does not count."""
 
 from __future__ import annotations
 
@@ -60,20 +60,21 @@ def untouched(module: torch.nn.Module) -> Iterator[None]:
 
 def _tensors(value: Any, contents: dict[int, tuple[Any, Any]]) -> Iterator[torch.Tensor]:
     """Yield the tensors of an attribute at any depth, without parameters; remember the items of each container."""
-    if torch.is_tensor(value):
+    if isinstance(value, torch.Tensor):
         if not isinstance(value, torch.nn.Parameter) and not value.is_inference():
             yield value
     elif type(value) in CONTAINERS and id(value) not in contents:
         contents[id(value)] = value, copy.copy(value)
         for inner in list(value.values()) if isinstance(value, dict) else value:
-            yield from _tensors(inner, contents)
+            if isinstance(inner, torch.Tensor) or type(inner) in CONTAINERS:  # a list may hold many numbers
+                yield from _tensors(inner, contents)
 
 
 @functools.cache
 def warn_of_change(name: str) -> None:
-    """Warn, once, that a batch which must not count has changed a tensor."""
+    """Warn, once, that a pass which must not count has changed a tensor."""
     log.warning(
-        "a batch that only keeps ranks in step has changed the tensor %s of the module in place, so it counts there: "
+        "a pass that must not count has changed the tensor %s of the module in place, so it counts there: "
         "make it a buffer (register_buffer), or leave it alone while self.trainer.idle",
         name,
     )
