@@ -42,6 +42,12 @@ def metric(torchmetrics):
     return mean
 
 
+def compiled(torch):
+    within = torch.nn.Linear(1, 1)
+    within.compile(backend="eager")
+    return within._compiled_call_impl, torch.compile(within, backend="eager")._orig_mod
+
+
 def simulation(torch):
     names = (
         "torch._C._distributed_c10d:_resolve_process_group", "torch._C._distributed_c10d:_create_work_from_future",
@@ -115,6 +121,20 @@ PARTS = [
         {SIMULATE},
         "operations are done without values and without other ranks, by what torch has for its own compiler and tests",
         simulation,
+    ),
+    Part(
+        "torch",
+        {"_compiled_call_impl", "_orig_mod"},
+        {"plugins/summary"},
+        "which modules are compiled is said nowhere else",
+        compiled,
+    ),
+    Part(
+        "torch",
+        {"_scaled_dot_product_flash_attention_for_cpu"},
+        {"plugins/summary"},
+        "torch's counter of FLOPs does not know the attention of the CPU, which an operation of this name does",
+        lambda torch: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
     ),
     Part(
         "torch",
