@@ -210,6 +210,20 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert drawn(50, Cursor(), shuffle=False) == list(range(50))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_another_order_is_shared_and_continued_like_the_core_s(world):
+    def order(self):
+        return torch.randint(self.length, (9,), generator=self.generator())
+
+    def shares(cursor):
+        kinds = [data.sampler_class(cursor, True, rank, world) for rank in range(world)]
+        return [list(type("Drawn", (kind,), {"order": order})(range(5))) for kind in kinds]
+
+    whole = torch.randint(5, (9,), generator=torch.Generator().manual_seed(data.mix(3, 2))).tolist()
+    assert shares(Cursor(seed=3, epoch=2)) == [whole[rank::world] for rank in range(world)]
+    assert shares(Cursor(seed=3, epoch=2, consumed=4)) == [whole[4 + rank :: world] for rank in range(world)]
+
+
 class Noisy(Dataset):
     """Draws from all three random states; the epoch decides."""
 

@@ -26,6 +26,8 @@ class ResumableSampler(Sampler[int]):
     The order is one stateless permutation. Ranks take strided shares of the part after the cursor, so a resumed epoch
     skips by index, loads nothing, and may run on another number of ranks. The module's `get_*_dataloader` gets a
     subclass bound to a run (`sampler_class`) and only calls `sampler(dataset)`.
+
+    A plugin that draws another order wraps `get_sampler`, and returns a subclass with another `order`.
     """
 
     cursor: Cursor
@@ -37,14 +39,17 @@ class ResumableSampler(Sampler[int]):
         self.length = len(data_source)
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(mix(self.cursor.seed, self.cursor.epoch))
-            order = torch.randperm(self.length, generator=generator)
-        else:
-            order = torch.arange(self.length)
-        share = order[self.cursor.consumed + self.share :: self.shares]
+        share = self.order()[self.cursor.consumed + self.share :: self.shares]
         for chunk in torch.split(share, CHUNK):
             yield from chunk.tolist()
+
+    def order(self) -> torch.Tensor:
+        """Return what a whole epoch draws, over all ranks, `length` indices; it must depend only on (seed, epoch)."""
+        return torch.randperm(self.length, generator=self.generator()) if self.shuffle else torch.arange(self.length)
+
+    def generator(self) -> torch.Generator:
+        """Return a new generator, seeded by (seed, epoch)."""
+        return torch.Generator().manual_seed(mix(self.cursor.seed, self.cursor.epoch))
 
     def __len__(self) -> int:
         """Return the samples of a whole epoch on this rank, wherever the cursor is."""
