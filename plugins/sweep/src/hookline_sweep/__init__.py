@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline import CallbackInterface, Stage, hookimpl, require_metrics
+from hookline import CallbackInterface, Stage, hookimpl
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -31,12 +32,12 @@ class Sweep(CallbackInterface):
 
     def __post_init__(self) -> None:
         if TRIAL not in os.environ:
-            for hook in ("on_begin_train", "on_end_validation", "on_boundary", "on_checkpoint", "on_end_run"):
+            for hook in ("on_begin_train", "get_watched_metrics", "on_boundary", "on_checkpoint", "on_end_run"):
                 setattr(self, hook, None)
 
     @hookimpl
     def on_begin_train(self, trainer: Trainer) -> None:
-        self._evaluated = self._pruned = False
+        self._pruned = False
         self._failed = ""
         self._told: Any = None
         if trainer.rank == 0:
@@ -47,17 +48,15 @@ class Sweep(CallbackInterface):
             self._told.note("run", str(trainer.run_dir))
         self._metric: str = json.loads(os.environ[TRIAL])["metric"]
 
-    @hookimpl
-    def on_end_validation(self) -> None:
-        self._evaluated = True
+    @hookimpl(wrapper=True)
+    def get_watched_metrics(self) -> Generator[None, dict[str, str], dict[str, str]]:
+        return (yield) | {self._metric: "sweep --metric"}
 
     @hookimpl
     def on_boundary(self, trainer: Trainer) -> None:
         """Report the metric of the evaluation; all ranks stop together if rank 0 says so."""
-        if not self._evaluated:
+        if not trainer.due("eval") or self._metric not in trainer.metrics:
             return
-        self._evaluated = False
-        require_metrics(trainer, trainer.metrics, {self._metric: "sweep --metric"}, boundary=True)
         value = trainer.metrics[self._metric]
         if not math.isfinite(value):  # the same on all ranks
             self._failed = f"{self._metric} is {value} in evaluation {trainer.counters.evaluations}"
