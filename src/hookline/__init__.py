@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hookline.marks import event as event
     from hookline.marks import hookimpl as hookimpl
     from hookline.marks import verb as verb
+    from hookline.monitored import Watched as Watched
     from hookline.randomness import kept_rng as kept_rng
     from hookline.randomness import set_seed as set_seed
     from hookline.state import copy_state as copy_state
@@ -37,6 +38,7 @@ _HOMES = {  # public name: module; imported at the first access, so that `hookli
     "ModuleInterface": "interfaces",
     "Stage": "interfaces",
     "Trainer": "trainer",
+    "Watched": "monitored",
     "commands": "commands",
     "config": "config",
     "copy_state": "state",

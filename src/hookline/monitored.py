@@ -1,11 +1,13 @@
-"""What plugins that monitor a metric share: which direction is better, and whether the metric exists."""
+"""What plugins that watch a metric share: its values, which direction is better, and whether the metric exists."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import statistics
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hookline.run import Run
@@ -68,6 +70,85 @@ def words_of(name: str) -> set[str]:
     pieces = re.split(r"[\W_]+", name.lower())
     words |= {one + other for one, other in itertools.pairwise(pieces)}  # cross_entropy
     return words | ({"minus"} if re.match(r"\W*1 *-", name) else set())  # 1-accuracy
+
+
+class Watched:
+    """A metric by which a plugin decides: its value at a boundary, equal on all ranks, and the best one so far.
+
+    Evaluations have it. If its name begins with "train", it is one that training logs instead.
+
+    Args:
+        plugin: the name of the plugin, for messages about its options `metric`, `mode` and `min_delta`.
+        metric: the name of the metric.
+        mode: "min" or "max"; None: what the verb `get_mode` returns.
+        min_delta: by how much a value must be better than the best one: a number, or a share of the best ("1%").
+
+    Raises:
+        ValueError: an option that cannot be.
+    """
+
+    def __init__(self, plugin: str, metric: str, mode: str | None, min_delta: Any) -> None:
+        if not isinstance(metric, str) or not metric:
+            raise ValueError(f'{plugin}.metric={metric!r} must be the name of a metric, such as "val_loss"')
+        if mode not in ("min", "max", None):
+            raise ValueError(f"{plugin}.mode={mode!r} must be min or max, or null for what the name of the metric says")
+        share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", min_delta) if isinstance(min_delta, str) else None
+        absolute = type(min_delta) in (int, float) and 0 <= min_delta < math.inf
+        if not (share or absolute):
+            raise ValueError(f'{plugin}.min_delta={min_delta!r} must be a number from 0, or a share such as "1%"')
+        self.metric, self.mode, self.of_training = metric, mode, metric.startswith("train")
+        self.best: float | None = None
+        """The best finite value so far; settable, from a state."""
+        self._said = f"{plugin}.metric={metric!r}"
+        self._share, self._absolute = (float(share[1]) / 100, 0.0) if share else (0.0, float(min_delta))
+        self._heard: float | None = None
+
+    def begin(self, trainer: Any) -> None:
+        """Learn which direction is better, before the first step.
+
+        Raises:
+            ValueError: nobody knows.
+        """
+        if self.mode is None:
+            try:
+                self.mode = trainer.hook.get_mode(trainer=trainer, metric=self.metric)
+            except ValueError as error:
+                raise ValueError(f"{self._said}: {error}") from None
+
+    def wanted(self) -> dict[str, str]:
+        """Return what a wrapper of `get_watched_metrics` adds."""
+        return {} if self.of_training else {self.metric: self._said}
+
+    def hear(self, metrics: Mapping[str, float]) -> None:
+        """Take what `on_log` gives, if the metric is one of training."""
+        self._heard = metrics.get(self.metric, self._heard)
+
+    def take(self, trainer: Any) -> float | None:
+        """Return the value that is new at this boundary, or None; call it in `on_boundary`, on all ranks.
+
+        If each rank has logged its own value in training, this is their mean.
+        """
+        if not self.of_training:
+            return trainer.metrics.get(self.metric) if trainer.due("eval") else None
+        if trainer.world_size > 1:  # a rank may have logged nothing, so counters decide when all exchange
+            if not any(map(trainer.due, (trainer.options.log_every, "epoch", "eval"))):
+                return None
+            values = trainer.hook.all_gather(trainer=trainer, value=self._heard)
+            self._heard = statistics.fmean(there) if (there := [v for v in values if v is not None]) else None
+        value, self._heard = self._heard, None
+        return value
+
+    def improves(self, value: float) -> bool:
+        """Tell whether a value is better than the best by more than `min_delta`; it is then the best."""
+        best = self.best
+        if not math.isfinite(value):
+            return False
+        if best is not None:
+            gained = best - value if self.mode == "min" else value - best
+            if gained <= max(self._absolute, self._share * abs(best)):
+                return False
+        self.best = value
+        return True
 
 
 def require_metrics(trainer: Run, metrics: Mapping[str, float], *, boundary: bool = False) -> None:

@@ -94,6 +94,7 @@ VARIANTS = {  # options with which a plugin implements all of its hooks; one tha
     "amp": [{"precision": "fp16"}],
     "checkpoint": [{"every": "2 steps", "asynchronous": True, "keep_best": 1}],
     "distributed": [{}, {"uneven": "pad"}],
+    "early_stop": [{}, {"metric": "train_loss", "threshold": -1.0}],
     "finite": [{}, {"policy": "skip"}, {"policy": "rollback", "every": "2 steps"}],
     "guard": [{"every": "1 steps"}],
     "limits": [{"overfit_batches": 3}],
