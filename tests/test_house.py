@@ -20,6 +20,10 @@ NEEDED = {  # else it has nothing to do, or takes long
     "accumulate": {"steps": 2},
     "compile": {"backend": "eager"},
     "sampling": {"by": 2},
+NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny module has
+    "accumulate": {"steps": 2},
+    "compile": {"backend": "eager"},
+    "lr_schedule": {"replace": True},
 }
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services

@@ -22,6 +22,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "ema": {"decay": 0.5, "buffers": "average"},
     "finite": {"policy": "skip"},
     "limits": {"train_batches": 2, "val_batches": 2},
+    "lr_schedule": {"schedule": "linear", "replace": True},
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
     "monitor": {"grad_norm": True, "learning_rate": True},
     "sampling": {"kind": "length", "by": 2, "bucket": 2},
