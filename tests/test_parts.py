@@ -4,6 +4,7 @@ import dataclasses
 import math
 import random
 from collections import namedtuple
+from fractions import Fraction
 
 import numpy
 import pytest
@@ -162,20 +163,33 @@ def test_what_is_not_one_number():
         ("1h", 3600, "seconds"),
         ("90 s", 90, "seconds"),
         ("2 days", 172800, "seconds"),
+        ("0.25 epoch", Fraction(1, 4), "epochs"),
+        (".1ep", Fraction(1, 10), "epochs"),
+        ("2.0 epochs", 2, "epochs"),
+        ("1.5 h", 5400, "seconds"),
+        ("0.5s", 0.5, "seconds"),
     ],
 )
 def test_cadences(text, number, unit):
     assert every(text) == (number, unit)
 
 
-@pytest.mark.parametrize("text", ["", "1000", "3 fortnights", "0 steps", "2.5 epochs", "-1 steps", "steps 3", 5, None])
+@pytest.mark.parametrize("text", ["", "1000", "3 fortnights", "0 steps", "0.0 epochs", "-1 steps", "steps 3", 5, None])
 def test_what_is_no_cadence(text):
     with pytest.raises((ValueError, TypeError), match='is not a cadence; write one like "epoch", "2 epochs"|has no'):
         every(text)
 
 
+@pytest.mark.parametrize("text", ["0.5 steps", "1.5 batches", "2.5 samples", "0.5 eval"])
+def test_only_epochs_and_times_have_fractions(text):
+    with pytest.raises(ValueError, match=f"'{text}' is not a cadence; .*; only epochs and times have fractions"):
+        every(text)
+
+
 def test_durations():
     assert seconds("2h") == 7200
+    assert seconds("1.5 min") == 90
+    assert seconds("0.25 s") == 0.25
     with pytest.raises(ValueError, match="'2 epochs' is not a duration"):
         seconds("2 epochs")
 

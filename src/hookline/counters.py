@@ -38,8 +38,8 @@ class Counters:
 UNITS = ("steps", "batches", "epochs", "evaluations", "samples", "seconds")
 """The units of cadences, in the order of `snapshot`."""
 EVALUATIONS = UNITS.index("evaluations")
-snapshot = operator.attrgetter("global_step", *UNITS[1:])
-"""Return a run's counters as a tuple; not a Python function, because every step calls it."""
+snapshot = operator.attrgetter("counters.global_step", *(f"counters.{unit}" for unit in UNITS[1:]), "cursor.position")
+"""Return a run's counters as a tuple, and its place in the epoch; no Python function, because every step calls it."""
 
 
 @dataclasses.dataclass
@@ -89,6 +89,8 @@ class Cursor:
     """How many of these one batch draws over all ranks; 0 if the loader does not tell."""
     samples: int | None = None
     """Samples of the data set; None if unknown."""
+    batches: int | None = None
+    """Batches of this epoch on each rank; None if unknown."""
     loader_state: Any = None
     """The state of a stateful loader where the run was cut, until the loader gets it back."""
 
@@ -108,6 +110,10 @@ class Cursor:
     def begin_loader(self, samples: int | None) -> None:
         """Begin a loader of a data set of this many samples, whose batch size is still unknown."""
         self.draw, self.samples = 0, samples
+
+    def set_length(self, batches: int | None) -> None:
+        """Set how many batches the epoch has on each rank."""
+        self.batches = batches
 
     def draw_by(self, draw: int) -> None:
         """Set how many samples each batch draws over all ranks."""

@@ -205,12 +205,14 @@ class Trainer:
         self.ends.save(reason, alone)
 
     def due(self, cadence: str | None) -> bool:
-        """Tell whether a cadence ("50 steps", "epoch", "10 min") has become due since the last boundary."""
+        """Tell whether a cadence ("50 steps", "0.5 epoch", "10 min") has become due since the last boundary."""
         if cadence is None:
             return False
-        number, unit = every(cadence)
-        place = UNITS.index(unit)
-        return bool(snapshot(self.counters)[place] // number > self.training.settled[place] // number)
+        number, unit = asked = every(cadence)
+        now, settled, place, batches = snapshot(self), self.training.settled, UNITS.index(unit), self.cursor.batches
+        if unit == "epochs" and type(number) is not int:
+            return asked.passed(now[place], now[-1], batches) > asked.passed(settled[place], settled[-1], batches)
+        return bool(now[place] // number > settled[place] // number)
 
     def say_once(self, text: str, about: str = "") -> None:
         """Log a warning, once in the life of this trainer; "" logs nothing.

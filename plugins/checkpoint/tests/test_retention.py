@@ -240,6 +240,7 @@ def test_why_none_is_kept_as_the_best_is_said_at_the_end(tmp_path, caplog, monke
     [
         ({"keep_every": "often"}, r"checkpoint\.keep_every='often': 'often' is not a cadence"),
         ({"keep_every": "10 min"}, r"checkpoint\.keep_every='10 min' counts seconds; count steps or epochs"),
+        ({"keep_every": "0.5 epoch"}, r"checkpoint\.keep_every='0\.5 epoch' is a fraction; checkpoints stay by whole"),
         ({"keep_best": -1}, r"checkpoint\.keep_best=-1 must be at least 0"),
         ({"mode": "least"}, r"checkpoint\.mode='least' must be min or max, or null"),
         ({"monitor": "val_acc"}, r"checkpoint\.monitor='val_acc' and mode=None say what is the best, and keep_best=0"),

@@ -111,6 +111,7 @@ class Built:
                 f"{type(self.run.module).__name__}.get_train_dataloader() must return one loader; it returned "
                 f"{'None' if not loaders else f'loaders by key {list(loaders)}'}"
             )
+        self.run.cursor.set_length(lesser(data.length(loaders["default"]), self.batches_per_epoch()))
         return loaders["default"]
 
     def batches_per_epoch(self) -> int | None:

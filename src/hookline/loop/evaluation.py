@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline import data
-from hookline.cadence import Every, every
+from hookline.cadence import every
 from hookline.interfaces import Stage
 from hookline.loop.building import Built
 from hookline.loop.logs import Logs
@@ -39,20 +39,14 @@ class Evaluation:
         self.sanity_checking = False
         """Whether the evaluation under way is the sanity check before training."""
         self.by_counter = False
-        """Whether validation is due by steps, batches, samples or time, so within an epoch too."""
-        self._cadence: Every | None = None
+        """Whether validation is due by steps, batches, samples, time or parts of an epoch, so within an epoch too."""
         self._validated_at: int | None = None  # the optimizer step
         self._reports_so_far = False
 
     def plan(self, cadence: str | None) -> None:
         """Set the cadence of validation in training."""
-        self._cadence = None if cadence is None else every(cadence)
-        self.by_counter = self._cadence is not None and self._cadence.unit != "epochs"
-
-    def ends_epoch(self) -> bool:
-        """Tell whether a validation is due at the end of the current epoch."""
-        cadence, epoch = self._cadence, self.run.epoch
-        return cadence is not None and cadence.unit == "epochs" and cadence.crossed(epoch, epoch + 1)
+        number, unit = (0, "epochs") if cadence is None else every(cadence)
+        self.by_counter = unit != "epochs" or not isinstance(number, int)
 
     # Whole evaluations ----------------------------------------------------------------
 

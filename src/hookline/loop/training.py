@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline import data
-from hookline.cadence import seconds
+from hookline.cadence import every, seconds
 from hookline.counters import EVALUATIONS, snapshot
 from hookline.interfaces import Loader, Stage, plain_name
 from hookline.loop.building import epochs_asked, warn_of_modes
@@ -35,7 +35,7 @@ class Training:
     def __init__(self, run: Run, evaluation: Evaluation, ends: Ends, window: Window, randomness: Randomness) -> None:
         self.run, self.evaluation, self.ends, self.window, self.randomness = run, evaluation, ends, window, randomness
         self.built, self.logs = evaluation.built, evaluation.logs
-        self.settled = snapshot(run.counters)
+        self.settled = snapshot(run)
         """The counters at the last boundary; a cadence is due if they have crossed a multiple since."""
         self._unsettled = False  # whether a step has not reached its boundary yet
         self._stepped = True
@@ -71,7 +71,7 @@ class Training:
         self.evaluation.validate()
         if run.counters.evaluations > evaluations:
             require_metrics(run, self.evaluation.metrics)
-        self.settled = snapshot(run.counters)
+        self.settled = snapshot(run)
 
     def _set_up(self) -> None:
         """Build what training needs, in the right order; a second `train` reuses it."""
@@ -82,6 +82,8 @@ class Training:
             built.make_model()
         self._first_loader = built.train_loader()
         built.count_totals(self._first_loader)
+        for cadence in (options.evaluate_every, options.log_every):
+            run.due(cadence)  # raises if a fraction of an epoch lacks the length of the epoch
         max_time = None if options.max_time is None else seconds(options.max_time)
         self.ends.limit(options.max_steps, epochs_asked(options), max_time)
         self.evaluation.plan(options.evaluate_every)
@@ -102,6 +104,7 @@ class Training:
         loader, self._first_loader = self._first_loader, None
         if loader is None or resumed or run.epoch:
             loader = self.built.train_loader()
+            self.settled = (*self.settled[:-1], cursor.position)  # which has moved if batches have another size now
         limit = self.built.batches_per_epoch()
         batches = itertools.islice(loader, None if limit is None else max(limit - cursor.position, 0))
         if resumed:
@@ -113,8 +116,8 @@ class Training:
         self.settle()
 
     def _end_epoch(self) -> None:
-        run = self.run
-        if self.evaluation.ends_epoch():
+        run, options = self.run, self.run.options
+        if self._ends_with_epoch(options.evaluate_every):
             self.evaluation.validate()
         loss = self.logs.epoch_loss()
         if loss is not None:
@@ -122,6 +125,8 @@ class Training:
         run.hook.step_schedulers(
             trainer=run, when="epoch", optimizers=self.built.optimizers, metrics=self.evaluation.metrics
         )
+        if self._ends_with_epoch(options.log_every):
+            self.logs.flush_interval()
         self.logs.flush_epoch()
         outputs = self._epoch_outputs.collate()
         with self.logs.told_at_once():
@@ -130,6 +135,13 @@ class Training:
         run.counters.epochs += 1
         run.cursor.begin_epoch(run.counters.epochs)
         self._unsettled = True  # also if the rest of the epoch had no batch
+
+    def _ends_with_epoch(self, cadence: str | None) -> bool:
+        """Tell whether the end of this epoch crosses a multiple of epochs that its steps have not crossed."""
+        if cadence is None or every(cadence).unit != "epochs":
+            return False
+        passed, cursor = every(cadence).passed, self.run.cursor
+        return passed(cursor.epoch + 1, 0, cursor.batches) > passed(cursor.epoch, cursor.position, cursor.batches)
 
     def _compare_schedules(self, ended: bool) -> None:
         """Warn of schedules whose length differs from that of training."""
@@ -265,7 +277,7 @@ class Training:
             finished = ends.finished()
         if finished or ends.saves:
             run.hook.save(trainer=run, reason=ends.take_saves(), state=None)
-        self.settled = snapshot(run.counters)
+        self.settled = snapshot(run)
         return not finished and not back
 
     # State ----------------------------------------------------------------------------
@@ -286,8 +298,8 @@ class Training:
         """Load what `get_state` returned, a progress at a boundary."""
         run = self.run
         run.counters.update_state(state["counters"])
-        self.settled = snapshot(run.counters)
         run.cursor.update_state(state["cursor"])
+        self.settled = snapshot(run)
         run.best.update_state(state["best"])
         self.evaluation.update_state(state)
         if not run.options.reset_optimizers_schedulers:

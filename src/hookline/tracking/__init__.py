@@ -258,7 +258,7 @@ class Tracker(CallbackInterface):
         self.__reached = state.get("place") if state.get("axis") == self.axis else None
 
     def __place(self, trainer: Trainer) -> float:
-        counted: dict[str, float] = dict(zip(UNITS, snapshot(trainer.counters), strict=True))
+        counted: dict[str, float] = dict(zip(UNITS, snapshot(trainer), strict=False))
         place = counted[self.axis] if self.axis in AXES else self.__reached or 0
         return int(place) if self.whole_places else place
 

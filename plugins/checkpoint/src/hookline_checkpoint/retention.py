@@ -93,7 +93,9 @@ def _kept_for_ever(text: str) -> tuple[int, str]:
         raise ValueError(f"checkpoint.keep_every={text!r}: {error}") from None
     if kept.unit not in ("steps", "epochs"):
         raise ValueError(f"checkpoint.keep_every={text!r} counts {kept.unit}; count steps or epochs")
-    return kept
+    if not isinstance(kept.number, int):
+        raise ValueError(f"checkpoint.keep_every={text!r} is a fraction; checkpoints stay by whole epochs")
+    return kept.number, kept.unit
 
 
 def retain(newest: Path, rules: Retention, good: set[Path]) -> None:

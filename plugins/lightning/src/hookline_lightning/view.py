@@ -115,7 +115,7 @@ class View:
     @property
     def log_every_n_steps(self) -> int:
         """Steps from one flush of logged values to the next, where these are counted in steps."""
-        return hookline.every(self.core.options.log_every).number
+        return int(hookline.every(self.core.options.log_every).number)
 
     @property
     def sanity_checking(self) -> bool:
