@@ -155,6 +155,8 @@ def patience_of(given: Any) -> tuple[int | None, str]:
         return given, "values"
     try:
         number, unit = every(given)
+        if not isinstance(number, int):
+            raise ValueError("it is a fraction, and counters are whole numbers")
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"early_stop.patience={given!r} must be a number of values from 1, a cadence, or null: {error}"
