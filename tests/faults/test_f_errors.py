@@ -92,6 +92,7 @@ METRIC = {"_target_": "torchmetrics.MeanSquaredError"}
 VARIANTS = {  # options with which a plugin implements all of its hooks; one that is not named here is taken as it is
     "accumulate": [{"steps": 2}],
     "amp": [{"precision": "fp16"}],
+    "best": [{}, {"metric": "train_loss"}],
     "checkpoint": [{"every": "2 steps", "asynchronous": True, "keep_best": 1}],
     "distributed": [{}, {"uneven": "pad"}],
     "early_stop": [{}, {"metric": "train_loss", "threshold": -1.0}],
