@@ -131,6 +131,13 @@ PARTS = [
     ),
     Part(
         "torch",
+        {"_profiler_enabled"},
+        {"plugins/profile"},
+        "whether a profiler records is said nowhere else, and a second one would take what it has",
+        lambda torch: torch.autograd._profiler_enabled,
+    ),
+    Part(
+        "torch",
         {"_scaled_dot_product_flash_attention_for_cpu"},
         {"plugins/summary"},
         "torch's counter of FLOPs does not know the attention of the CPU, which an operation of this name does",
