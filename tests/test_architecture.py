@@ -243,7 +243,7 @@ def test_the_core_is_this_and_nothing_else():
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         main(["--help"])
     listed = printed.getvalue().partition("  COMMAND\n")[2].partition("\n\n")[0]
-    commands = ("fit", "validate", "test", "predict", "plan", "plugins", "hooks", "new")
+    commands = ("fit", "validate", "test", "predict", "plan", "plugins", "hooks", "new", "init")
     assert tuple(re.findall(r"^    (\S+)", listed, re.M)) == commands == OWN
 
 

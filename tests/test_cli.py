@@ -283,6 +283,7 @@ def test_help_shows_the_commands_of_plugins(hookline):
         ["ray", "hookline-ray", "0.1.0"],
         ["runs", "hookline-runs", "0.1.0"],
         ["simulate", "hookline-simulate", "0.1.0"],
+        ["sweep", "hookline-sweep", "0.1.0"],
         ["verify-resume", "hookline-checkpoint", "0.1.0"],
     ]
 
@@ -306,6 +307,47 @@ def test_new_plugin_is_whole(folder, hookline):
     assert checked.returncode == 0, checked.stdout
     assert "is there already" in hookline("new", "plugin", "weight-noise").stderr
     assert "cannot be a plugin's name" in hookline("new", "plugin", "Weight Noise").stderr
+
+
+@pytest.mark.plugins
+def test_a_new_project_trains_and_tests_itself_at_once(folder, hookline):
+    made = hookline("init", "my-project")
+    assert made.stdout == "wrote my-project; train it: cd my-project && hookline fit run.yaml\n"
+    project = folder / "my-project"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*words):
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(
+            command, cwd=project, env=environment, capture_output=True, text=True, check=False, timeout=110
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("hookline", "fit", "run.yaml", "trainer.epochs=2")
+    assert '"val_accuracy": ' in (project / "runs" / "my-project-1" / "metrics.jsonl").read_text()
+    assert "2 passed" in run("pytest", "-q", "-p", "no:cacheprovider")
+    for file in [file for file in project.rglob("*.*") if file.suffix in (".py", ".md", ".toml", ".yaml")]:
+        assert "PROJECT_" not in file.read_text(), file
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("there", "there is there already"),
+        ("My Project", "'My Project' cannot be a project's name: use lower-case words joined by '-' or '_'"),
+        ("torch", "'torch' cannot be a project's name: Python knows 'torch' as something else"),
+        ("class", "'class' cannot be a project's name"),
+        ("tests", "'tests' cannot be a project's name"),
+    ],
+)
+def test_a_project_overwrites_and_hides_nothing(folder, capsys, monkeypatch, name, message):
+    monkeypatch.chdir(folder)
+    (folder / "there").mkdir()
+    assert main(["init", name]) == 2
+    assert message in capsys.readouterr().err
+    assert list((folder / "there").iterdir()) == []
+    assert not (folder / "torch").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["hooks"]])

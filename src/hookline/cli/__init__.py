@@ -29,6 +29,7 @@ examples:
   hookline plan examples/digits.yaml                     who does what in which order
   hookline plugins                                       what is installed
   hookline hooks on_boundary                             what a hook is told, and when
+  hookline init my-project                               a project that trains at once
 """
 DOORS = {
     "fit": ("train", "train a module"),
@@ -36,7 +37,7 @@ DOORS = {
     "test": ("test", "evaluate the test loaders"),
     "predict": ("predict", "predict; the module or a plugin takes the predictions"),
 }
-OWN = (*DOORS, "plan", "plugins", "hooks", "new")
+OWN = (*DOORS, "plan", "plugins", "hooks", "new", "init")
 """The commands of the core."""
 
 
@@ -131,7 +132,10 @@ def _parser() -> argparse.ArgumentParser:
     new = add("new", "write the skeleton of something new", _new)
     new.add_argument("kind", choices=["plugin"])
     new.add_argument("name", help="name of the plugin, e.g. weight-noise")
-    new.add_argument("--folder", default=".", help="where to write it (default: here)")
+    init = add("init", "write a project that trains at once: a module, data, a configuration and a test", _init)
+    init.add_argument("name", help="name of the project, e.g. my-project")
+    for written in (new, init):
+        written.add_argument("--folder", default=".", help="where to write it (default: here)")
     return parser
 
 
@@ -305,10 +309,17 @@ def _hooks(options: argparse.Namespace) -> int:
 def _new(options: argparse.Namespace) -> int:
     from hookline.cli.new import new_plugin
 
-    try:
+    with mendable(ValueError):
         print(f"wrote {new_plugin(options.name, Path(options.folder))}")
-    except ValueError as error:
-        raise UserError(error) from error
+    return 0
+
+
+def _init(options: argparse.Namespace) -> int:
+    from hookline.cli.new import new_project
+
+    with mendable(ValueError):
+        folder = new_project(options.name, Path(options.folder))
+    print(f"wrote {folder}; train it: cd {folder} && hookline fit run.yaml")
     return 0
 
 
