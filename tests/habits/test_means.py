@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from hookline import ModuleInterface, hookimpl
+from hookline import CallbackInterface, ModuleInterface, hookimpl
+from hookline.testing import Memory
 
 # Forms of batches ---------------------------------------------------------------------
 
@@ -140,6 +141,34 @@ def test_means_are_over_samples_whatever_a_batch_looks_like(form, caplog):
     assert logged == pytest.approx([sum(kept) / len(kept)] * 4, abs=1e-6)
     assert samples == len(kept)
     assert "it is not plain how many samples" not in caplog.text
+
+
+@dataclasses.dataclass(eq=False)
+class Windows(CallbackInterface):
+    size: int
+
+    @hookimpl
+    def get_window_size(self):
+        return self.size
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_losses_of_windows_of_unequal_batches_are_over_samples(window):
+    batches = [
+        torch.arange(float(begin), begin + size) ** 2 for begin, size in ((0, 5), (5, 3), (8, 1), (9, 4), (13, 2))
+    ]
+    by_step = [torch.cat(batches[begin : begin + window]).mean().item() for begin in range(0, 5, window)]
+    whole, memory = Keep(), Memory(every="1 steps")
+    options = {"train_batch_size": 2 * window, "log_every": "1 steps", "epochs": 2}
+    train(Seen(batches), [whole, memory, Windows(window)], **options)
+    assert [value for _, value in whole.get("train_loss")] == pytest.approx(by_step * 2)
+    assert [value for _, value in whole.get("train_loss_epoch")] == pytest.approx(
+        [torch.cat(batches).mean().item()] * 2
+    )
+    for step, state in memory.states.items():
+        resumed = Keep()
+        train(Seen(batches), [resumed, Memory(state), Windows(window)], **options)
+        assert resumed.rows == [row for row in whole.rows if row[0] > step], step
 
 
 def all_forms():
