@@ -27,6 +27,7 @@ examples:
   hookline fit runs/digits-1/config.yaml                 do a run once more
   hookline predict examples/chars.yaml --resume
   hookline plan examples/digits.yaml                     who does what in which order
+  hookline plan --schedule examples/digits.yaml          which learning rate each step will have
   hookline plugins                                       what is installed
   hookline hooks on_boundary                             what a hook is told, and when
   hookline init my-project                               a project that trains at once
@@ -86,7 +87,7 @@ def _refuse_unknown(words: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; overrides may stand anywhere after the configuration, which argparse alone does not allow."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_with_pictures(arguments))
     if isinstance(getattr(options, "resume", None), str) and "=" in options.resume:
         rest, options.resume = [options.resume, *rest], True
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
@@ -95,6 +96,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if rest:
         options.overrides += rest
     return options
+
+
+def _with_pictures(words: Sequence[str]) -> list[str]:
+    """Return the words with each `--schedule` that names no picture naming the terminal: "-"."""
+    following = [*words[1:], ""]
+    pictures = (".png", ".svg", ".pdf")
+    bare = [
+        word == "--schedule" and not after.endswith(pictures) for word, after in zip(words, following, strict=False)
+    ]
+    return [f"{word}=-" if alone else word for word, alone in zip(words, bare, strict=True)]
 
 
 def _brought_by_plugins() -> str:
@@ -125,6 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", "show for each hook who wraps it and who does or hears it", _plan)
     add_configuration(plan)
     plan.add_argument("--json", action="store_true", help="for machines")
+    plan.add_argument(
+        "--schedule", metavar="FILE.png",
+        help="show instead what the schedulers will do, in the terminal or in a picture of this name (png, svg, pdf)",
+    )  # fmt: skip
     plugins = add("plugins", "list the installed plugins, or show the hooks of one, or of a configuration's", _plugins)
     plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
     hooks = add("hooks", "show the hooks in the order of the loop", _hooks)
@@ -252,6 +267,14 @@ def _no_early_success() -> Iterator[None]:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    if options.schedule is not None:
+        from hookline.cli import schedule
+
+        options.overrides.append("trainer.device=cpu")
+        trainer = _trainer(_configuration(options))
+        with mendable(ValueError):
+            schedule.show(trainer, options.schedule, options.json)
+        return 0
     rows = _trainer(_configuration(options)).plugins.plan()
     if options.json:
         print(json.dumps(rows, indent=2))

@@ -74,9 +74,17 @@ class Training:
         self.settled = snapshot(run)
 
     def _set_up(self) -> None:
-        """Build what training needs, in the right order; a second `train` reuses it."""
-        run, built, options = self.run, self.built, self.run.options
-        fresh = not built.optimizers
+        """Build what training needs, and load the state to resume from; a second `train` reuses it."""
+        run, fresh = self.run, not self.built.optimizers
+        self.build()
+        if fresh:
+            if run.share:  # in training each share draws its own random numbers
+                set_seed(data.mix(run.options.seed, run.share))
+            run.hook.restore(trainer=run, stage=Stage.TRAIN)
+
+    def build(self) -> None:
+        """Build the model, the loader and the optimizers, in the right order, once."""
+        built, options, fresh = self.built, self.run.options, not self.built.optimizers
         if fresh:
             set_seed(data.mix(options.seed, 0))  # all ranks build the same
             built.make_model()
@@ -89,9 +97,6 @@ class Training:
         self.evaluation.plan(options.evaluate_every)
         if fresh:
             built.make_optimizers()
-            if run.share:  # in training each share draws its own random numbers
-                set_seed(data.mix(options.seed, run.share))
-            run.hook.restore(trainer=run, stage=Stage.TRAIN)
 
     # Epochs ---------------------------------------------------------------------------
 
