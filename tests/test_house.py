@@ -16,14 +16,11 @@ from hookline.testing import TinyModule, calls_per_step, check_plugin, digest, t
 pytestmark = pytest.mark.plugins
 ROOT = Path(__file__).parent.parent
 MEASURE = {"_target_": "torchmetrics.MeanSquaredError"}
-NEEDED = {  # else it has nothing to do, or takes long
-    "accumulate": {"steps": 2},
-    "compile": {"backend": "eager"},
-    "sampling": {"by": 2},
 NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny module has
     "accumulate": {"steps": 2},
     "compile": {"backend": "eager"},
     "lr_schedule": {"replace": True},
+    "sampling": {"by": 2},
 }
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services

@@ -103,9 +103,7 @@ class Profile(CallbackInterface):
             return
         if self._steps % (self.wait + self.warmup + self.active) == self.wait:
             if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]  # a second one would take what the first has recorded
-                trainer.say_once(
-                    "profile does not record: another profiler of torch runs already, in which all of it is"
-                )
+                trainer.say_once(RUNS_ALREADY)
                 return
             profiler = torch.profiler.profile(
                 schedule=torch.profiler.schedule(wait=0, warmup=self.warmup, active=self.active, repeat=1),
