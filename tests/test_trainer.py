@@ -739,6 +739,28 @@ def test_an_empty_validation_loader():
         tiny_trainer(module=Module(), epochs=1).train()
 
 
+def test_a_plugin_joins_training_loaders_and_one_by_key_is_that_one():
+    class Chain(CallbackInterface):
+        @hookimpl
+        def join_loaders(self, loaders, sampler):
+            assert all(isinstance(loader.sampler, sampler) for loader in loaders.values())
+            return [batch for loader in loaders.values() for batch in loader]
+
+    class Module(TinyModule):
+        keys = ("a", "b")
+
+        def get_train_dataloader(self, sampler, batch_size):
+            return {key: super(Module, self).get_train_dataloader(sampler, batch_size) for key in self.keys}
+
+    joined, one, plain = Module(), Module(), TinyModule()
+    tiny_trainer([Chain()], joined, epochs=1).train()
+    one.keys = ("a",)
+    for module in (one, plain):
+        tiny_trainer(module=module, epochs=1).train()
+    assert joined.seen == plain.seen * 2
+    assert one.seen == plain.seen
+
+
 @pytest.mark.parametrize("given", [None, {"a": [], "b": []}])
 def test_a_training_loader_must_be_one(given):
     class Module(TinyModule):

@@ -168,6 +168,20 @@ def get_sampler(trainer: Trainer, stage: Stage) -> type[torch.utils.data.Sampler
 
 
 @verb
+def join_loaders(trainer: Trainer, loaders: Mapping[str, Any], sampler: type[torch.utils.data.Sampler[Any]]) -> Loader:
+    """Return one training loader for those that `get_train_dataloader` returned by key; of one it is that one.
+
+    `sampler` is the class that the method received. The result goes through `setup_loader` like any training loader.
+    """
+    if len(loaders) != 1:
+        raise ValueError(
+            f"{type(trainer.module).__name__}.get_train_dataloader() must return one loader; it returned loaders by "
+            f"key {list(loaders)}, and no plugin performs `join_loaders`, e.g. the plugin of hookline-mixture"
+        )
+    return next(iter(loaders.values()))
+
+
+@verb
 def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Loader:
     """Return the loader to iterate, a private one: the user's own object does not change.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,8 @@ class Limits(CallbackInterface):
             # A sampler of evaluation gives the same order, from the beginning, wherever training stands.
             sampler = trainer.hook.get_sampler(trainer=trainer, stage=stage)
             train = trainer.module.get_train_dataloader(sampler=sampler, batch_size=trainer.micro_batch_size)
+            if isinstance(train, Mapping):
+                train = trainer.hook.join_loaders(trainer=trainer, loaders=train, sampler=sampler)
             loader = hookspecs.setup_loader(trainer=trainer, loader=train, stage=stage, key=key)
         name, amount = self._amount(stage)
         if amount is None:

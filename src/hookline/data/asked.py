@@ -46,6 +46,9 @@ class Loaders:
             given = self._ask(stage)
             if given is None:
                 return {}
+            if stage is Stage.TRAIN and isinstance(given, Mapping):
+                sampler = self._samplers[stage]
+                given = trainer.hook.join_loaders(trainer=trainer, loaders=given, sampler=sampler)
             if trainer.options.keep_loaders:
                 self._asked[stage] = given
         kinds = {*map(type, given)} if isinstance(given, (list, tuple)) else set()
@@ -57,8 +60,7 @@ class Loaders:
             )
         named = given if isinstance(given, Mapping) else {"default": given}
         if stage is Stage.TRAIN:
-            for loader in named.values():
-                self._epochs.tell(loader, trainer.epoch)
+            self._epochs.tell(given, trainer.epoch)
         setup = trainer.hook.setup_loader
         return {key: setup(trainer=trainer, loader=loader, stage=stage, key=key) for key, loader in named.items()}
 

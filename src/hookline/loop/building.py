@@ -103,13 +103,12 @@ class Built:
         """Return the training loader, ready to iterate.
 
         Raises:
-            ValueError: the module returned none, or several.
+            ValueError: the module returned none.
         """
         loaders = self.loaders.get(Stage.TRAIN)
-        if list(loaders) != ["default"]:
+        if not loaders:
             raise ValueError(
-                f"{type(self.run.module).__name__}.get_train_dataloader() must return one loader; it returned "
-                f"{'None' if not loaders else f'loaders by key {list(loaders)}'}"
+                f"{type(self.run.module).__name__}.get_train_dataloader() must return one loader; it returned None"
             )
         self.run.cursor.set_length(lesser(data.length(loaders["default"]), self.batches_per_epoch()))
         return loaders["default"]
