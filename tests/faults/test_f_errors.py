@@ -97,6 +97,7 @@ VARIANTS = {  # options with which a plugin implements all of its hooks; one tha
     "distributed": [{}, {"uneven": "pad"}],
     "early_stop": [{}, {"metric": "train_loss", "threshold": -1.0}],
     "finite": [{}, {"policy": "skip"}, {"policy": "rollback", "every": "2 steps"}],
+    "freeze": [{"patterns": "net.0", "unfreeze": {"6 steps": "net.0"}}],
     "guard": [{"every": "1 steps"}],
     "limits": [{"overfit_batches": 3}],
     "metrics": [{"train": {"error": METRIC}, "val": {"error": METRIC}, "test": {"error": METRIC}}],
