@@ -338,6 +338,7 @@ def test_every_hook_is_reached_and_every_verb_answers():
     trainer.hook.allocate(trainer=trainer, path=("module", "net.0.weight"), shape=(16, 8), dtype=torch.float32)
     trainer.hook.get_mode(trainer=trainer, metric="val_loss")
     trainer.hook.get_watched_metrics(trainer=trainer)
+    trainer.hook.join_loaders(trainer=trainer, loaders={"one": []}, sampler=torch.utils.data.Sampler)
     trainer.hook.on_checkpoint(trainer=trainer, path=Path(), kind="model")
     memory = Memory(every="2 steps")
     with pytest.raises(ZeroDivisionError):

@@ -174,10 +174,8 @@ def join_loaders(trainer: Trainer, loaders: Mapping[str, Any], sampler: type[tor
     `sampler` is the class that the method received. The result goes through `setup_loader` like any training loader.
     """
     if len(loaders) != 1:
-        raise ValueError(
-            f"{type(trainer.module).__name__}.get_train_dataloader() must return one loader; it returned loaders by "
-            f"key {list(loaders)}, and no plugin performs `join_loaders`, e.g. the plugin of hookline-mixture"
-        )
+        said = f"{type(trainer.module).__name__}.get_train_dataloader() must return one loader; it returned"
+        raise ValueError(f"{said} loaders by key {list(loaders)}: `plugins: {{mixture: {{}}}}` would join them")
     return next(iter(loaders.values()))
 
 

@@ -47,8 +47,7 @@ class Loaders:
             if given is None:
                 return {}
             if stage is Stage.TRAIN and isinstance(given, Mapping):
-                sampler = self._samplers[stage]
-                given = trainer.hook.join_loaders(trainer=trainer, loaders=given, sampler=sampler)
+                given = trainer.hook.join_loaders(trainer=trainer, loaders=given, sampler=self._samplers[stage])
             if trainer.options.keep_loaders:
                 self._asked[stage] = given
         kinds = {*map(type, given)} if isinstance(given, (list, tuple)) else set()

@@ -107,9 +107,8 @@ class Built:
         """
         loaders = self.loaders.get(Stage.TRAIN)
         if not loaders:
-            raise ValueError(
-                f"{type(self.run.module).__name__}.get_train_dataloader() must return one loader; it returned None"
-            )
+            name = type(self.run.module).__name__
+            raise ValueError(f"{name}.get_train_dataloader() must return one loader; it returned None")
         self.run.cursor.set_length(lesser(data.length(loaders["default"]), self.batches_per_epoch()))
         return loaders["default"]
 

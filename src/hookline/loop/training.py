@@ -91,7 +91,7 @@ class Training:
         self._first_loader = built.train_loader()
         built.count_totals(self._first_loader)
         for cadence in (options.evaluate_every, options.log_every):
-            run.due(cadence)  # raises if a fraction of an epoch lacks the length of the epoch
+            self.run.due(cadence)  # raises if a fraction of an epoch lacks the length of the epoch
         max_time = None if options.max_time is None else seconds(options.max_time)
         self.ends.limit(options.max_steps, epochs_asked(options), max_time)
         self.evaluation.plan(options.evaluate_every)
