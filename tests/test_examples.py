@@ -12,18 +12,22 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributions import Categorical
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, SequentialSampler
 
 from hookline import CallbackInterface, Trainer, hookimpl, set_seed
+from hookline.testing import Memory, digest
 
 pytestmark = pytest.mark.plugins
 
 pytest.importorskip("hookline_clip")
-from examples import chars, digits, gan, lbfgs, manual, mnist  # noqa: E402
+from examples import chars, digits, gan, lbfgs, manual, mnist, ppo  # noqa: E402
 
 from hookline_clip import Clip  # noqa: E402
 
@@ -349,6 +353,79 @@ def test_manual_has_the_bits_of_a_loop_by_hand(size):
     Trainer(module, [Window(size), Clip(1.0), losses], train_batch_size=20).train()
     assert losses.by_step == echo_by_hand(by_hand, batches, size)
     assert_same_bits(module, by_hand)
+
+
+# PPO ----------------------------------------------------------------------------------
+
+
+def short_ppo():
+    set_seed(0)
+    return ppo.Ppo(envs=4, length=25, passes=2)  # 100 steps, so that the last of four minibatches is short
+
+
+def trained_ppo(*plugins):
+    module = short_ppo()
+    Trainer(module, plugins, epochs=3, train_batch_size=30, val_batch_size=1).train()
+    return module
+
+
+def ppo_by_hand(module, epochs, size):
+    (optimizer,), _ = module.get_optimizers_schedulers(None, epochs)
+    losses = []
+    for epoch in range(epochs):
+        rollout = module.play(int(np.random.SeedSequence([0, epoch, 0]).generate_state(1)[0]))
+        for order in rollout.pop("orders"):
+            for chosen in order.split(size):
+                batch = {name: tensor[chosen] for name, tensor in rollout.items()}
+                choices = Categorical(logits=module.policy(batch["seen"]))
+                ratio = torch.exp(choices.log_prob(batch["action"]) - batch["likely"])
+                clipped = ratio.clamp(0.8, 1.2) * batch["advantage"]
+                gain = torch.min(ratio * batch["advantage"], clipped).mean()
+                value_loss = (module.value(batch["seen"])[:, 0] - batch["target"]).square().mean()
+                loss = 0.5 * value_loss - gain - 0.01 * choices.entropy().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append([loss.item()])
+    return losses
+
+
+def test_ppo_has_the_bits_of_a_loop_by_hand():
+    by_hand, losses = short_ppo(), Losses()
+    module = trained_ppo(losses)
+    assert losses.by_step == ppo_by_hand(by_hand, 3, 30)
+    assert len(losses.by_step) == 3 * 2 * 4
+    assert_same_bits(module, by_hand)
+
+
+def test_ppo_resumes_exactly_between_and_within_rollouts(caplog):
+    memory = Memory(every="1 steps")
+    whole = digest(trained_ppo(memory).state_dict())
+    for step in (3, 8, 9, 16):  # in the first rollout, behind it, in the second, behind it
+        assert digest(trained_ppo(Memory(memory.states[step])).state_dict()) == whole, step
+    assert "dropped to come to where" not in caplog.text  # no rollout was played again
+
+
+def test_ppo_learns_to_keep_the_pole_upright():
+    set_seed(0)
+    trainer = Trainer(ppo.Ppo(), epochs=25, train_batch_size=256, evaluate_every=None)
+    trainer.train()
+    assert trainer.metrics["val_return"] > 195  # in a game of chance: about 20
+
+
+def test_the_vector_of_environments_tells_what_one_does():
+    """Play the first game of a rollout again, in one environment: the bookkeeping adds nothing."""
+    module = short_ppo()
+    rollout = {name: tensor for name, tensor in module.play(5).items() if name != "orders"}
+    env, seen = gymnasium.make("CartPole-v1"), []
+    state, _ = env.reset(seed=5)
+    for action in rollout["action"][::4]:  # those of the first of four environments
+        seen.append(torch.from_numpy(state))
+        state, _, ended, _, _ = env.step(action.item())
+        if ended:
+            break
+    assert ended
+    assert torch.equal(rollout["seen"][::4][: len(seen)], torch.stack(seen))
 
 
 # LBFGS --------------------------------------------------------------------------------
