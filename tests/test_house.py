@@ -19,12 +19,9 @@ MEASURE = {"_target_": "torchmetrics.MeanSquaredError"}
 NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny module has
     "accumulate": {"steps": 2},
     "compile": {"backend": "eager"},
+    "freeze": {"patterns": "net.0", "unfreeze": {"10 steps": "net.0"}},
     "lr_schedule": {"replace": True},
     "sampling": {"by": 2},
-NEEDED = {  # else it has nothing to do, or takes long
-    "accumulate": {"steps": 2},
-    "compile": {"backend": "eager"},
-    "freeze": {"patterns": "net.0", "unfreeze": {"10 steps": "net.0"}},
 }
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services

@@ -39,10 +39,12 @@ class Freeze(CallbackInterface):
 
     def __post_init__(self) -> None:
         self._patterns = names_in("patterns", self.patterns)
-        self._stages: list[tuple[str, int, list[str]]] = []  # counter, number, names
+        self._stages: list[tuple[str, Any, list[str]]] = []  # counter, number, names
         for text, names in self.unfreeze.items():
             try:
                 number, unit = every(text)
+                if unit == "epochs" and not isinstance(number, int):
+                    raise ValueError(f"{text!r} is a part of an epoch; count steps, or whole epochs")
             except ValueError as error:
                 raise ValueError(f"freeze.unfreeze={self.unfreeze!r}: {error}") from None
             counter = "global_step" if unit == "steps" else unit

@@ -229,6 +229,7 @@ def test_ranks_train_what_is_unfrozen():
         ({"patterns": []}, "freeze.patterns: [] must be the name of a parameter or of a module"),
         ({"patterns": [3]}, "freeze.patterns: [3] must be the name"),
         ({"patterns": "x", "unfreeze": {"often": "x"}}, "freeze.unfreeze={'often': 'x'}: 'often' is not a cadence"),
+        ({"patterns": "x", "unfreeze": {"0.5 epochs": "x"}}, "freeze.unfreeze={'0.5 epochs': 'x'}: '0.5 epochs' is"),
         ({"patterns": "x", "unfreeze": {"1 epochs": None}}, "freeze.unfreeze: None must be the name"),
         ({"patterns": "x", "batch_norm": "off"}, "freeze.batch_norm='off' must be eval or train"),
     ],
