@@ -1,5 +1,6 @@
 """The average has the bits of a loop by hand, is what is evaluated and exported, and survives kills."""
 
+import copy
 import math
 import re
 import signal
@@ -9,7 +10,17 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hookline import CallbackInterface, Stage, copy_state, hookimpl
-from hookline.testing import Memory, TinyModule, check_plugin, count_syncs, digest, hand_written_loop, tiny_trainer
+from hookline.testing import (
+    Memory,
+    PlainModule,
+    TinyModule,
+    check_plugin,
+    count_syncs,
+    digest,
+    hand_written_loop,
+    on_ranks,
+    tiny_trainer,
+)
 from hookline.testing.faults import at_hook, kill, run
 from hookline_ema import Ema
 
@@ -61,25 +72,44 @@ def test_contract():
 # The average --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"begin": 5}, {"every": 3}, {"begin": 4, "every": 2}, {"decay": 0.0}], ids=str)
+SCHEDULES = [
+    {}, {"begin": 5}, {"every": 3}, {"begin": 4, "every": 2}, {"decay": 0.0}, {"every": 3, "offset": 1},
+    {"warmup": True}, {"warmup": True, "decay": 0.3, "begin": 3, "every": 2, "offset": 1},
+]  # fmt: skip
+
+
+def moving(options):
+    """Return a function that moves averages as torch does, with the decay of the options."""
+
+    def move(averages, weights, n):
+        n = int(n)
+        decay = min(options["decay"], (1 + n) / (10 + n)) if options.get("warmup") else options["decay"]
+        get_ema_multi_avg_fn(decay)(averages, weights, n)
+
+    return move
+
+
+def counts(step, options):
+    return step > options["begin"] and step % options["every"] == options.get("offset", 0)
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=str)
 @pytest.mark.parametrize("buffers", ["copy", "average"])
 def test_has_the_bits_of_a_loop_by_hand(options, buffers):
     options = {"decay": DECAY, "begin": 0, "every": 1, **options}
     by_hand, steps = TinyModule(), []
-    averaged = AveragedModel(
-        by_hand, multi_avg_fn=get_ema_multi_avg_fn(options["decay"]), use_buffers=buffers == "average"
-    )
+    averaged = AveragedModel(by_hand, multi_avg_fn=moving(options), use_buffers=buffers == "average")
 
     def step(optimizer):
         optimizer.step()
         steps.append(len(steps) + 1)
-        if steps[-1] > options["begin"] and steps[-1] % options["every"] == 0:
+        if counts(steps[-1], options):
             averaged.update_parameters(by_hand)
 
     hand_written_loop(by_hand, step=step)
     trainer = train(Ema(**options, buffers=buffers))
     exported, expected = trainer.export_model(), averaged.module.state_dict()
-    if options["every"] == 3 and buffers == "copy":  # there the copies are as old as the last update
+    if not counts(LAST, options) and buffers == "copy":  # there the copies are as old as the last update
         expected |= dict(by_hand.named_buffers())
     assert digest(floating(exported)) == digest(floating(expected))
     assert exported["net.1.num_batches_tracked"] == LAST  # integers are the current ones
@@ -350,7 +380,7 @@ def test_evaluates_the_weights_where_that_is_asked_for_and_exports_the_average()
 def test_before_it_begins_the_average_is_the_weights_themselves():
     ema, seen = Ema(begin=LAST), Seen()
     trainer = train(ema, seen)
-    assert ema.get_state() == {"average": {}}
+    assert ema.get_state() == {"average": {}, "updates": 0}
     assert {*seen.during} >= {digest(trainer.module.state_dict())}
     exported = trainer.export_model()
     assert exported["net.0.weight"].data_ptr() == trainer.module.net[0].weight.data_ptr()  # and costs nothing
@@ -397,9 +427,206 @@ def test_model_saving_saves_the_average(tmp_path):
     assert digest(saved) == digest(trainer.export_model()) != digest(trainer.module.state_dict())
 
 
+# Both evaluated -----------------------------------------------------------------------
+
+
+class Drawing(TinyModule):
+    """Logs a metric, and a random number, in each validation; has two loaders if asked."""
+
+    def __init__(self, keys=()):
+        super().__init__()
+        self.keys = keys
+
+    def val_step(self, global_step, batch, device):
+        self.log(mean=self.net[0].weight.mean(), draw=torch.rand(()))
+        return super().val_step(global_step, batch, device)
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        loader = super().get_val_dataloaders(sampler, batch_size)
+        return dict.fromkeys(self.keys, loader) if self.keys else loader
+
+
+@pytest.mark.parametrize("keys", [(), ("a", "b")])
+def test_both_are_evaluated_and_told_apart_by_the_suffix(keys):
+    logged = []
+
+    class Logged(CallbackInterface):
+        @hookimpl
+        def on_log(self, metrics):
+            logged.append(dict(metrics))
+
+    trained, averaged = train(module=Drawing(keys)), train(Ema(DECAY), module=Drawing(keys))
+    both = train(Ema(DECAY, suffix="_ema"), Logged(), module=Drawing(keys))
+    draws = {value for name, value in both.metrics.items() if name.startswith("draw")}
+    assert len(draws) == max(1, len(keys))  # the second evaluation draws what the first has drawn
+    expected = dict(trained.metrics)
+    for name, value in averaged.metrics.items():
+        head, slash, key = name.partition("/")
+        expected[f"{head}_ema{slash}{key}"] = value
+    assert both.metrics == expected
+    assert both.metrics["val_loss"] != both.metrics["val_loss_ema"]
+    assert both.metrics in logged
+    assert both.best.valid_loss == trained.best.valid_loss
+    assert digest(both.module.state_dict()) == digest(trained.module.state_dict())
+    assert digest(both.export_model()) == digest(averaged.export_model())
+
+
+@pytest.mark.parametrize(("verb", "loss"), [("validate", "val_loss"), ("test", "test_loss"), ("predict", None)])
+def test_both_are_evaluated_on_their_own_and_the_average_predicts(verb, loss):
+    seen = Seen()
+    trainer = train(Ema(DECAY, suffix="_ema"), evaluate_every=None, eval_when_finish=False)
+    trained, averaged = digest(trainer.module.state_dict()), digest(trainer.export_model())
+    trainer.plugins.register(seen, "seen")
+    metrics = getattr(trainer, verb)()
+    if loss is None:
+        assert seen.during == [averaged] * 7
+    else:
+        assert seen.during == [trained] * 7 + [averaged] * 7
+        assert metrics.keys() == {loss, f"{loss}_ema"}
+
+
+@pytest.mark.plugins
+def test_the_best_by_the_average_can_be_followed(tmp_path):
+    plugins = {"ema": {"decay": DECAY, "suffix": "_ema"}, "model_saving": {"policy": "best_val_loss_ema"}}
+    trainer = tiny_trainer(plugins, runs_folder=str(tmp_path), sanity_val_steps=1)
+    trainer.train()
+    assert (trainer.run_dir / "models" / "best_val_loss_ema" / "model.safetensors").exists()
+
+
+def test_losses_so_far_of_both_would_have_one_name():
+    with pytest.raises(ValueError, match=r"ema\.suffix: with report_loss_after_eval=false two losses so far"):
+        train(Ema(suffix="_ema"), report_loss_after_eval=False)
+
+
+# A teacher ----------------------------------------------------------------------------
+
+
+class Taught(TinyModule):
+    """Learns from its samples, and from the predictions of a teacher."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net)
+        with torch.no_grad():
+            self.teacher[0].weight.zero_()
+
+    def train_step(self, global_step, batch, device):
+        loss, predictions = super().train_step(global_step, batch, device)
+        return loss + torch.nn.functional.mse_loss(predictions, self.teacher(batch[0]).detach()), predictions
+
+
+TEACHER = {"into": {"net": "teacher"}}
+
+
+@pytest.mark.parametrize("options", SCHEDULES, ids=str)
+@pytest.mark.parametrize("buffers", ["copy", "average"])
+def test_a_teacher_has_the_bits_of_a_loop_by_hand(options, buffers):
+    options = {"decay": DECAY, "begin": 0, "every": 1, **options}
+    by_hand, steps = Taught(), []
+    by_hand.teacher.requires_grad_(False).load_state_dict(by_hand.net.state_dict())
+    averaged = AveragedModel(by_hand.net, multi_avg_fn=moving(options), use_buffers=buffers == "average")
+    averaged.module, averaged.n_averaged = by_hand.teacher, torch.tensor(1)
+
+    def step(optimizer):
+        optimizer.step()
+        steps.append(len(steps) + 1)
+        if steps[-1] <= options["begin"]:
+            by_hand.teacher.load_state_dict(by_hand.net.state_dict())
+        elif counts(steps[-1], options):
+            averaged.update_parameters(by_hand.net)
+            by_hand.teacher[1].num_batches_tracked.copy_(by_hand.net[1].num_batches_tracked)
+
+    hand_written_loop(by_hand, step=step)
+    trainer = train(Ema(**options, **TEACHER, buffers=buffers), module=Taught())
+    assert digest(trainer.module.state_dict()) == digest(by_hand.state_dict())
+    assert digest(trainer.export_model()) == digest(by_hand.state_dict())
+    assert not any(parameter.requires_grad for parameter in trainer.module.teacher.parameters())
+
+
+def test_a_run_with_a_teacher_resumes_with_the_same_bits():
+    options = {"warmup": True, "begin": 2, "every": 2, **TEACHER}
+    whole = Memory(every="1 steps")
+    train(whole, Ema(DECAY, **options), module=Taught())
+    for step in range(1, LAST):
+        resumed = Memory(whole.states[step])
+        train(resumed, Ema(DECAY, **options), module=Taught())
+        assert end_of(resumed) == end_of(whole), step
+
+
+def test_a_teacher_joins_a_run_that_was_begun_without_it():
+    memory = Memory(every="1 steps")
+    train(memory, module=Taught())
+    trainer = train(Memory(memory.states[13]), Ema(DECAY, **TEACHER), module=Taught())
+    start = memory.states[13]["module"]["net.0.weight"]
+    expected = start.lerp(trainer.module.net[0].weight.detach(), 1 - DECAY)
+    assert torch.equal(trainer.module.teacher[0].weight, expected)
+    assert not trainer.module.teacher[0].weight.requires_grad
+
+
+def broken(how):
+    module = Taught()
+    if how == "shared":
+        module.teacher = module.net
+    if how == "narrow":
+        module.teacher[0] = torch.nn.Linear(8, 15)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("how", "into", "message"),
+    [
+        ("", {"net": "tutor"}, "ema.into: the module has no network 'tutor'; it has net, teacher"),
+        ("", {"net.0": "net.4"}, "ema.into: net.0 and net.4 differ in bias; make it by copy.deepcopy(self.net.0)"),
+        (
+            "narrow",
+            {"net": "teacher"},
+            "ema.into: net and teacher differ in 0.bias; make it by copy.deepcopy(self.net)",
+        ),
+        ("shared", {"net": "teacher"}, "ema.into: net and teacher share weights; make it by copy.deepcopy(self.net)"),
+    ],
+)
+def test_what_cannot_be_a_teacher_is_refused(how, into, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(Ema(into=into), module=broken(how))
+
+
+class TaughtPlain(PlainModule):
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net)
+
+    def train_step(self, global_step, batch, device):
+        loss, predictions = super().train_step(global_step, batch, device)
+        return loss + torch.nn.functional.mse_loss(predictions, self.teacher(batch[0]).detach()), predictions
+
+
+def of_a_rank():
+    torch.set_num_threads(1)
+    told = {}
+    for strategy in ("ddp", "fsdp"):
+        plugins = {strategy: {}, "teacher": Ema(DECAY, **TEACHER), "ema": Ema(DECAY, suffix="_ema")}
+        trainer = tiny_trainer(plugins, TaughtPlain(), epochs=1)
+        trainer.train()
+        told[strategy] = trainer.metrics, trainer.export_model()
+    return told
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_ranks_average_and_evaluate_what_one_does():
+    plugins = {"teacher": Ema(DECAY, **TEACHER), "ema": Ema(DECAY, suffix="_ema")}
+    alone = tiny_trainer(plugins, TaughtPlain(), epochs=1)
+    alone.train()
+    assert alone.metrics["val_loss"] != alone.metrics["val_loss_ema"]
+    first, second = on_ranks(of_a_rank, 2)
+    for strategy in ("ddp", "fsdp"):
+        assert first[strategy][0] == second[strategy][0] == pytest.approx(alone.metrics, rel=1e-4)
+        torch.testing.assert_close(first[strategy][1], alone.export_model(), rtol=1e-4, atol=1e-5)
+
+
 # State --------------------------------------------------------------------------------
 
-SCENARIOS = [{}, {"begin": 5, "every": 2}, {"buffers": "average"}]
+SCENARIOS = [{"warmup": True}, {"begin": 5, "every": 2}, {"buffers": "average"}]
 
 
 @pytest.mark.parametrize("options", SCENARIOS, ids=str)
@@ -519,6 +746,14 @@ def test_a_killed_and_resumed_run_has_the_same_bits_in_weights_and_average(tmp_p
         ({"decay": math.nan}, "ema.decay=nan must be from 0 to below 1"),
         ({"begin": -1}, "ema.begin=-1 must be at least 0 optimizer steps"),
         ({"every": 0}, "ema.every=0 must be at least 1 optimizer step"),
+        ({"every": 2, "offset": 2}, "ema.offset=2 must be from 0 to below ema.every=2"),
+        ({"offset": -1}, "ema.offset=-1 must be from 0 to below ema.every=1"),
+        (
+            {"suffix": "/ema"},
+            "ema.suffix='/ema' must have no slash, and goes with neither ema.evaluate=false nor ema.into",
+        ),
+        ({"suffix": "_ema", "evaluate": False}, "ema.suffix='_ema' must have no slash, and goes with neither"),
+        ({"suffix": "_ema", "into": {"net": "teacher"}}, "ema.suffix='_ema' must have no slash, and goes with neither"),
         ({"buffers": "none"}, "ema.buffers='none' must be one of copy, average"),
     ],
 )
