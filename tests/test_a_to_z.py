@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.plugins
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "a-to-z.md").read_text(encoding="utf-8")
 ENTRY = re.compile(r"^## ([^\n]+)\n+((?:[^`\n][^\n]*\n)*)\n*```(yaml|bash)\n(.*?)^```$", re.M | re.S)
-RUN = re.search(r'^```yaml title="run.yaml"\n(.*?)^```$', PAGE, re.M | re.S)[1]
+FILES = dict(re.findall(r'^```\w+ title="(\S+)"\n(.*?)^```$', PAGE, re.M | re.S))
+RUN = FILES["run.yaml"]
 ENTRIES = {match[1]: match for match in ENTRY.finditer(PAGE)}
 ELSEWHERE = {  # plugins whose task is to run programs of others, or whose service or device is not here
     *("accmt", "hf", "lernomatic", "lightning", "pymarlin"),
@@ -27,11 +29,13 @@ ELSEWHERE = {  # plugins whose task is to run programs of others, or whose servi
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """Be in a folder that has the configuration of the page."""
+    """Be in a folder that has the module and the configuration of the page."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT))
-    (tmp_path / "run.yaml").write_text(RUN)
-    return tmp_path
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    yield tmp_path
+    sys.modules.pop("digits", None)
 
 
 @pytest.mark.parametrize("task", ENTRIES)
