@@ -22,6 +22,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "ema": {"decay": 0.5, "buffers": "average"},
     "finite": {"policy": "skip"},
     "limits": {"train_batches": 2, "val_batches": 2},
+    "lr_find": {"steps": 3},
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
     "monitor": {"grad_norm": True, "learning_rate": True},
     "tp": {"plan": {"net.4": "row from whole"}},
