@@ -22,6 +22,10 @@ NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny mo
     "freeze": {"patterns": "net.0", "unfreeze": {"10 steps": "net.0"}},
     "lr_schedule": {"replace": True},
     "sampling": {"by": 2},
+NEEDED = {  # else it has nothing to do, or takes long
+    "accumulate": {"steps": 2},
+    "compile": {"backend": "eager"},
+    "lr_find": {"steps": 3},
 }
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services

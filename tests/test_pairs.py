@@ -24,6 +24,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "freeze": {"patterns": "net.0", "unfreeze": {"2 steps": "net.0"}},
     "limits": {"train_batches": 2, "val_batches": 2},
     "lr_schedule": {"schedule": "linear", "replace": True},
+    "lr_find": {"steps": 3},
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
     "monitor": {"grad_norm": True, "learning_rate": True},
     "sampling": {"kind": "length", "by": 2, "bucket": 2},

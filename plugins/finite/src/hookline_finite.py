@@ -118,7 +118,7 @@ class Finite(CallbackInterface):
 
     @hookimpl
     def on_end_optimizer_step(self, trainer: Trainer, stepped: bool) -> None:
-        if not stepped or self._sum is None:  # a step that was refused, by a scaler say, did no harm
+        if not stepped or self._sum is None or trainer.idle:  # a step that was refused or only tried did no harm
             return
         if self._first is None:
             self._first = torch.full((), math.inf, dtype=torch.float64, device=self._sum.device)
@@ -142,7 +142,7 @@ class Finite(CallbackInterface):
         if trainer.hook.all_reduce(trainer=trainer, value=fine, op="min").item():
             self._skipped = 0
             return others
-        self._skipped += 1
+        self._skipped += not trainer.idle  # else it is only tried
         if self._skipped > self.max_skips:
             self._raise(trainer, trainer.global_step + 1)
         return False

@@ -98,6 +98,14 @@ class Training:
         if fresh:
             built.make_optimizers()
 
+    def extra_loader(self) -> Loader:
+        """Return a training loader for steps that are tried before training, which then makes its own anew.
+
+        For plugins that try steps in `on_begin_train_epoch` and afterwards put the state back.
+        """
+        self._first_loader = None
+        return self.built.train_loader()
+
     # Epochs ---------------------------------------------------------------------------
 
     def _train_one_epoch(self) -> None:
