@@ -19,6 +19,14 @@ from hookline.data.sampling import Agree, Batches, Sharded, arguments_of, is_sha
 from hookline.data.seeding import InitWorker, SeededDataset, seeded
 
 log = logging.getLogger("hookline.data")
+SKIPPING = (
+    "the training loader is a stream: its first %d batches are loaded and dropped to come to where the run was cut. "
+    "This is exact if the stream gives the same each time"
+)
+STATEFUL = (
+    "the training loader is a stream, and goes on from its own state. This is exact if that holds all: the buffers of "
+    "shuffled streams of Hugging Face are not in it, so let a DataLoader of torch, which has no state, batch these"
+)
 
 
 class RunLoader:
@@ -154,12 +162,9 @@ class RunLoader:
         if cursor.loader_state is not None and load_state is not None:
             load_state(cursor.take_loader_state())
             place = skipped
+            log.warning(STATEFUL)
         elif skipped:
-            log.warning(
-                "the training loader is a stream: its first %d batches are loaded and dropped to come to where the run "
-                "was cut. This is exact if the stream gives the same each time",
-                skipped,
-            )
+            log.warning(SKIPPING, skipped)
         source: Any = self.loader if self._private is None else self._private
         seed = mix(cursor.seed, cursor.epoch, self.share)
         with seeded(seed):
