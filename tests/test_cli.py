@@ -113,7 +113,8 @@ def test_the_other_doors(folder, hookline):
 def test_print_config_masks_and_does_nothing(folder, hookline):
     done = hookline("fit", "run.yaml", "-p", "clip", "plugins.clip.max_norm=0.5", "--print-config")
     printed = yaml.safe_load(done.stdout)
-    assert printed["plugins"] == {"clip": {"max_norm": 0.5, "norm_type": 2.0, "max_value": None}}
+    options = {"max_norm": 0.5, "norm_type": 2.0, "max_value": None, "max_ratio": None}
+    assert printed["plugins"] == {"clip": {**options, "per_parameter": False, "log_norm": False}}
     assert not (folder / "runs").exists()
 
 

@@ -1,17 +1,22 @@
-"""Clip gradients by their total norm or by value."""
+"""Clip gradients by their norm, by value, or by their ratio to the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hookline import CallbackInterface, hookimpl
 
+if TYPE_CHECKING:
+    from hookline import Trainer
+
 __version__ = "0.1.0"
+
+LEAST = 1e-3  # norm of the weights of a unit: else what begins at zero could never move
 
 
 @dataclass(eq=False)
@@ -26,10 +31,19 @@ class Clip(CallbackInterface):
     norm_type: float = 2.0
     """The p of the norm; `inf` for the largest absolute value."""
     max_value: float | None = None
-    """Clamp each gradient element to [-max_value, max_value]; done before the norm is taken."""
+    """Clamp each gradient element to [-max_value, max_value]; done first."""
+    max_ratio: float | None = None
+    """Scale the gradient of each unit (a row of a matrix, a bias) down to this share of the norm of its weights.
+
+    Adaptive gradient clipping; done before the norm is taken.
+    """
+    per_parameter: bool = False
+    """Let `max_norm` be that of each parameter by itself."""
+    log_norm: bool = False
+    """Log the norm of all gradients before they are clipped, as `grad_norm_before_clip`."""
 
     def __post_init__(self) -> None:
-        for name in ("max_norm", "max_value"):
+        for name in ("max_norm", "max_value", "max_ratio"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"clip.{name}={value} must be above 0, or null to clip no {name.removeprefix('max_')}")
@@ -37,43 +51,81 @@ class Clip(CallbackInterface):
             raise ValueError(
                 f"clip.norm_type={self.norm_type} must be above 0; 2 is the Euclidean norm, inf the largest value"
             )
-        if self.max_norm is None and self.max_value is None:
-            raise ValueError("clip has nothing to do: give max_norm, max_value or both")
+        if self.max_norm is None and self.max_value is None and self.max_ratio is None:
+            raise ValueError("clip has nothing to do: give max_norm, max_value, max_ratio, or several of them")
+        if self.per_parameter and self.max_norm is None:
+            raise ValueError("clip.per_parameter=true needs clip.max_norm, the norm of each parameter")
 
     @hookimpl
-    def on_begin_optimizer_step(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        ways: dict[Any, list[torch.nn.Parameter]] = {}  # in which ranks share them; torch clips one way at a time
-        gradients: dict[Any, list[torch.Tensor]] = {}
-        for parameter in parameters:
-            if parameter.grad is not None:
-                if parameter.grad.is_sparse:
-                    parameter = rows_of(parameter)
-                mesh = getattr(parameter.grad, "device_mesh", None)
-                ways.setdefault(mesh, []).append(parameter)
-                gradients.setdefault(mesh, []).append(parameter.grad)
-        if self.max_value is not None:
-            for way in ways.values():
+    def on_begin_optimizer_step(self, trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        ways = by_sharing(optimizers)
+        if not ways:
+            return
+        norm = None
+        if self.log_norm:
+            norm = whole(norm_of_all(ways, self.norm_type))
+            trainer.log(grad_norm_before_clip=norm, weighted_by=1.0)
+        for way in ways.values():
+            if self.max_value is not None:
                 torch.nn.utils.clip_grad_value_(way, self.max_value)
-        if self.max_norm is not None and ways:
-            norms: list[Any] = [total_norm(way, self.norm_type) for way in gradients.values()]
-            if len(norms) > 1:
-                whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-                norms = [torch.nn.utils.get_total_norm(whole, self.norm_type)]
-            for way in ways.values():
-                torch.nn.utils.clip_grads_with_norm_(way, self.max_norm, norms[0])
+            if self.max_ratio is not None:
+                clip_units(way, self.max_ratio)
+            if self.per_parameter:
+                for parameter in way:
+                    own = total_norm([parameter.grad], self.norm_type)
+                    torch.nn.utils.clip_grads_with_norm_([parameter], self.max_norm, own)  # type: ignore[arg-type]
+        if self.max_norm is None or self.per_parameter:
+            return
+        if norm is None or self.max_value is not None or self.max_ratio is not None:
+            norm = norm_of_all(ways, self.norm_type)
+        for way in ways.values():
+            torch.nn.utils.clip_grads_with_norm_(way, self.max_norm, norm)
+
+
+def by_sharing(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Any, list[torch.nn.Parameter]]:
+    """Return the parameters with gradients, by the way in which ranks share them: torch clips one way at a time."""
+    ways: dict[Any, list[torch.nn.Parameter]] = {}
+    for parameter in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
+        if parameter.grad is not None:
+            mesh = getattr(parameter.grad, "device_mesh", None)
+            ways.setdefault(mesh, []).append(rows_of(parameter) if parameter.grad.is_sparse else parameter)
+    return ways
+
+
+def clip_units(parameters: list[torch.nn.Parameter], max_ratio: float) -> None:
+    """Scale the gradient of each unit down to a share of the norm of its weights."""
+    for parameter in parameters:
+        assert parameter.grad is not None
+        dims = tuple(range(1, parameter.ndim)) or None  # of a vector: one number for all of it
+        weights, gradient = (
+            torch.linalg.vector_norm(tensor, dim=dims, keepdim=dims is not None)
+            for tensor in (parameter.detach(), parameter.grad)
+        )
+        parameter.grad.mul_((max_ratio * weights.clamp(min=LEAST) / gradient.clamp(min=1e-12)).clamp(max=1.0))
 
 
 def rows_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-    """Return a parameter whose gradient is what a sparse one holds; both change together."""
+    """Return the rows of a parameter that a sparse gradient has, with its values as their gradient, which change it."""
     assert parameter.grad is not None
     parameter.grad = parameter.grad.coalesce()  # sums up rows that come several times: no element is known before
-    rows = torch.nn.Parameter(parameter.grad.values(), requires_grad=False)
+    indices = tuple(parameter.grad.indices())
+    rows = torch.nn.Parameter(parameter.detach()[indices], requires_grad=False)
     rows.grad = parameter.grad.values()
     return rows
 
 
-def total_norm(gradients: list[torch.Tensor], norm_type: float) -> Any:
+def whole(norm: Any) -> Any:
+    """Return a norm of which each rank may have a part."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def norm_of_all(ways: dict[Any, list[torch.nn.Parameter]], norm_type: float) -> Any:
+    """Return the norm of all gradients together, in whatever ways ranks share them."""
+    norms = [total_norm([parameter.grad for parameter in way], norm_type) for way in ways.values()]
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm([whole(norm) for norm in norms], norm_type)
+
+
+def total_norm(gradients: list[Any], norm_type: float) -> Any:
     """Return the norm of gradients that ranks share in one way; torch knows no largest value of an empty share."""
     if norm_type != math.inf:
         return torch.nn.utils.get_total_norm(gradients, norm_type)

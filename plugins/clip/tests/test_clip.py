@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hookline import ModuleInterface, Trainer, hookimpl
+from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
+from hookline.testing import PlainModule, on_ranks, tiny_trainer
 from hookline_clip import Clip
 
 BATCHES = 6
@@ -61,6 +62,27 @@ def clip_by_both(parameters):
     torch.nn.utils.clip_grad_norm_(parameters, 0.3)
 
 
+def clip_by_ratio(parameters):
+    """Clip by the formula of adaptive gradient clipping, unit by unit."""
+    for parameter in parameters:
+        units = [...] if parameter.ndim < 2 else range(len(parameter))
+        for unit in units:
+            limit = 0.05 * max(parameter.detach()[unit].norm(), torch.tensor(1e-3))
+            norm = parameter.grad[unit].norm()
+            if norm > limit:
+                parameter.grad[unit] *= limit / norm
+
+
+def clip_by_ratio_and_norm(parameters):
+    clip_by_ratio(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, 0.01)
+
+
+def clip_each(parameters):
+    for parameter in parameters:
+        torch.nn.utils.clip_grad_norm_([parameter], 0.5)
+
+
 @pytest.mark.parametrize(
     ("plugin", "by_hand"),
     [
@@ -70,14 +92,92 @@ def clip_by_both(parameters):
         (Clip(0.5, norm_type=math.inf), clip_by_norm(0.5, math.inf)),
         (Clip(None, max_value=0.1), lambda parameters: torch.nn.utils.clip_grad_value_(parameters, 0.1)),
         (Clip(0.3, max_value=0.1), clip_by_both),
+        (Clip(0.3, max_value=0.1, log_norm=True), clip_by_both),
+        (Clip(0.5, log_norm=True), clip_by_norm(0.5)),
+        (Clip(0.5, per_parameter=True), clip_each),
     ],
-    ids=["default", "norm", "norm 1", "norm inf", "value", "value then norm"],
+    ids=["default", "norm", "norm 1", "norm inf", "value", "value then norm", "told, both", "told", "each"],
 )
 def test_gives_the_bits_of_a_loop_by_hand(plugin, by_hand):
     expected = train_by_hand(by_hand)
     assert_same_weights(train([plugin]), expected)
     plain = train([])
     assert not torch.equal(plain.net[0].weight, expected.net[0].weight)  # there was something to clip
+
+
+@pytest.mark.parametrize(
+    ("options", "by_hand"), [({"max_norm": None}, clip_by_ratio), ({"max_norm": 0.01}, clip_by_ratio_and_norm)]
+)
+def test_clips_units_by_their_ratio_to_the_weights(options, by_hand):
+    """But for rounding: torch takes all rows at once."""
+    expected, plain = train_by_hand(by_hand), train([])
+    torch.testing.assert_close(train([Clip(**options, max_ratio=0.05)]).state_dict(), expected.state_dict())
+    assert (plain.net[0].weight - expected.net[0].weight).abs().max() > 0.05
+
+
+def test_a_unit_of_zeros_moves_and_one_of_small_gradients_is_left_alone():
+    module = Regression()
+    with torch.no_grad():
+        module.net[2].bias.zero_()
+    Trainer(module, plugins=[Clip(None, max_ratio=0.5)], device="cpu").train()
+    assert 0 < module.net[2].bias.abs() < 0.1
+    assert_same_weights(train([Clip(None, max_ratio=1e6)]), train([]))
+
+
+class Told(CallbackInterface):
+    """Keeps the logged norms, and measures them by hand where the gradients are complete."""
+
+    def __init__(self):
+        self.logged, self.measured = [], []
+
+    @hookimpl(tryfirst=True)
+    def on_begin_optimizer_step(self, trainer):
+        gradients = [parameter.grad for parameter in trainer.module.parameters()]
+        self.measured.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    @hookimpl
+    def on_log(self, metrics):
+        self.logged += [value for name, value in metrics.items() if name == "grad_norm_before_clip"]
+
+
+CLIPS = [{"max_norm": 0.5}, {"max_norm": 0.1, "max_value": 0.1}, {"max_norm": None, "max_ratio": 0.1}]
+
+
+@pytest.mark.parametrize("options", [*CLIPS, {"max_norm": 0.1, "per_parameter": True}], ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_tells_the_norm_before_clipping(options, first):
+    told, clip = Told(), Clip(**options, log_norm=True)
+    plugins = [told, clip] if first else [clip, told]
+    Trainer(Regression(), plugins, device="cpu", log_every="1 steps").train()
+    assert told.logged == pytest.approx(told.measured, rel=1e-6)
+    assert len(told.logged) == BATCHES
+    assert min(told.logged) > 0.5
+    mean = Told()
+    Trainer(Regression(), [mean, Clip(**options, log_norm=True)], device="cpu", log_every="6 steps").train()
+    assert mean.logged == pytest.approx([sum(told.measured) / BATCHES])
+
+
+def test_a_norm_that_nobody_asks_for_is_not_told():
+    told = Told()
+    Trainer(Regression(), [told, Clip()], device="cpu", log_every="1 steps").train()
+    assert told.logged == []
+
+
+def count_norms(clip):
+    class Norms(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "norm" in function.name()
+            return function(*args, **kwargs or {})
+
+    with Norms() as norms:
+        train([clip])
+    return norms.count
+
+
+def test_the_norm_that_is_told_is_taken_once():
+    assert count_norms(Clip(log_norm=True)) == count_norms(Clip()) > 0
 
 
 def test_norm_is_that_of_all_gradients_together():
@@ -136,8 +236,16 @@ class Looked(ModuleInterface):
 
 @pytest.mark.parametrize(
     "options",
-    [(1.0,), (0.5, 1.0), (0.5, math.inf), (None, 2.0, 0.1), (0.3, 2.0, 0.1)],
-    ids=["norm", "norm 1", "norm inf", "value", "value then norm"],
+    [
+        (1.0,),
+        (0.5, 1.0),
+        (0.5, math.inf),
+        (None, 2.0, 0.1),
+        (0.3, 2.0, 0.1),
+        (None, 2.0, None, 0.05),
+        (0.5, 2.0, None, None, True),
+    ],
+    ids=["norm", "norm 1", "norm inf", "value", "value then norm", "ratio", "each"],
 )
 def test_sparse_gradients_are_clipped_as_dense_ones(options):
     """But for the order in which squares are added, since zeros are not."""
@@ -170,6 +278,36 @@ def test_the_largest_value_where_some_have_none():
     torch.testing.assert_close(module.table.weight, plain.table.weight)
 
 
+def of_a_rank():
+    torch.set_num_threads(1)
+    ends = {}
+    for options in RANKED:
+        told = Told()
+        told.on_begin_optimizer_step = None
+        plugins = {"fsdp": {}, "clip": {**options, "log_norm": True}, "told": told}
+        trainer = tiny_trainer(plugins, PlainModule(), epochs=1, log_every="1 steps")
+        trainer.train()
+        ends[str(options)] = trainer.export_model(), told.logged
+    return ends
+
+
+RANKED = [{"max_norm": None, "max_ratio": 0.01}, {"max_norm": 0.05, "per_parameter": True}, {"max_norm": 0.05}]
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_ranks_that_share_the_weights_clip_as_one_does():
+    first, second = on_ranks(of_a_rank, 2)
+    for options in RANKED:
+        told = Told()
+        alone = tiny_trainer([Clip(**options, log_norm=True), told], PlainModule(), epochs=1, log_every="1 steps")
+        alone.train()
+        weights, norms = first[str(options)]
+        torch.testing.assert_close(weights, alone.export_model(), rtol=1e-4, atol=1e-5)
+        assert norms == second[str(options)][1] == pytest.approx(told.logged, rel=1e-4)
+        assert min(told.logged) > 0.05
+
+
 class CountingSyncs(TorchDispatchMode):
     """Counts how often a value is fetched from a tensor."""
 
@@ -180,7 +318,11 @@ class CountingSyncs(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("plugin", [Clip(), Clip(None, max_value=1.0)], ids=["norm", "value"])
+@pytest.mark.parametrize(
+    "plugin",
+    [Clip(), Clip(None, max_value=1.0), Clip(max_ratio=0.1, per_parameter=True, log_norm=True)],
+    ids=["norm", "value", "others"],
+)
 def test_waits_for_nothing(plugin):
     counts = []
     for plugins in ([], [plugin]):
@@ -197,7 +339,9 @@ def test_waits_for_nothing(plugin):
         ({"max_norm": math.nan}, r"clip\.max_norm=nan must be above 0"),
         ({"max_value": -1.0}, r"clip\.max_value=-1\.0 must be above 0, or null to clip no value"),
         ({"norm_type": 0.0}, r"clip\.norm_type=0\.0 must be above 0; 2 is the Euclidean norm, inf the largest"),
-        ({"max_norm": None}, r"clip has nothing to do: give max_norm, max_value or both"),
+        ({"max_ratio": 0.0}, r"clip\.max_ratio=0\.0 must be above 0, or null to clip no ratio"),
+        ({"max_norm": None}, r"clip has nothing to do: give max_norm, max_value, max_ratio, or several of them"),
+        ({"max_norm": None, "max_value": 1.0, "per_parameter": True}, r"clip\.per_parameter=true needs clip\.max_norm"),
     ],
 )
 def test_refuses_what_cannot_be(options, message):

@@ -154,9 +154,39 @@ class Groups(TinyModule):
 def test_the_learning_rates_are_those_that_the_step_had():
     module = Groups()
     _, logs = train(Monitor(learning_rate=True), module, epochs=1)
-    for number, name in enumerate(["learning_rate", "learning_rate_1", "learning_rate_2"]):
+    names = ["learning_rate/optimizer_0/group_0", "learning_rate/optimizer_0/group_1", "learning_rate/optimizer_1"]
+    for number, name in enumerate(names):
         assert logs.of(name) == {step: module.used[step][number] for step in (2, 4, 6, 7)}
     assert module.used[2] == pytest.approx([0.05, 0.005, 0.25])
+
+
+def rates(*optimizers):
+    """Return the learning rates that are logged, of optimizers given as lists of groups: (name or None, rate)."""
+
+    class Named(TinyModule):
+        def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+            layers, made = iter((self.net[0], self.net[1], self.net[4])), []
+            for groups in optimizers:
+                named = [{"name": name} if name else {} for name, _ in groups]
+                groups = [{"params": next(layers).parameters(), "lr": rate} for _, rate in groups]
+                made.append(torch.optim.SGD([group | own for group, own in zip(groups, named, strict=True)]))
+            return made, []
+
+    _, logs = train(Monitor(learning_rate=True), Named(), epochs=1)
+    names = [name for name in logs.names if name.startswith("learning_rate")]
+    return {name.removeprefix("learning_rate"): logs.of(name)[7] for name in names}
+
+
+def test_learning_rates_have_the_names_of_their_groups():
+    assert rates([(None, 0.1)]) == {"": 0.1}
+    assert rates([("all", 0.1)]) == {"/all": 0.1}
+    assert rates([("body", 0.1), (None, 0.2), ("head", 0.3)]) == {"/body": 0.1, "/group_1": 0.2, "/head": 0.3}
+    assert rates([("body", 0.1)], [("head", 0.2)]) == {"/body": 0.1, "/head": 0.2}
+    assert rates([("a", 0.1)], [("a", 0.2), ("b", 0.3)]) == {
+        "/optimizer_0": 0.1,
+        "/optimizer_1/group_0": 0.2,
+        "/b": 0.3,
+    }
 
 
 class Turns(Groups):
@@ -172,8 +202,10 @@ class Turns(Groups):
 
 def test_optimizers_that_step_in_turn_keep_their_numbers():
     _, logs = train(Monitor(learning_rate=True), Turns(), epochs=1, log_every="1 steps")
-    assert list(logs.of("learning_rate").values()) == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025, 0.0125])
-    assert list(logs.of("learning_rate_2").values()) == pytest.approx([0.5 / 2**n for n in range(7)])
+    assert list(logs.of("learning_rate/optimizer_0/group_0").values()) == pytest.approx(
+        [0.1, 0.1, 0.05, 0.05, 0.025, 0.025, 0.0125]
+    )
+    assert list(logs.of("learning_rate/optimizer_1").values()) == pytest.approx([0.5 / 2**n for n in range(7)])
 
 
 # Gradients ----------------------------------------------------------------------------

@@ -181,8 +181,9 @@ class Monitor(CallbackInterface):
         """Return what is known of the interval that is over."""
         figures: dict[str, float] = {}
         if self.learning_rate:
-            rates = [rate for optimizer in trainer.optimizers for rate in self._rates_of(optimizer)]
-            figures |= {f"learning_rate_{n}" if n else "learning_rate": float(rate) for n, rate in enumerate(rates)}
+            for optimizer, names in zip(trainer.optimizers, names_of_rates(trainer.optimizers), strict=True):
+                rates = zip(names, self._rates_of(optimizer), strict=False)  # a group may have joined since the step
+                figures |= {name: float(rate) for name, rate in rates}
         seconds, *processors = (now - since for since, now in zip(self._since, self._clocks(), strict=True))
         steps, samples = self._counted
         steps, samples = trainer.counters.global_step - steps, trainer.counters.samples - samples
@@ -211,6 +212,21 @@ class Monitor(CallbackInterface):
     def update_state(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._tokens = state["tokens"]
+
+
+def names_of_rates(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[str]]:
+    """Return the names of the learning rates: a group's own name if no other has it, else its place."""
+    given = [group.get("name") for optimizer in optimizers for group in optimizer.param_groups]
+    names: list[list[str]] = []
+    for place, optimizer in enumerate(optimizers):
+        names.append([])
+        for number, group in enumerate(optimizer.param_groups):
+            parts = [f"optimizer_{place}"] * (len(optimizers) > 1)
+            parts += [f"group_{number}"] * (len(optimizer.param_groups) > 1)
+            if group.get("name") and given.count(group["name"]) == 1:
+                parts = [str(group["name"])]
+            names[-1].append("/".join(["learning_rate", *parts]))
+    return names
 
 
 def kept(rate: Any) -> Any:
