@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hookline.marks import hookimpl as hookimpl
     from hookline.marks import verb as verb
     from hookline.monitored import Watched as Watched
+    from hookline.outputs import named_rows as named_rows
     from hookline.randomness import kept_rng as kept_rng
     from hookline.randomness import set_seed as set_seed
     from hookline.state import copy_state as copy_state
@@ -51,6 +52,7 @@ _HOMES = {  # public name: module; imported at the first access, so that `hookli
     "hookspecs": "hookspecs",
     "instantiate": "config",
     "kept_rng": "randomness",
+    "named_rows": "outputs",
     "nearest": "installed",
     "seconds": "cadence",
     "set_seed": "randomness",

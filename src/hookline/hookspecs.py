@@ -556,8 +556,14 @@ def on_begin_predict_epoch(trainer: Trainer, key: str) -> None:
 
 
 @event
-def on_end_predict_step(trainer: Trainer, outputs: Any, batch: Any, key: str, index: int) -> None:
-    """Run after one prediction, with exactly what `predict_step` returned; the trainer does not keep it."""
+def on_end_predict_step(
+    trainer: Trainer, outputs: Any, batch: Any, key: str, index: int, places: Sequence[int]
+) -> None:
+    """Run after one prediction, with exactly what `predict_step` returned; the trainer does not keep it.
+
+    `places` has the place of each sample of the batch in the order of the data: sorted by it, the samples of all ranks
+    are in that order. Samples of a batch that was dealt to the rank as a whole have one place.
+    """
 
 
 @event

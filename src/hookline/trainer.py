@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -120,19 +119,20 @@ class Trainer:
         self._run(Stage.TEST)
         return self.metrics
 
-    def predict(self) -> None:
-        """Predict; pass each batch's outputs to `on_end_predict_step`, and do not keep them."""
-        if not self.plugins.heard["on_end_predict_step"]:
-            warnings.warn(
-                "nobody hears on_end_predict_step, so the predictions will be dropped: implement it in the module "
-                "or in a plugin, marked @hookimpl",
-                stacklevel=2,
-            )
-        self._run(Stage.PREDICT)
+    def predict(self, collect: bool = False) -> dict[str, Any] | None:
+        """Predict; pass each batch's outputs to `on_end_predict_step`.
+
+        Args:
+            collect: keep the outputs, and return those of all ranks by loader: as `predict_step` returns them, with the
+                rows of all batches, in the order of the data, on the host. For what fits into memory.
+        """
+        return self.evaluation.predict(collect, self._folder())
 
     def _run(self, stage: Stage) -> None:
-        folder = str(self.run_dir) if "run_dir" in vars(self) else ""  # reading it would make it
-        self.session.do(stage, folder)
+        self.session.do(stage, self._folder())
+
+    def _folder(self) -> str:
+        return str(self.run_dir) if "run_dir" in vars(self) else ""  # reading it would make it
 
     # For the module and every plugin -----------------------------------------------------
 

@@ -155,6 +155,11 @@ class Loaders:
                     "sampler alike on all ranks"
                 )
 
+    def deals_batches(self, stage: Stage, key: str) -> bool:
+        """Tell whether ranks take whole batches of a loader in turn, not samples."""
+        mine = self._private.get((stage, key))
+        return mine is None or mine.deals_batches
+
     def state(self) -> Any:
         """Return the state of a stateful training loader after the last trained batch; None for others."""
         loader, cursor = self._private.get((Stage.TRAIN, "default")), self.trainer.cursor

@@ -119,6 +119,13 @@ class RunLoader:
         """The name of a sampler of the user's that may not draw the same again; else ""."""
         return "" if self._batches is None or self._batches.repeatable else self._batches.name
 
+    @property
+    def deals_batches(self) -> bool:
+        """Whether ranks take whole batches in turn, not samples."""
+        if self._batches is not None:
+            return not self._batches.batched
+        return getattr(self.loader, "batch_size", None) is None
+
     def __len__(self) -> int:
         # torch would remember `len` of a stream, and warn later in its own words
         known: Any = self._private if self._view is not None else copy.copy(self.loader)

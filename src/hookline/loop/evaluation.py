@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,13 +20,27 @@ from hookline.loop.logs import Logs
 from hookline.loop.reductions import Reduction, as_number, is_number
 from hookline.loop.session import Session
 from hookline.monitored import require_metrics
-from hookline.outputs import Collector, Outputs, as_outputs
+from hookline.outputs import Collector, Outputs, Predictions, as_outputs, merged
 from hookline.randomness import kept_rng, set_seed
 
 if TYPE_CHECKING:
     from hookline.run import Run
 
 log = logging.getLogger("hookline.trainer")
+
+
+def places_of(before: int, samples: int, whole: bool, share: int, shares: int) -> Sequence[int]:
+    """Return the places of a batch's samples in the data; those of a batch that was dealt as a whole are one place.
+
+    Args:
+        before: samples, or batches that were dealt as a whole, that this rank had before.
+        samples: of the batch.
+        whole: whether ranks are dealt whole batches.
+        share: this rank's share of the data.
+        shares: the number of shares.
+    """
+    first = share + before * shares
+    return [first] * samples if whole else range(first, first + samples * shares, shares)
 
 
 class Evaluation:
@@ -40,6 +54,8 @@ class Evaluation:
         """Whether the evaluation under way is the sanity check before training."""
         self.by_counter = False
         """Whether validation is due by steps, batches, samples, time or parts of an epoch, so within an epoch too."""
+        self.collected: dict[str, Any] | None = None
+        """The predictions of all ranks by loader; None if they are not to be collected."""
         self._validated_at: int | None = None  # the optimizer step
         self._reports_so_far = False
 
@@ -110,6 +126,21 @@ class Evaluation:
         log.debug("%s at step %d took %.3f s", stage.value, run.global_step, time.monotonic() - began)
         return self.metrics
 
+    def predict(self, collect: bool, folder: str) -> dict[str, Any] | None:
+        """Predict; return the predictions by loader if they are to be collected."""
+        if not collect and not self.run.plugins.heard["on_end_predict_step"]:
+            warnings.warn(
+                "nobody hears on_end_predict_step, so the predictions will be dropped: implement it in the module or "
+                "in a plugin, marked @hookimpl; or collect them, by trainer.predict(collect=True)",
+                stacklevel=3,
+            )
+        self.collected = {} if collect else None
+        try:
+            self.session.do(Stage.PREDICT, folder)
+            return self.collected
+        finally:
+            self.collected = None
+
     # Within one -----------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -132,9 +163,15 @@ class Evaluation:
         run, hook, index = self.run, self.run.hook, -1
         tell = getattr(hook, f"on_end_{stage.value}_step")
         collector = Collector(run.plugins.rooms.get(f"on_end_{stage.value}_epoch", 0))
+        predictions, seen, whole = Predictions(), 0, self.built.loaders.deals_batches(stage, key)
         for index, batch in enumerate(batches):
             weight = float(hook.get_weight(trainer=run, batch=batch, stage=stage))
             self.logs.weigh(weight)
+            more = {}
+            if stage is Stage.PREDICT:
+                samples = hook.count_samples(trainer=run, batch=batch, stage=stage)
+                more["places"] = places_of(index if whole else seen, samples, whole, run.share, run.shares)
+                seen += samples
             batch = hook.prepare_batch(trainer=run, batch=batch, stage=stage)
             outputs = hook.call_model(trainer=run, batch=batch, stage=stage)
             if stage is not Stage.PREDICT:
@@ -142,11 +179,16 @@ class Evaluation:
                 self._take_loss(stage, outputs, weight)
                 if collector.room:
                     collector.add(outputs)
-            tell(trainer=run, outputs=outputs, batch=batch, key=key, index=index)
+            elif self.collected is not None:
+                predictions.add(outputs, more["places"])
+            tell(trainer=run, outputs=outputs, batch=batch, key=key, index=index, **more)
         self.logs.weigh(None)
         if index < 0:
             warnings.warn(f"the {stage.value} loader {key!r} gave no batch, so nothing is known of it", stacklevel=2)
         if stage is Stage.PREDICT:
+            if self.collected is not None:
+                ranks = dict(reversed(hook.all_gather(trainer=run, value=(run.share, predictions.own()))))
+                self.collected[key] = merged([ranks[share] for share in sorted(ranks)])
             hook.on_end_predict_epoch(trainer=run, key=key)
         else:
             outputs = hook.gather_outputs(trainer=run, outputs=collector.collate(), stage=stage, key=key)
