@@ -20,12 +20,9 @@ NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny mo
     "accumulate": {"steps": 2},
     "compile": {"backend": "eager"},
     "freeze": {"patterns": "net.0", "unfreeze": {"10 steps": "net.0"}},
+    "lr_find": {"steps": 3},
     "lr_schedule": {"replace": True},
     "sampling": {"by": 2},
-NEEDED = {  # else it has nothing to do, or takes long
-    "accumulate": {"steps": 2},
-    "compile": {"backend": "eager"},
-    "lr_find": {"steps": 3},
 }
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
