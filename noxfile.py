@@ -139,7 +139,7 @@ def plugin(session: nox.Session, name: str) -> None:
     """Build one plugin's wheel and the core's, install those alone, and run the plugin's tests that need no other."""
     wheels = session.create_tmp()
     session.install("build", "flit_core", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis")
-    session.install("matplotlib", "psutil", "scikit-learn")
+    session.install("matplotlib", "psutil", "scikit-learn", "schedulefree")
     for folder in (".", f"plugins/{name}"):
         session.run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, folder)
     session.install(TORCH, *map(str, Path(wheels).glob("*.whl")))

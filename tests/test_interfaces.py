@@ -145,8 +145,18 @@ def test_what_is_not_written_says_so():
 def test_a_module_without_abstract_methods_cannot_be_made():
     class Module(ModuleInterface): ...
 
-    with pytest.raises(TypeError, match="get_optimizers_schedulers"):
+    with pytest.raises(TypeError, match="get_train_dataloader"):
         Module()
+
+
+def test_a_module_without_an_optimizer_says_so_when_it_trains():
+    class Module(TinyModule):
+        get_optimizers_schedulers = ModuleInterface.get_optimizers_schedulers
+
+    trainer = tiny_trainer(module=Module())
+    trainer.validate()
+    with pytest.raises(ValueError, match=r"Module has no optimizer: write get_optimizers_schedulers\(steps_per_epoch"):
+        trainer.train()
 
 
 def test_a_module_without_a_trainer_says_so():

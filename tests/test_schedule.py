@@ -105,6 +105,7 @@ def test_says_what_it_cannot_know(write, capsys):
 
 @pytest.mark.parametrize(("suffix", "begin"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
 def test_draws_into_a_file(suffix, begin, write, capsys):
+    pytest.importorskip("matplotlib")
     file = f"picture.{suffix}"
     assert main(["plan", write("Mixed"), "--schedule", file]) == 0
     assert capsys.readouterr().out == f"wrote {file}\n"

@@ -260,7 +260,6 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     # Optimizers -----------------------------------------------------------------------
 
-    @abstractmethod
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int | None, epochs: int
     ) -> tuple[Iterable[torch.optim.Optimizer], Iterable[Any]]:
@@ -277,7 +276,15 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             Optimizers, and schedulers. A scheduler moves after each optimizer step; a
             `ReduceLROnPlateau` moves after each evaluation, by `val_loss`. A pair
             `(scheduler, "step" | "epoch" | "validation")` overrides this.
+
+        Raises:
+            ValueError: it is not written, and no plugin makes the optimizers.
         """
+        raise ValueError(
+            f"{type(self).__name__} has no optimizer: write get_optimizers_schedulers(steps_per_epoch, epochs), or "
+            "name a plugin that makes one, e.g. `plugins: {optimizer: {_target_: torch.optim.AdamW}}` from the distribution "
+            "hookline-optimizer"
+        )
 
     # What is already written ----------------------------------------------------------
 
