@@ -125,7 +125,7 @@ PARTS = [
     Part(
         "torch",
         {"_compiled_call_impl", "_orig_mod"},
-        {"plugins/summary"},
+        {"plugins/monitor", "plugins/summary"},
         "which modules are compiled is said nowhere else",
         compiled,
     ),
@@ -138,10 +138,18 @@ PARTS = [
     ),
     Part(
         "torch",
-        {"_scaled_dot_product_flash_attention_for_cpu"},
-        {"plugins/summary"},
-        "torch's counter of FLOPs does not know the attention of the CPU, which an operation of this name does",
-        lambda torch: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        {
+            "_get_raw",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention_for_cpu_backward",
+        },
+        {"plugins/monitor", "plugins/summary"},
+        "torch's counter of FLOPs does not know the attention of the CPU; a formula of this mark sees more than shapes",
+        lambda torch: (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+            inspect.getsource(importlib.import_module("torch.utils.flop_counter").FlopCounterMode).index("_get_raw"),
+        ),
     ),
     Part(
         "torch",

@@ -12,6 +12,7 @@ import torch
 from hookline import CallbackInterface, hookimpl
 from hookline.testing import Memory, TinyModule, calls_per_step, check_plugin, digest, run_ranks, tiny_trainer
 from hookline_monitor import Monitor, norm_of_gradients
+from hookline_monitor.flops import counting, peak_of
 from hookline_monitor.sampling import Sampler, Stacks
 
 ALL = {
@@ -19,6 +20,8 @@ ALL = {
     "grad_norm": True,
     "cpu_utilization": True,
     "throughput": True,
+    "mfu": True,
+    "peak_flops": 1e12,
     "plugin_time": True,
 }
 
@@ -344,6 +347,147 @@ def test_a_tracker_may_place_values_by_tokens(tmp_path):
     assert path.read_text() == whole
 
 
+# FLOPs --------------------------------------------------------------------------------
+
+A_SAMPLE = 2 * (2 * 8 * 16 + 2 * 16) + 2 * 16  # of TinyModule: forward and weights; the inputs of the second layer
+
+
+@pytest.mark.plugins
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_flops_are_those_counted_by_hand(accumulated, caplog):
+    from hookline_accumulate import Accumulate
+
+    plugins = [Accumulate(2)] if accumulated else []
+    with caplog.at_level(logging.INFO, "hookline.monitor"):
+        trainer, logs = train(Monitor(mfu=True, peak_flops=1e9, throughput=True), plugins=plugins)
+    assert [record.getMessage() for record in caplog.records if record.name == "hookline.monitor"] == [
+        f"monitor: forward and backward of one sample take {A_SAMPLE} FLOPs on this rank"
+    ]
+    assert list(logs.of("mfu")) == [2, 4, 6, 8, 10, 12, 14]
+    for step, rate in logs.of("samples_per_second").items():
+        assert logs.of("tflops_per_second")[step] == pytest.approx(rate * A_SAMPLE / 1e12)
+        assert logs.of("mfu")[step] == pytest.approx(rate * A_SAMPLE / 1e9)
+    assert "monitor.flops" not in dict(trainer.plugins.listed())
+
+
+def test_flops_by_token_and_those_that_are_given():
+    _, logs = train(Monitor(mfu=True, throughput=True), Counts())
+    for step, rate in logs.of("tokens_per_second").items():
+        assert logs.of("tflops_per_second")[step] == pytest.approx(rate * A_SAMPLE / 10 / 1e12)
+    _, logs = train(Monitor(mfu=True, throughput=True, flops_per_sample=5e6, peak_flops=1e9), Counts())
+    for step, rate in logs.of("samples_per_second").items():
+        assert logs.of("tflops_per_second")[step] == pytest.approx(rate * 5e6 / 1e12)
+        assert logs.of("mfu")[step] == pytest.approx(rate * 5e6 / 1e9)
+
+
+def counted(network, inputs, dtype=None):
+    """Return the FLOPs of forward and backward by kind of numbers."""
+    flops = {}
+    with counting(flops), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        network(inputs.requires_grad_()).float().sum().backward()
+    return flops
+
+
+def attend(x):
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+def test_flops_of_convolutions_and_attention_by_hand():
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    assert counted(conv, torch.randn(2, 3, 16, 16)) == {torch.float32: 3 * 2 * 2 * 16 * 16 * 8 * 3 * 3 * 3}
+    product = 2 * (2 * 4) * 8 * 8 * 16  # two forward; five backward, with the first once more
+    assert counted(attend, torch.randn(2, 4, 8, 16)) == {torch.float32: (2 + 5) * product}
+
+
+def test_flops_by_the_kind_of_numbers():
+    layer = torch.nn.Linear(4, 8, bias=False)
+    assert counted(layer, torch.randn(2, 4), torch.bfloat16) == {torch.bfloat16: 3 * 2 * 2 * 4 * 8}
+    assert counted(layer.double(), torch.randn(2, 4).double()) == {torch.float64: 3 * 2 * 2 * 4 * 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA A100-PCIE-40GB", torch.float32, 156e12),
+        ("NVIDIA H100 80GB HBM3", torch.float16, 989.5e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H100 NVL", torch.bfloat16, 835.5e12),
+        ("NVIDIA H200", torch.float32, 494.5e12),
+        ("NVIDIA H200 NVL", torch.float32, 417.5e12),
+        ("NVIDIA L4", torch.bfloat16, 121e12),
+        ("NVIDIA L40S", torch.bfloat16, 362e12),
+        ("AMD Instinct MI300X", torch.bfloat16, 1307.4e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16, None),
+        ("NVIDIA A10G", torch.bfloat16, None),
+        ("NVIDIA H100", torch.bfloat16, None),
+        ("NVIDIA H200", torch.float64, None),
+        ("cpu", torch.float32, None),
+    ],
+)
+def test_the_peaks_of_devices(name, dtype, peak):
+    assert peak_of(name, dtype) == peak
+
+
+def test_a_device_whose_peak_is_not_known(caplog):
+    _, logs = train(Monitor(mfu=True))
+    (said,) = [record.getMessage() for record in caplog.records if "monitor" in record.getMessage()]
+    assert said == (
+        "monitor.mfu: the peak of 'cpu' for torch.float32 is not known, so no share of it is logged; give it as "
+        "monitor.peak_flops, in FLOP per second without sparsity"
+    )
+    assert "tflops_per_second" in logs.names
+    assert "mfu" not in logs.names
+
+
+class Compiles(TinyModule):
+    """Compiles its network, or a function that calls it, and counts how often."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.compiled = 0
+        net = self.net
+        if whole:
+            self.net = torch.compile(net, backend=self.count)
+        self.call = self.net if whole else torch.compile(lambda x: net(x), backend=self.count)
+
+    def count(self, graph, inputs):
+        self.compiled += 1
+        return graph.forward
+
+    def train_step(self, global_step, batch, device):
+        return torch.nn.functional.mse_loss(self.call(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_is_compiled_stays_compiled(whole, caplog):
+    options = {"epochs": 1, "evaluate_every": None, "eval_when_finish": False}
+    states = []
+    for monitor in (Monitor(), Monitor(mfu=True, peak_flops=1e9)):
+        torch.compiler.reset()
+        module = Compiles(whole)
+        _, logs = train(monitor, module, **options)
+        states.append((module.compiled, digest(dict(module.state_dict()))))
+    assert states[0] == states[1]
+    assert states[0][0] > 0
+    assert ("mfu" in logs.names) is not whole
+    assert any("monitor.mfu counts no FLOPs of a compiled model" in r.getMessage() for r in caplog.records) is whole
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peak_flops": 1e12}, r"monitor\.peak_flops=1e\+12 is for monitor\.mfu, which is false; set it to true"),
+        ({"mfu": True, "peak_flops": 0.0}, r"monitor\.peak_flops=0\.0 must be above 0, or null"),
+        ({"mfu": True, "flops_per_sample": -1.0}, r"monitor\.flops_per_sample=-1\.0 must be above 0, or null"),
+        ({"mfu": True, "flops_per_sample": 1e9}, r"monitor\.flops_per_sample=1e\+09 needs monitor\.peak_flops too"),
+    ],
+)
+def test_refuses_flops_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        Monitor(**options)
+
+
 # The machine --------------------------------------------------------------------------
 
 
@@ -506,5 +650,8 @@ def test_two_ranks(strategy):
             assert metrics[name] == expected[name]
         if "grad_norm" in expected:
             assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        if "tokens_per_second" in metrics:
+            each = metrics["tflops_per_second"] / metrics["tokens_per_second"]  # of two ranks, on one
+            assert each == pytest.approx(A_SAMPLE / 10 / 2 / 1e12)
     others = set().union(*(metrics for _, metrics in second))
     assert not {name for name in others if name.startswith(("cpu/", "process/", "time/", "learning_rate"))}

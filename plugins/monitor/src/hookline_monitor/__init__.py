@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -10,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline import CallbackInterface, every, hookimpl
-from hookline_monitor import machine
+from hookline import CallbackInterface, Stage, every, hookimpl
+from hookline_monitor import flops, machine
 from hookline_monitor.sampling import Sampler, Stacks
 
 if TYPE_CHECKING:
     from hookline import Trainer
 
 __version__ = "0.1.0"
+
+COUNTING = "monitor.flops"
+"""The name of what counts FLOPs, while it does."""
+
+log = logging.getLogger("hookline.monitor")
 
 
 @dataclass(eq=False)
@@ -43,11 +49,20 @@ class Monitor(CallbackInterface):
     """Log how busy the processors are, by all and by this process, in percent, and the memory in use, in GiB."""
     throughput: bool = False
     """Log steps and samples per second, and tokens where the module counts them."""
+    mfu: bool = False
+    """Log FLOP per second of a device, and which share they are of the most that it can do."""
+    flops_per_sample: float | None = None
+    """The FLOPs of forward and backward for one sample on one rank; null counts those of the first step."""
+    peak_flops: float | None = None
+    """The most FLOP per second that a device can do; null takes the maker's figure where it is known."""
     plugin_time: bool = False
     """Log which share of the time is spent in each plugin, in the module and in the loop."""
 
     def __post_init__(self) -> None:
+        self._check_flops()
         self._tokens = 0.0
+        self._flops: tuple[str, float, float | None] | None = None  # of a token or sample, and seconds at the peak
+        self._counting = flops.Counting(self._take_flops)
         self._rates: dict[int, list[Any]] = {}
         self._norm_wanted = True
         self._since: list[float] = []  # clocks at the last interval's end; evaluations do not count
@@ -60,10 +75,23 @@ class Monitor(CallbackInterface):
         wanted = {
             "on_end_optimizer_step": self.learning_rate,
             "on_begin_optimizer_step": self.grad_norm,
-            "evaluate": self.throughput or self.cpu_utilization or self.gpu_utilization,
+            "evaluate": self.throughput or self.mfu or self.cpu_utilization or self.gpu_utilization,
         }
         for hook in [hook for hook, asked in wanted.items() if not asked]:
             setattr(self, hook, None)  # a hook that is not there costs nothing
+
+    def _check_flops(self) -> None:
+        for name in ("flops_per_sample", "peak_flops"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"monitor.{name}={value} must be above 0, or null")
+            if value is not None and not self.mfu:
+                raise ValueError(f"monitor.{name}={value:g} is for monitor.mfu, which is false; set it to true")
+        if self.flops_per_sample is not None and self.peak_flops is None:
+            raise ValueError(
+                f"monitor.flops_per_sample={self.flops_per_sample:g} needs monitor.peak_flops too: nothing is counted "
+                "then, so it is not known of which kind of numbers the device's peak is to be"
+            )
 
     @hookimpl(wrapper=True, tryfirst=True)
     def adapt_module(self) -> Generator[None, Any, Any]:
@@ -95,6 +123,8 @@ class Monitor(CallbackInterface):
                 plugins = {**dict(trainer.plugins.listed()), "module": trainer.module}
                 self._stacks = Stacks(plugins, threading.get_ident())
                 self._samplers.append(Sampler(self._stacks.look, Stacks.PERIOD))
+            if self.mfu:
+                self._begin_flops(trainer)
         self._begin_interval(trainer)
 
     def _begin_interval(self, trainer: Trainer) -> None:
@@ -102,8 +132,36 @@ class Monitor(CallbackInterface):
         self._counted = trainer.counters.global_step, trainer.counters.samples
         self._since = self._clocks()
 
+    def _begin_flops(self, trainer: Trainer) -> None:
+        self._flops = None
+        if self.flops_per_sample is not None and self.peak_flops is not None:
+            self._flops = "sample", self.flops_per_sample, self.flops_per_sample / self.peak_flops
+        elif flops.is_compiled(trainer):
+            log.warning(
+                "monitor.mfu counts no FLOPs of a compiled model, since it would run uncompiled meanwhile; give "
+                "monitor.flops_per_sample and monitor.peak_flops. A run without compiling says what it has counted"
+            )
+        else:
+            trainer.plugins.register(self._counting, COUNTING)
+
+    def _take_flops(self, trainer: Trainer, counted: flops.Counted, window: Sequence[Any]) -> None:
+        """Keep what the first step has counted, by token where the module counts tokens."""
+        if self.update is not None:
+            unit, number = "token", sum(trainer.module.count_tokens(batch) for batch in window)  # type: ignore[operator]
+        else:
+            count = trainer.hook.count_samples
+            unit, number = "sample", sum(count(trainer=trainer, batch=batch, stage=Stage.TRAIN) for batch in window)
+        if number:
+            trainer.plugins.unregister(name=COUNTING)
+            seconds = flops.seconds_at_peak(trainer, counted, self.peak_flops)
+            each = sum(counted.values()) / number
+            self._flops = unit, each, None if seconds is None else seconds / number
+            log.info("monitor: forward and backward of one %s take %.6g FLOPs on this rank", unit, each)
+
     @hookimpl
-    def on_end_run(self) -> None:
+    def on_end_run(self, trainer: Trainer) -> None:
+        if trainer.plugins.has_plugin(COUNTING):
+            trainer.plugins.unregister(name=COUNTING)
         for sampler in self._samplers:
             sampler.stop()
         if self._gpus is not None:
@@ -191,6 +249,12 @@ class Monitor(CallbackInterface):
             figures |= {"steps_per_second": steps / seconds, "samples_per_second": samples / seconds}
             if "tokens" in given and self.update is not None:
                 figures["tokens_per_second"] = given["tokens"] / seconds
+        if self._flops is not None and steps > 0:
+            unit, each, at_peak = self._flops
+            done = (samples if unit == "sample" else given.get("tokens", 0)) / trainer.shares
+            figures["tflops_per_second"] = done * each / seconds / 1e12
+            if at_peak is not None:
+                figures["mfu"] = done * at_peak / seconds
         if self._processors is not None:
             figures |= self._processors.figures(seconds, *processors)
         if self._gpus is not None:
