@@ -25,6 +25,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "limits": {"train_batches": 2, "val_batches": 2},
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
     "monitor": {"grad_norm": True, "learning_rate": True},
+    "swa": {"begin": 0.0, "every": 1, "evaluate": True},
     "tp": {"plan": {"net.4": "row from whole"}},
 }
 
