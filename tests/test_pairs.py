@@ -28,6 +28,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
     "monitor": {"grad_norm": True, "learning_rate": True},
     "sampling": {"kind": "length", "by": 2, "bucket": 2},
+    "swa": {"begin": 0.0, "every": 1, "evaluate": True},
     "tp": {"plan": {"net.4": "row from whole"}},
 }
 

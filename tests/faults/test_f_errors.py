@@ -105,6 +105,7 @@ VARIANTS = {  # options with which a plugin implements all of its hooks; one tha
     "monitor": [{"learning_rate": True, "grad_norm": True, "throughput": True, "plugin_time": True}],
     "progress": [{"force_terminal": True, "refresh": 1e-9}],
     "signals": [{"within_window": True}],
+    "swa": [{"begin": 5, "every": 2, "lr": 0.1}],
 }
 DOORS = ("train", "validate", "test", "predict")
 BEFORE_A_RUN = ("get_ranks", "get_share", "get_device", "adapt_module", "on_setup")
