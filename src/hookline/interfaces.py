@@ -282,8 +282,8 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         """
         raise ValueError(
             f"{type(self).__name__} has no optimizer: write get_optimizers_schedulers(steps_per_epoch, epochs), or "
-            "name a plugin that makes one, e.g. `plugins: {optimizer: {_target_: torch.optim.AdamW}}` from the distribution "
-            "hookline-optimizer"
+            "name a plugin that makes one, e.g. `plugins: {optimizer: {_target_: torch.optim.AdamW}}` from the "
+            "distribution hookline-optimizer"
         )
 
     # What is already written ----------------------------------------------------------
