@@ -404,6 +404,7 @@ class PlainOne(PlainModule):
         ({"schedule": {"constant": {"factor": 1}}}, "lr_schedule.schedule.constant has no option 'factor'"),
         ({"schedule": ["cosine", "linear"]}, "more than one phase has no length; give all but one a `for`"),
         ({"schedule": ["one_cycle", "linear"]}, "one_cycle sets rates of its own and cannot be one phase of several"),
+        ({"schedule": {"function": {"height": 1}}}, "lr_schedule.schedule.function.path is needed: the dotted path of"),
         ({"by": "step"}, "lr_schedule.by='step' must be one of steps, epochs, time, or null"),
         ({"schedule": None}, "lr_schedule has nothing to do: give schedule, values or both"),
         ({"schedule": "one_cycle", "warmup": "5%"}, "one_cycle begins with a warm-up of its own"),
@@ -459,6 +460,16 @@ class Endless(Module):
 def test_refuses_what_does_not_fit_the_run(options, module, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         train(options, module=module())
+
+
+def test_refuses_who_moves_schedulers_in_another_way():
+    class Moves(Module):
+        @hookimpl
+        def step_schedulers(self):
+            return True
+
+    with pytest.raises(ValueError, match="module moves schedulers in a way of its own, which would leave these out"):
+        train({}, module=Moves())
 
 
 def test_cannot_replace_what_has_overwritten_the_rates():

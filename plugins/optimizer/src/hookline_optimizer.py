@@ -107,12 +107,14 @@ class Optimizer(CallbackInterface):
         for optimizer in self._modal:
             optimizer.train()
 
-    @hookimpl(wrapper=True)
+    # Outermost: `eval()` computes with the weights to train with, which others then replace by an average of theirs.
+
+    @hookimpl(wrapper=True, tryfirst=True)
     def evaluate(self, trainer: Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
         with self._to_use(trainer.module):
             return (yield)
 
-    @hookimpl(wrapper=True)
+    @hookimpl(wrapper=True, tryfirst=True)
     def export_model(self, trainer: Trainer) -> Generator[None, Tensors, Tensors]:
         with self._to_use(trainer.module):
             state = yield

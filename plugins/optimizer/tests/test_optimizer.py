@@ -234,6 +234,18 @@ def test_model_saving_saves_the_weights_to_use(tmp_path):
     assert digest(saved) == digest(trainer.export_model()) != digest(trainer.module.state_dict())
 
 
+@pytest.mark.plugins
+def test_an_average_of_another_plugin_is_used_in_every_order_of_the_list():
+    plugins, ends = {"optimizer": OPTIONS, "ema": {"decay": 0.5}, "accumulate": {"steps": 2}}, []
+    for order in itertools.permutations(plugins):
+        trainer = tiny_trainer({name: plugins[name] for name in order}, Module())
+        trainer.train()
+        ends.append((trainer.metrics, digest(trainer.export_model()), digest(trainer.module.state_dict())))
+    assert all(end == ends[0] for end in ends)
+    averaged = trainer.plugins.get_plugin("ema").get_state()["average"]
+    assert torch.equal(trainer.export_model()["net.0.weight"], averaged["net.0.weight"])
+
+
 def test_other_optimizers_cost_nothing():
     class Looks(CallbackInterface):
         @hookimpl

@@ -85,6 +85,10 @@ class LrSchedule(CallbackInterface):
     def setup_optimizers(self, trainer: Trainer) -> Generator[None, Made, Made]:
         """Add the schedulers, when the optimizers are complete."""
         optimizers, schedulers = yield
+        if others := trainer.plugins.performers("step_schedulers"):
+            raise ValueError(
+                f"lr_schedule: {others[0]} moves schedulers in a way of its own, which would leave these out"
+            )
         chosen, clock = self._choose(optimizers), make_clock(trainer, self.by)
         if self.schedule is not None:
             self._refuse_two(trainer, chosen, schedulers)

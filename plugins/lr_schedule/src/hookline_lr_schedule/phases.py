@@ -86,12 +86,16 @@ def read(where: str, given: Any) -> list[Phase]:
         if sum(phase.length is None for phase in phases) > 1:
             raise ValueError(f"{where}: more than one phase has no length; give all but one a `for`")
         return phases
-    entry = {given: {}} if isinstance(given, str) else given
+    return _read_one(where, {given: {}} if isinstance(given, str) else given)
+
+
+def _read_one(where: str, entry: Any) -> list[Phase]:
+    """Return the phases of {name: options, "for": length}: one, but for a name that is a composition."""
     names = [name for name in entry if name != "for"] if isinstance(entry, Mapping) else []
     known = [*KINDS, *COMPOSED]
     if len(names) != 1:
         raise ValueError(
-            f"{where}={given!r} must be a name, {{name: options, for: length}} or a list of such; names are "
+            f"{where}={entry!r} must be a name, {{name: options, for: length}} or a list of such; names are "
             f"{', '.join(known)}"
         )
     (name,) = names
@@ -103,13 +107,15 @@ def read(where: str, given: Any) -> list[Phase]:
     options = {"path": options} if name == "function" and isinstance(options, str) else dict(options)
     if name in COMPOSED:
         _check(f"{where}.{name}", options, [*COMPOSED[name]])
-        options = {**COMPOSED[name], **options}
-        ends = Phase("warmup", {}, options["warmup"]), Phase("linear", {}, options["decay"])
+        lengths = {**COMPOSED[name], **options}
+        ends = Phase("warmup", {}, lengths["warmup"]), Phase("linear", {}, lengths["decay"])
         return [ends[0], Phase("constant", {}, None), ends[1]]
     kind = KINDS[name]
-    if name != "function" or "path" not in options:
+    if name != "function":  # whose other options are arguments of the user's function
         taken = kind.taken or {*inspect.signature(kind.scheduler).parameters} - OURS - {kind.length}
         _check(f"{where}.{name}", options, [*taken, *(["metric"] if name == "plateau" else [])])
+    elif "path" not in options:
+        raise ValueError(f"{where}.function.path is needed: the dotted path of a function or a class")
     return [Phase(name, options, entry.get("for"))]
 
 
