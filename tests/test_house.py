@@ -21,7 +21,7 @@ NEEDED = {  # else it has nothing to do, or takes long
     "compile": {"backend": "eager"},
     "lr_find": {"steps": 3},
 }
-TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
+TOGETHER = sorted(set(installed()) - {"batch_find", "deepspeed", "fsdp"})  # which do what accumulate and ddp do
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
 
