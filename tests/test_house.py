@@ -24,7 +24,7 @@ NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny mo
     "lr_schedule": {"replace": True},
     "sampling": {"by": 2},
 }
-TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
+TOGETHER = sorted(set(installed()) - {"batch_find", "deepspeed", "fsdp"})  # which do what accumulate and ddp do
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
 

@@ -83,7 +83,7 @@ class LrFind(CallbackInterface):
     def on_setup(self) -> None:
         self.found = None
 
-    @hookimpl(tryfirst=True)
+    @hookimpl  # behind those who choose the size of micro-batches, tryfirst
     def on_begin_train_epoch(self, trainer: Trainer) -> None:  # type: ignore[override]
         if self.found is not None or trainer.global_step or trainer.position or trainer.window.begun:
             return  # a resumed run
