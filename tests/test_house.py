@@ -19,6 +19,7 @@ MEASURE = {"_target_": "torchmetrics.MeanSquaredError"}
 NEEDED = {  # else it has nothing to do, or takes long
     "accumulate": {"steps": 2},
     "compile": {"backend": "eager"},
+    "mix": {"mixup": 0.2},
     "sampling": {"by": 2},
 }
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does

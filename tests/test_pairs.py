@@ -23,6 +23,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "finite": {"policy": "skip"},
     "limits": {"train_batches": 2, "val_batches": 2},
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
+    "mix": {"mixup": 0.4},
     "monitor": {"grad_norm": True, "learning_rate": True},
     "sampling": {"kind": "length", "by": 2, "bucket": 2},
     "tp": {"plan": {"net.4": "row from whole"}},
