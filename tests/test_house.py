@@ -22,6 +22,7 @@ NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny mo
     "freeze": {"patterns": "net.0", "unfreeze": {"10 steps": "net.0"}},
     "lr_find": {"steps": 3},
     "lr_schedule": {"replace": True},
+    "mix": {"mixup": 0.2},
     "sampling": {"by": 2},
 }
 TOGETHER = sorted(set(installed()) - {"batch_find", "deepspeed", "fsdp"})  # which do what accumulate and ddp do

@@ -26,6 +26,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "lr_schedule": {"schedule": "linear", "replace": True},
     "lr_find": {"steps": 3},
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
+    "mix": {"mixup": 0.4},
     "monitor": {"grad_norm": True, "learning_rate": True},
     "sampling": {"kind": "length", "by": 2, "bucket": 2},
     "swa": {"begin": 0.0, "every": 1, "evaluate": True},
