@@ -26,6 +26,12 @@ NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny mo
     "sampling": {"by": 2},
 }
 TOGETHER = sorted(set(installed()) - {"batch_find", "deepspeed", "fsdp"})  # which do what accumulate and ddp do
+NEEDED = {  # else it has nothing to do, or takes long
+    "accumulate": {"steps": 2},
+    "backend": {"deterministic": "error"},
+    "compile": {"backend": "eager"},
+}
+TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
 

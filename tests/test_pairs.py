@@ -15,6 +15,7 @@ pytestmark = pytest.mark.plugins
 OPTIONS = {  # of those whose defaults would change nothing here
     "accumulate": {"steps": 2},
     "activation_checkpoint": {"wrap": ["Linear"]},
+    "backend": {"deterministic": "error", "gc_every": 2},
     "checkpoint": {"every": "2 steps"},
     "clip": {"max_norm": 0.1},
     "compile": {"blocks": ["Linear"], "backend": "eager"},
