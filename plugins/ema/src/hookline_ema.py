@@ -41,6 +41,8 @@ class Ema(CallbackInterface):
     evaluate: bool = True
     """Whether to evaluate with the average; what is exported is the average in any case."""
 
+    averages = True  # as every plugin does that evaluates and exports an average of the weights
+
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay={self.decay} must be from 0 to below 1, such as 0.999")
