@@ -31,7 +31,7 @@ NEEDED = {  # else it has nothing to do, or takes long
     "backend": {"deterministic": "error"},
     "compile": {"backend": "eager"},
 }
-TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
+TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp", "swa"})  # which do what ddp does, and what ema does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
 

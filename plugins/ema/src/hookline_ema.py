@@ -52,6 +52,8 @@ class Ema(CallbackInterface):
     into: dict[str, str] = field(default_factory=dict)
     """Average a network of the module into another one of it, by their paths: {student: teacher}."""
 
+    averages = True  # as every plugin does that evaluates and exports an average of the weights
+
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise ValueError(f"ema.decay={self.decay} must be from 0 to below 1, such as 0.999")

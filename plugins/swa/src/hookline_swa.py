@@ -49,6 +49,8 @@ class Swa(CallbackInterface):
     batch_norm: int | None = None
     """Batches of the training data for the statistics of batch norm; null for an epoch, 0 to leave them as they are."""
 
+    averages = True  # as every plugin does that evaluates and exports an average of the weights
+
     def __post_init__(self) -> None:
         share = isinstance(self.begin, float) and 0 <= self.begin < 1
         if not (share or (type(self.begin) is int and self.begin >= 0)):
@@ -84,8 +86,12 @@ class Swa(CallbackInterface):
         """Find out when to average.
 
         Raises:
-            ValueError: it depends on a length of the run that is unknown.
+            ValueError: it depends on a length of the run that is unknown; or another plugin has an average as well.
         """
+        others = [name for name, plugin in trainer.plugins.listed() if getattr(plugin, "averages", False) is True]
+        if len(others) > 1:
+            said = " and ".join(sorted(others))
+            raise ValueError(f"{said} would each evaluate and export an average of the weights; name one of them")
         self._training = self._begun = True
         totals, each = trainer.totals, self.every or trainer.totals.steps_per_epoch
         if each is None:

@@ -285,6 +285,15 @@ def test_with_best(order):
     assert best["net.1.num_batches_tracked"] == 7
 
 
+@pytest.mark.plugins
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_averages_are_refused(order):
+    trainer = tiny_trainer(dict([("ema", {}), ("swa", {})][::order]))
+    with pytest.raises(ValueError, match="ema and swa would each evaluate and export an average of the weights; name"):
+        trainer.train()
+    assert trainer.global_step == 0
+
+
 # Several ranks ------------------------------------------------------------------------
 
 
