@@ -155,7 +155,7 @@ def test_a_module_without_an_optimizer_says_so_when_it_trains():
 
     trainer = tiny_trainer(module=Module())
     trainer.validate()
-    with pytest.raises(ValueError, match=r"Module has no optimizer: write get_optimizers_schedulers\(steps_per_epoch"):
+    with pytest.raises(ValueError, match="Module has no get_optimizers_schedulers: write it, or name plugin optimizer"):
         trainer.train()
 
 

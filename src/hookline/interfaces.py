@@ -280,11 +280,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
         Raises:
             ValueError: it is not written, and no plugin makes the optimizers.
         """
-        raise ValueError(
-            f"{type(self).__name__} has no optimizer: write get_optimizers_schedulers(steps_per_epoch, epochs), or "
-            "name a plugin that makes one, e.g. `plugins: {optimizer: {_target_: torch.optim.AdamW}}` from the "
-            "distribution hookline-optimizer"
-        )
+        raise ValueError(f"{type(self).__name__} has no get_optimizers_schedulers: write it, or name plugin optimizer")
 
     # What is already written ----------------------------------------------------------
 

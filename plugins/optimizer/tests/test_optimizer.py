@@ -147,7 +147,7 @@ def test_in_a_configuration(tmp_path, monkeypatch, capsys):
     (tmp_path / "run.yaml").write_text(run)
     assert main(["fit", "run.yaml", "trainer.train_batch_size=8", "trainer.val_batch_size=8"]) == 0
     assert main(["fit", "run.yaml", "-p", "no:optimizer"]) == 2
-    assert "Own has no optimizer: write get_optimizers_schedulers" in capsys.readouterr().err
+    assert "Own has no get_optimizers_schedulers: write it, or name plugin optimizer" in capsys.readouterr().err
 
 
 @pytest.mark.plugins
