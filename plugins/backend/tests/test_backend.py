@@ -62,7 +62,7 @@ class Looks(TinyModule):
         return super().val_step(global_step, batch, device)
 
 
-@pytest.mark.parametrize("options", [ALL, {"deterministic": "warn"}, {"gc_every": 3}, {"channels_last": True}])
+@pytest.mark.parametrize("options", [{**ALL, "gc_every": 9}, {"deterministic": "warn"}])
 def test_contract(options):
     check_plugin(Backend, **options)
 
@@ -160,7 +160,7 @@ def test_where_all_is_deterministic_nothing_is_reported(caplog):
     assert [record for record in caplog.records if record.name == "hookline.backend"] == []
 
 
-@pytest.mark.parametrize("options", [{"deterministic": "error"}, {"matmul_precision": "highest", "gc_every": 1}])
+@pytest.mark.parametrize("options", [{"deterministic": "error"}, {"matmul_precision": "highest", "gc_every": 9}])
 def test_a_loop_by_hand_gives_the_same_bits(options):
     trainer, module = tiny_trainer([Backend(**options)]), TinyModule()
     trainer.train()
@@ -230,12 +230,13 @@ def test_channels_last_give_the_bits_of_a_loop_by_hand():
 
 
 def test_a_resume_at_every_step_gives_the_same_bits():
+    options = {**ALL, "gc_every": 4}
     memory, whole = Memory(every="1 steps"), Images()
-    tiny_trainer({"backend": Backend(**ALL), "memory": memory}, whole).train()
+    tiny_trainer({"backend": Backend(**options), "memory": memory}, whole).train()
     assert len(memory.states) == 6
     for state in memory.states.values():
         module = Images()
-        tiny_trainer({"backend": Backend(**ALL), "memory": Memory(copy.deepcopy(state))}, module).train()
+        tiny_trainer({"backend": Backend(**options), "memory": Memory(copy.deepcopy(state))}, module).train()
         assert digest(dict(module.state_dict())) == digest(dict(whole.state_dict()))
 
 
@@ -292,8 +293,8 @@ class Cycles(TinyModule):
 
 def test_garbage_is_collected_at_these_steps_and_no_others():
     steps = Steps()
-    tiny_trainer([steps, Backend(gc_every=3)], Cycles()).train()
-    assert steps.collected == [3, 6, 9, 12]
+    tiny_trainer([steps, Backend(gc_every=3)], Cycles(), epochs=1).train()
+    assert steps.collected == [3, 6]
 
 
 def on_a_rank():
