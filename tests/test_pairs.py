@@ -20,6 +20,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "compile": {"blocks": ["Linear"], "backend": "eager"},
     "distributed": {"uneven": "pad"},
     "ema": {"decay": 0.5, "buffers": "average"},
+    "export": {"to": "safetensors"},
     "finite": {"policy": "skip"},
     "limits": {"train_batches": 2, "val_batches": 2},
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
