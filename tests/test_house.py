@@ -32,6 +32,12 @@ NEEDED = {  # else it has nothing to do, or takes long
     "compile": {"backend": "eager"},
 }
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp", "swa"})  # which do what ddp does, and what ema does
+NEEDED = {
+    "accumulate": {"steps": 2},
+    "compile": {"backend": "eager"},
+    "export": {"to": "safetensors"},
+}  # else it has nothing to do, or takes long
+TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
 

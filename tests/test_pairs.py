@@ -21,6 +21,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "compile": {"blocks": ["Linear"], "backend": "eager"},
     "distributed": {"uneven": "pad"},
     "ema": {"decay": 0.5, "buffers": "average"},
+    "export": {"to": "safetensors"},
     "finite": {"policy": "skip"},
     "freeze": {"patterns": "net.0", "unfreeze": {"2 steps": "net.0"}},
     "limits": {"train_batches": 2, "val_batches": 2},
