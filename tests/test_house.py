@@ -16,7 +16,11 @@ from hookline.testing import TinyModule, calls_per_step, check_plugin, digest, t
 pytestmark = pytest.mark.plugins
 ROOT = Path(__file__).parent.parent
 MEASURE = {"_target_": "torchmetrics.MeanSquaredError"}
-NEEDED = {"accumulate": {"steps": 2}, "compile": {"backend": "eager"}}  # else it has nothing to do, or takes long
+NEEDED = {  # else it has nothing to do, or takes long
+    "accumulate": {"steps": 2},
+    "compile": {"backend": "eager"},
+    "distill": {"teacher": {"_target_": "torch.nn.Linear", "in_features": 8, "out_features": 1}},
+}
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
