@@ -37,6 +37,11 @@ NEEDED = {
     "compile": {"backend": "eager"},
     "export": {"to": "safetensors"},
 }  # else it has nothing to do, or takes long
+NEEDED = {  # else it has nothing to do, or takes long
+    "accumulate": {"steps": 2},
+    "compile": {"backend": "eager"},
+    "distill": {"teacher": {"_target_": "torch.nn.Linear", "in_features": 8, "out_features": 1}},
+}
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]

@@ -19,6 +19,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "checkpoint": {"every": "2 steps"},
     "clip": {"max_norm": 0.1},
     "compile": {"blocks": ["Linear"], "backend": "eager"},
+    "distill": {"teacher": {"_target_": "torch.nn.Linear", "in_features": 8, "out_features": 1}, "hidden": {"4": ""}},
     "distributed": {"uneven": "pad"},
     "ema": {"decay": 0.5, "buffers": "average"},
     "export": {"to": "safetensors"},

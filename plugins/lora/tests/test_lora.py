@@ -78,6 +78,7 @@ def test_the_state_holds_no_weight_of_the_base_and_a_resume_is_exact_at_every_st
         assert digest(resumed.module.state_dict()) == digest(whole.module.state_dict()), step
 
 
+@pytest.mark.plugins
 def test_a_checkpoint_is_small_and_another_base_is_refused(tmp_path):
     train(Lora(), "checkpoint")
     (file, *_) = sorted(tmp_path.glob("runs/run-1/checkpoints/*/model.safetensors"))
@@ -116,6 +117,7 @@ def test_the_merged_model_is_one_without_adapters():
     assert digest(plain.state_dict()) != digest(TinyModule().state_dict())
 
 
+@pytest.mark.plugins
 def test_an_average_of_adapters_is_what_is_exported():
     trainer = train(Lora(export="merged"), "ema")
     plain = train(Lora(export="merged"))
@@ -125,6 +127,7 @@ def test_an_average_of_adapters_is_what_is_exported():
     assert digest(ours) == digest(trainer.export_model())
 
 
+@pytest.mark.plugins
 def test_what_is_trained_does_not_depend_on_the_order():
     plugins = {"amp": {}, "clip": {"max_norm": 0.1}, "accumulate": {"steps": 2}, "lora": {"dropout": 0.1}}
     ends = []
@@ -135,11 +138,13 @@ def test_what_is_trained_does_not_depend_on_the_order():
     assert ends[0] == ends[1]
 
 
+@pytest.mark.plugins
 def test_ranks_train_the_same_adapters():
     ranks = on_ranks(train_tiny, 2, {"ddp": {}, "lora": {}})
     assert_one_model(ranks, train_tiny({"lora": {}}))
 
 
+@pytest.mark.plugins
 @pytest.mark.slow
 def test_shards_train_the_same_adapters():
     plugins = {"fsdp": {"wrap": ["Linear"]}, "lora": {}}

@@ -57,6 +57,7 @@ def test_each_kind_is_read():
     assert {f"vars.{key}": value for key, value in read.vars.items()} == values
 
 
+@pytest.mark.plugins
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -180,6 +181,7 @@ def test_a_trial_without_its_metric_says_what_there_is(monkeypatch, tmp_path):
     assert [trial.user_attrs["why"][:24] for trial in told] == ["ValueError: sweep --metr", "it has evaluated nothing"]
 
 
+@pytest.mark.plugins
 @pytest.mark.slow
 def test_ranks_are_pruned_together(monkeypatch, tmp_path):
     study, number = study_of(tmp_path, [0.0] * 5)
@@ -262,6 +264,7 @@ def prepare(folder):
     (folder / "run.yaml").write_text(RUN)
 
 
+@pytest.mark.plugins
 def test_a_sweep_goes_on_after_a_kill_and_counts_each_trial_once(tmp_path, capfd):
     prepare(tmp_path)
     os.mkfifo("door")
@@ -296,6 +299,7 @@ def test_a_sweep_goes_on_after_a_kill_and_counts_each_trial_once(tmp_path, capfd
     assert (tmp_path / "runs" / "run-1" / "config.yaml").exists()
 
 
+@pytest.mark.plugins
 @pytest.mark.slow
 def test_two_processes_share_a_sweep(tmp_path):
     prepare(tmp_path)
