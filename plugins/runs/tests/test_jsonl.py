@@ -1,5 +1,6 @@
 """What the plugin writes, and what `hookline_runs` reads of it, through real runs."""
 
+import csv
 import json
 import math
 import os
@@ -10,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
-from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
+from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl, tracking
 from hookline.testing import Memory, check_plugin
 from hookline_runs import Jsonl, jsonl, read_run
 from hookline_runs.records import FILE
@@ -281,19 +283,134 @@ def test_the_plan_and_the_cost_of_who_watches_are_recorded(tmp_path):
     assert len(told) < len(logs) / 2  # ever more rarely
 
 
+class Shows(CallbackInterface):
+    """Logs an object at each step."""
+
+    def __init__(self, make, name="shown"):
+        self.make, self.name = make, name
+
+    @hookimpl
+    def on_end_train_step(self, trainer, global_step):
+        trainer.log_object(self.name, self.make(global_step))
+
+
+def showing(folder, make, steps=3, name="shown", resume=False, others=(), **options):
+    plugins = {"jsonl": Jsonl(**options), "shows": Shows(make, name)}
+    plugins |= {f"another_{number}": plugin for number, plugin in enumerate(others)}
+    options = {"max_steps": steps, "epochs": None, "evaluate_every": None, "eval_when_finish": False}
+    trainer = Trainer(Line(), plugins=plugins, runs_folder=str(folder), resume=resume, **options)
+    trainer.train()
+    return trainer.run_dir
+
+
+def names_in(run_dir):
+    return sorted(path.name for path in (run_dir / "objects").glob("*"))
+
+
+def gray(step):
+    return tracking.Image(torch.full((4, 6), step * 10, dtype=torch.uint8))
+
+
 def test_texts_are_kept_and_other_objects_are_named(tmp_path):
     class Tell(CallbackInterface):
         @hookimpl
         def on_begin_train(self, trainer):
             trainer.log_object("sample", "a line\nand ünother")
-            trainer.log_object("figure", torch.zeros(2))
+            trainer.log_object("numbers", torch.zeros(2))
 
     trainer = Trainer(Line(), plugins=[Jsonl(), Tell()], runs_folder=str(tmp_path), max_steps=1)
     trainer.train()
     assert read_run(trainer.run_dir).objects == [
         {"step": 0, "name": "sample", "text": "a line\nand ünother"},
-        {"step": 0, "name": "figure", "type": "torch.Tensor"},
+        {"step": 0, "name": "numbers", "type": "torch.Tensor"},
     ]
+    assert not (trainer.run_dir / "objects").exists()
+
+
+def test_pictures_are_kept_by_step(tmp_path):
+    pictures = pytest.importorskip("PIL.Image")
+    run_dir = showing(tmp_path, gray)
+    assert read_run(run_dir).objects == [
+        {"step": step, "name": "shown", "type": "hookline.tracking.values.Image", "file": f"objects/shown-{step}.png"}
+        for step in (1, 2, 3)
+    ]
+    assert names_in(run_dir) == [f"shown-{step}.png" for step in (1, 2, 3)]
+    for step in (1, 2, 3):
+        with pictures.open(run_dir / "objects" / f"shown-{step}.png") as picture:
+            assert (picture.size, picture.mode) == ((6, 4), "RGB")
+            assert numpy.array(picture).tolist() == numpy.full((4, 6, 3), step * 10).tolist()
+
+
+def test_pictures_of_pil_and_figures_are_kept(tmp_path):
+    pictures, figures = pytest.importorskip("PIL.Image"), pytest.importorskip("matplotlib.figure")
+    colours = numpy.arange(24, dtype="uint8").reshape(2, 4, 3)
+    run_dir = showing(tmp_path, lambda step: pictures.fromarray(colours), steps=1)
+    with pictures.open(run_dir / "objects" / "shown-1.png") as picture:
+        assert numpy.array(picture).tolist() == colours.tolist()
+    run_dir = showing(tmp_path, lambda step: figures.Figure((2, 1), dpi=50, facecolor="#204060"), steps=1)
+    with pictures.open(run_dir / "objects" / "shown-1.png") as picture:
+        assert (picture.size, picture.getpixel((50, 25))) == ((100, 50), (0x20, 0x40, 0x60))
+
+
+def test_tables_are_kept(tmp_path):
+    rows = [["a,b", 1.5, None], ['"c"', torch.tensor(2), True]]
+    run_dir = showing(tmp_path, lambda step: tracking.Table(["name", "value", "flag"], rows), steps=1)
+    with (run_dir / "objects" / "shown-1.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["name", "value", "flag"], ["a,b", "1.5", ""], ['"c"', "tensor(2)", "True"]]
+
+
+@pytest.mark.parametrize(("most", "steps"), [(2, [4, 5]), (1, [5]), (0, []), (100, [1, 2, 3, 4, 5])])
+def test_only_the_last_files_of_a_name_are_kept(tmp_path, most, steps):
+    run_dir = showing(tmp_path, gray, 5, others=[Shows(gray, "other")], keep_objects=most)
+    assert names_in(run_dir) == [f"{name}-{step}.png" for name in ("other", "shown") for step in steps]
+    objects = read_run(run_dir).objects
+    assert len(objects) == 10  # the record goes on naming those that were removed
+    assert all(("file" in one) == (most > 0) for one in objects)
+
+
+@pytest.mark.parametrize("name", ["../../out", "a/b", "..", ".new-x", "a b", "x" * 300, "ünder", "a-1.png", "a%2Fb"])
+def test_a_name_leads_nowhere_else(tmp_path, name):
+    run_dir = showing(tmp_path / "runs", gray, 1, name)
+    (file,) = (run_dir / "objects").iterdir()
+    assert read_run(run_dir).objects[0]["file"] == f"objects/{file.name}"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_names_that_look_alike_have_files_of_their_own(tmp_path):
+    names = ["a b", "a_b", "a/b", "a%2Fb", "x" * 300, "x" * 301]
+    run_dir = showing(tmp_path, gray, 1, others=[Shows(gray, name) for name in names])
+    assert len(names_in(run_dir)) == len(names) + 1
+
+
+def test_a_link_in_place_of_the_folder_is_not_written_through(tmp_path, caplog):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine-9.png").touch()
+
+    class Links(CallbackInterface):
+        @hookimpl
+        def on_begin_run(self, trainer):
+            (trainer.run_dir / "objects").symlink_to(elsewhere)
+
+    run_dir = showing(tmp_path / "runs", gray, 1, others=[Links()])
+    assert [path.name for path in elsewhere.iterdir()] == ["mine-9.png"]
+    assert "is a link, and no object is written through it" in caplog.text
+    assert read_run(run_dir).status == "finished"
+
+
+def test_steps_that_are_done_again_leave_no_files_of_before(tmp_path):
+    memory = Memory(every="1 steps")
+    run_dir = showing(tmp_path, gray, 5, others=[memory])
+    (run_dir / "objects" / ".new-shown-5.png-0").touch()  # as a kill leaves it
+    again = showing(tmp_path, gray, 5, "again", str(run_dir), [Memory(memory.states[2])])
+    assert again == run_dir
+    assert names_in(run_dir) == [*(f"again-{step}.png" for step in (3, 4, 5)), "shown-1.png", "shown-2.png"]
+    assert {run_dir / one["file"] for one in read_run(run_dir).objects} == set((run_dir / "objects").iterdir())
+
+
+def test_few_objects_or_none_but_not_fewer():
+    with pytest.raises(ValueError, match="jsonl.keep_objects=-1 must be at least 0, which keeps no files"):
+        Jsonl(keep_objects=-1)
 
 
 def test_evaluations_on_their_own_do_not_hide_the_training(tmp_path):

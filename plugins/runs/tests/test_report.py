@@ -445,6 +445,71 @@ def test_nothing_but_the_runs_of_the_folder_is_told(serving, path):
     assert client.runs()["names"] == ["run-1"]
 
 
+def shown(step, file=None, name="drawn", **more):
+    told = {"type": "a", "file": file} if file else {}
+    return {"event": "object", "session": "a", "time": 1003.0, "step": step, "name": name, **told, **more}
+
+
+def asked(run, file):
+    return "/api/object?" + urlencode({"name": run, "file": file})
+
+
+def test_the_last_value_of_each_object_is_told_and_its_file_given(serving):
+    root, client = serving
+    files = {"objects/drawn-1.png": b"first", "objects/drawn-2.png": b"second", "objects/t-2.csv": b"<script>"}
+    objects = [shown(1, "objects/drawn-1.png"), shown(2, "objects/drawn-2.png"), shown(2, "objects/t-2.csv", "t")]
+    texts = [shown(1, name=XSS, text=XSS), shown(2, name="long", text="x" * 10_000), shown(2, name="lost", type="a.B")]
+    write(root / "run-1", begin(), train(), *objects, *texts)
+    (root / "run-1" / "objects").mkdir()
+    for name, content in files.items():
+        (root / "run-1" / name).write_bytes(content)
+    assert client.run("run-1")["live"]["objects"] == [
+        {"step": 2, "name": "drawn", "type": "a", "file": "objects/drawn-2.png"},
+        {"step": 2, "name": "t", "type": "a", "file": "objects/t-2.csv"},
+        {"step": 1, "name": XSS, "text": XSS},
+        {"step": 2, "name": "long", "text": "x" * 2000},
+    ]
+    for name, content in files.items():
+        status, headers, body = client.ask(asked("run-1", name))
+        kind = "image/png" if name.endswith("png") else "text/plain; charset=utf-8"
+        assert (status, headers["Content-Type"], body) == (200, kind, content)
+        assert headers["X-Content-Type-Options"] == "nosniff"
+    assert client.ask(asked("run-1", "objects/drawn-3.png"))[0] == 404
+    (root / "run-1" / "objects" / "t-2.csv").unlink()
+    assert client.ask(asked("run-1", "objects/t-2.csv"))[0] == 404
+
+
+def test_no_file_is_given_but_the_objects_of_a_run(serving):
+    root, client = serving
+    (root.parent / "secret-1.png").write_text("secret")
+    named = ["metrics.jsonl", "../secret-1.png", str(root.parent / "secret-1.png"), ""]
+    inside = ["../metrics.jsonl", "../../secret-1.png", "/../secret-1.png", "a/b-1.png", "..\\b-1.png", "\0-1.png"]
+    inside += ["link-1.png", "pipe-1.png", "folder-1.png", "other-1.html", "none-1.png"]
+    fine = "objects/fine-1.png"
+    named += [f"objects/{name}" for name in inside]
+    write(root / "run-1", begin(), train(), *(shown(1, file, file) for file in [*named, fine]))
+    folder = root / "run-1" / "objects"
+    folder.mkdir()
+    (folder / "link-1.png").symlink_to(root.parent / "secret-1.png")
+    (folder / "folder-1.png").mkdir()
+    (folder / "fine-1.png").write_text("fine")
+    (folder / "unnamed-1.png").write_text("secret")
+    os.mkfifo(folder / "pipe-1.png")
+    for file in [*named, "objects/unnamed-1.png"]:
+        status, _, body = client.ask(asked("run-1", file))
+        assert (status, b"secret\n" in body) == (404, False), file
+    assert client.ask(asked("../run-1", "objects/unnamed-1.png"))[0] == 404
+    assert client.ask(asked("run-1", fine))[::2] == (200, b"fine")
+    folder.rename(root.parent / "elsewhere")
+    folder.symlink_to(root.parent / "elsewhere")
+    assert client.ask(asked("run-1", fine))[0] == 404
+    folder.unlink()
+    (root.parent / "elsewhere").rename(folder)
+    (root / "run-1").rename(root.parent / "run-1")
+    (root / "run-1").symlink_to(root.parent / "run-1")
+    assert client.ask(asked("run-1", fine))[0] == 404
+
+
 def test_a_run_that_becomes_a_link_is_not_followed(serving):
     root, client = serving
     write(root.parent / "secret", begin(), train(), log(1, secret=1.0))

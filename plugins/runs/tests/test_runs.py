@@ -99,6 +99,18 @@ def test_a_page_on_one_run(tmp_path):
     objects = [
         {"event": "object", "session": "a", "time": 1002.0, "step": 4, "name": "said", "text": "hello"},
         {"event": "object", "session": "a", "time": 1002.0, "step": 4, "name": "drawn", "type": "a.Figure"},
+        *(
+            {
+                "event": "object",
+                "session": "a",
+                "time": 1002.0,
+                "step": step,
+                "name": "kept",
+                "type": "b",
+                "file": f"objects/kept-{step}.png",
+            }
+            for step in (2, 4)
+        ),
         {
             "event": "checkpoint",
             "session": "a",
@@ -109,7 +121,10 @@ def test_a_page_on_one_run(tmp_path):
         },
     ]
     write(tmp_path, BEGIN, TRAIN, log(2, train_loss=1.5), log(4, train_loss=0.75, val_loss=0.5), *objects, END)
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / "kept-4.png").touch()
     page = render_run(read_run(tmp_path))
+    assert "  step 2: kept: objects/kept-2.png (removed)\n  step 4: kept: objects/kept-4.png\n" in page
     assert "  command        python 'fit me.py'\n" in page
     assert "  best val_loss  0.5 at step 4\n" in page
     assert "hyper-parameters\n  trainer.epochs         2\n  trainer.run_name       run\n" in page

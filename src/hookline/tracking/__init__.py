@@ -28,7 +28,7 @@ from hookline.tracking.values import Histogram, Image, Table, below, flat, prepa
 if TYPE_CHECKING:
     from hookline.trainer import Trainer
 
-__all__ = ["Histogram", "Image", "Run", "Table", "Tracker", "below", "flat"]
+__all__ = ["Histogram", "Image", "Run", "Table", "Tracker", "below", "flat", "prepared"]
 
 AXES = ("steps", "batches", "samples", "epochs", "seconds")
 FEW = 40  # the most names in a message

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, Stage, hookimpl
+from hookline import CallbackInterface, Stage, hookimpl, tracking
+from hookline_runs import objects
 from hookline_runs.records import FILE, plain
 
 if TYPE_CHECKING:
@@ -73,9 +74,14 @@ class Jsonl(CallbackInterface):
     The format stands in the README. Only rank 0 writes.
     """
 
+    keep_objects: int = 100
+    """Keep so many files of each logged picture or table, those of the last steps; 0 for none."""
+
     observer = True
 
     def __post_init__(self) -> None:
+        if self.keep_objects < 0:
+            raise ValueError(f"jsonl.keep_objects={self.keep_objects} must be at least 0, which keeps no files")
         self._path: Path | None = None
         self._session = ""
         self._descriptor: int | None = None
@@ -106,6 +112,7 @@ class Jsonl(CallbackInterface):
     @hookimpl
     def on_begin_train(self, trainer: Trainer, global_step: int) -> None:
         plan = [row for row in trainer.plugins.plan() if row["wrapped_by"] or row["done_by"] not in ([], ["core"])]
+        objects.drop_behind(trainer.run_dir, global_step)
         self._write("train", step=global_step, epoch=trainer.epoch, totals=trainer.totals._asdict(), plan=plan)
 
     @hookimpl
@@ -127,11 +134,15 @@ class Jsonl(CallbackInterface):
         )
 
     @hookimpl
-    def on_log_object(self, name: str, value: Any, global_step: int) -> None:
-        kept = (
-            {"text": value} if isinstance(value, str) else {"type": f"{type(value).__module__}.{type(value).__name__}"}
-        )
-        self._write("object", step=global_step, name=name, **kept)
+    def on_log_object(self, trainer: Trainer, name: str, value: Any, global_step: int) -> None:
+        if isinstance(value, str):
+            self._write("object", step=global_step, name=name, text=value)
+            return
+        told = {"type": f"{type(value).__module__}.{type(value).__name__}"}
+        kind, form = (self.keep_objects and tracking.prepared(value)) or ("", None)
+        if kind in ("image", "table"):
+            told["file"] = objects.keep(trainer.run_dir, name, kind, form, global_step, self.keep_objects)
+        self._write("object", step=global_step, name=name, **told)
 
     @hookimpl
     def on_checkpoint(self, trainer: Trainer, path: Path, kind: str) -> None:

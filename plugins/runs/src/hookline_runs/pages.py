@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hookline.commands import table
@@ -87,7 +88,7 @@ def render_run(run: Run, rows: int | None = 20, width: int = 120) -> str:
         parts.append(["hyper-parameters", *_pairs(flatten(run.config))])
     for title, kept in (("checkpoints", run.checkpoints), ("objects", run.objects)):
         if kept:
-            parts.append([title, *(_kept(one) for one in kept)])
+            parts.append([title, *(_kept(run.folder, one) for one in kept)])
     for stage, values in run.evaluations:
         parts.append(
             [f"{stage} at step {values['step']}", *_pairs((n, number(v)) for n, v in values.items() if n != "step")]
@@ -99,14 +100,15 @@ def render_run(run: Run, rows: int | None = 20, width: int = 120) -> str:
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
-def _kept(one: Mapping[str, Any]) -> str:
+def _kept(folder: Path, one: Mapping[str, Any]) -> str:
+    step = f"  step {one['step']}: "
     if "path" in one:
-        return f"  step {one['step']}: {one['path']} ({one['kind']})"
-    return (
-        f"  step {one['step']}: {one['name']} = {one['text']}"
-        if "text" in one
-        else (f"  step {one['step']}: {one['name']} ({one['type']}, not kept)")
-    )
+        return f"{step}{one['path']} ({one['kind']})"
+    if "text" in one:
+        return f"{step}{one['name']} = {one['text']}"
+    if "file" in one:
+        return f"{step}{one['name']}: {one['file']}" + ("" if (folder / one["file"]).is_file() else " (removed)")
+    return f"{step}{one['name']} ({one['type']}, not kept)"
 
 
 def _rows(rows: Sequence[Mapping[str, float | int]], width: int) -> list[str]:

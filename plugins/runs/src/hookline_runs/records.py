@@ -77,7 +77,7 @@ class Run:
     batches: dict[int, dict[str, float | int]] = field(default_factory=dict)
     """What was told within validations (`report_loss_after_eval: false`), by batch of them: metrics, and `step`."""
     objects: list[dict[str, Any]] = field(default_factory=list)
-    """What was logged and is no number, by `step` and `name`: a `text`, or the `type` of what was no text."""
+    """What was logged and is no number, by `step` and `name`: a `text`, or the `type`, and the `file` that was kept."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
     """`step`, `path` inside the folder and `kind`."""
     sessions: list[Session] = field(default_factory=list)
@@ -211,7 +211,8 @@ def take(run: Run, sessions: dict[str, Session], rows: Rows, record: Mapping[str
         else:
             run.evaluations.append((session.stage, {"step": record["step"], **metrics}))
     elif event == "object":
-        run.objects.append({key: record[key] for key in ("step", "name", "text", "type") if key in record})
+        told = {key: str(record[key]) for key in ("name", "text", "type", "file") if key in record}
+        run.objects.append({"step": record["step"], **told})
     elif event == "checkpoint":
         run.checkpoints.append({key: record[key] for key in ("step", "path", "kind")})
     elif event == "end":

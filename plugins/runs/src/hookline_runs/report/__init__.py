@@ -1,8 +1,8 @@
 """`hookline runs serve`: a page on the runs of a folder that goes on with them, on this machine alone unless asked.
 
-It reads the records that the plugin `jsonl` keeps, and nothing else. What stands in them is text of strangers: it
-leaves as JSON, and the page sets it as text. Names that a browser sends are looked up among the runs that were found,
-never joined to a path. Imports nothing heavy.
+It reads the records that the plugin `jsonl` keeps, with the pictures and tables that they name, and nothing else. What
+stands in them is text of strangers: it leaves as JSON, and the page sets it as text. Names that a browser sends are
+looked up among the runs and objects that were found; none is joined to a path before. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import socketserver
+import stat
 import statistics
 import sys
 import threading
@@ -31,9 +32,13 @@ from hookline_runs.compare import flatten
 from hookline_runs.curves import AXES, is_validated, panel_of
 from hookline_runs.follow import Curves, Follower, Glance, thinned
 from hookline_runs.layout import typed
-from hookline_runs.records import FILE, last_training, plain
+from hookline_runs.objects import FOLDER, NAMED
+from hookline_runs.records import FILE, Run, last_training, plain
 
 PATIENCE = 0.3  # seconds that one look at the list may read records for
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+OBJECTS, EXCERPT = 24, 2000  # objects whose last value is shown, and characters of a text
+KINDS = {"png": "image/png", "csv": "text/plain; charset=utf-8"}
 OPEN = 24  # runs whose curves are kept in memory
 SHARES, LATELY = "time/", 100  # metrics of how time goes to plugins, and over how many of them the page takes the mean
 PAGE = {
@@ -144,6 +149,30 @@ class Shelf:
                     answer["curves"][metric] = _points(follower, metric, axis, seen)
             return answer
 
+    def object(self, name: str, file: str) -> tuple[str, bytes]:
+        """Return the kind and the content of a file that the record of a run names.
+
+        Raises:
+            Unknown: the record names none such, or it is gone, or a link.
+        """
+        lock, follower = self._follow(name)
+        folder, _, inside = file.partition("/")
+        match = NAMED.fullmatch(inside)
+        try:
+            with lock:
+                follower.update()
+                known = any(one.get("file") == file for one in follower.run.objects)
+            if not known or folder != FOLDER or match is None or not {"/", "\\", "\0"}.isdisjoint(inside):
+                raise Unknown(f"run {name!r} has no object {file!r}")
+            if (self.root / name / FOLDER).is_symlink():
+                raise Unknown(f"{FOLDER} of run {name!r} is a link")
+            with open(os.open(self.root / name / file, os.O_RDONLY | NO_LINKS), "rb") as opened:
+                if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                    raise Unknown(f"{file!r} of run {name!r} is no file")
+                return KINDS[match[3]], opened.read()
+        except OSError as error:
+            raise Unknown(f"{file!r} of run {name!r} is gone") from error
+
     def _follow(self, name: str) -> tuple[threading.Lock, Follower]:
         with self._following:
             if name not in self._followed:
@@ -217,8 +246,16 @@ def _live(follower: Follower) -> dict[str, Any]:
         "cost": run.cost,
         "session": 0.0 if last is None else last.ended - last.began,
         "checkpoints": [kept["path"] for kept in run.checkpoints[-3:]],
+        "objects": _objects(run),
         "unreadable": run.unreadable,
     }
+
+
+def _objects(run: Run) -> list[dict[str, Any]]:
+    """Return the last value of each object that is a text or has a file."""
+    last = {one["name"]: one for one in run.objects if "text" in one or "file" in one}
+    shown = list(last.values())[:OBJECTS]
+    return [one | ({"text": str(one["text"])[:EXCERPT]} if "text" in one else {}) for one in shown]
 
 
 def _points(follower: Follower, metric: str, axis: str, since: int | None) -> dict[str, Any]:
@@ -297,6 +334,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, *self.server.files[parts.path])
             return
         try:
+            if parts.path == "/api/object":
+                words = parse_qs(parts.query, keep_blank_values=True)
+                asked = (words.get(word, [""])[-1] for word in ("name", "file"))
+                self._answer(HTTPStatus.OK, *self.server.shelf.object(*asked))
+                return
             self._tell(HTTPStatus.OK, self._asked(parts.path, parts.query))
         except Unknown as error:
             self._tell(HTTPStatus.NOT_FOUND, {"error": str(error)})

@@ -285,6 +285,7 @@ function draw() {
       if (group.open) panel.show(found.get(panelName).curves);
     });
   });
+  drawObjects(shown);
   drawParameters(shown);
   drawDetails(shown);
 }
@@ -427,6 +428,28 @@ function fill(table, head, rows, number = []) {
   const body = rows.map(({ differs, row }) => element("tr", { className: differs ? "differs" : "" }, ...cells(row, "td")));
   table.replaceChildren(
     element("thead", {}, element("tr", {}, ...cells(head, "th"))), element("tbody", {}, ...body));
+}
+
+// The last value of each object: a picture, a text, or a link to a table.
+function drawObjects(shown) {
+  const objects = shown.flatMap((run) => data.get(run).live.objects.map((one) => ({ run, ...one })));
+  $("objects").hidden = objects.length === 0;
+  const state = JSON.stringify([objects, shown.map(colourOf)]);
+  if ($("shown").dataset.state === state) return;
+  $("shown").dataset.state = state;
+  $("shown").replaceChildren(...objects.map(({ run, name, step, text, file }) => {
+    const words = new URLSearchParams({ name: run, file: file ?? "", step });
+    const address = `api/object?${words}`;
+    const made = file == null ? element("pre", { textContent: text })
+      : file.endsWith(".png") ? element("img", { src: address, alt: name, loading: "lazy" })
+        : element("a", { href: address, textContent: file, target: "_blank" });
+    const told = element("small", { textContent: `step ${step}${shown.length > 1 ? `  ${run}` : ""}` });
+    told.style.color = shown.length > 1 ? colourOf(run) : "";
+    const card = element("article", { className: "card object" },
+      element("h3", {}, element("span", { textContent: name }), told), made);
+    card.dataset.object = name;
+    return card;
+  }));
 }
 
 function drawParameters(shown) {
