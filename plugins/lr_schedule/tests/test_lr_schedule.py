@@ -208,6 +208,18 @@ def test_the_length_is_that_of_the_run():
     assert log.rates == by_hand(linear(1.0, 0.0, 10), 10)
 
 
+@pytest.mark.parametrize("options", [{}, {"warmup": "5 steps"}, {"values": {"optimizer.eps": "linear"}}], ids=str)
+def test_a_run_that_trains_nothing_needs_no_schedule(options):
+    assert train(options, epochs=0)[1].rates == []
+
+
+def test_a_phase_without_a_move_is_left_out():
+    _, log = train({"schedule": [{"warmup": {}, "for": "0%"}, {"constant": {}, "for": "0%"}, "linear"]})
+    assert log.rates == by_hand(linear(1.0, 0.0, 14), 14)
+    _, log = train({"schedule": ["linear", {"constant": {}, "for": "0%"}]})
+    assert log.rates == by_hand(linear(1.0, 0.0, 14), 14)
+
+
 def test_by_epochs():
     _, log = train({"schedule": "linear", "by": "epochs", "warmup": "1 epoch"}, epochs=3)
     rates = by_hand(lambda o: sequence(o, linear(1.0, 1.0, 1), 1, linear(1.0, 0.0, 2)), 3)
@@ -220,6 +232,16 @@ def test_by_the_time_where_only_that_limits_the_run():
     moments = [0, *(int(1000 * seconds) for seconds in log.seconds[:-1])]
     assert log.rates == [RATE * factors[moment] for moment in moments]
     assert max(moments) > 900
+
+
+@pytest.mark.parametrize(("max_time", "left"), [("1000 s", 0.5), ("2000 s", 0.75)])
+def test_a_run_resumed_in_time_goes_on_by_the_share_that_is_over(max_time, left):
+    options, memory = {"schedule": "linear", "by": "time"}, Memory(every="1 steps")
+    train(options, memory, max_time="1000 s")
+    state = memory.states[3]
+    state["trainer"]["counters"]["seconds"], state["schedulers"][0]["moves"] = 500.0, 500
+    _, log = train(options, Memory(state), max_time=max_time)
+    assert log.rates[1:] == pytest.approx([RATE * left] * 10, rel=0.05)
 
 
 def test_a_group_keeps_its_share():

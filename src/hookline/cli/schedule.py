@@ -34,7 +34,8 @@ def follow(trainer: Any) -> tuple[list[Line], list[str]]:
     with kept_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that the optimizer has not stepped
         trainer.training.build()
-        steps, per_epoch = trainer.totals.steps or MOMENTS, trainer.totals.steps_per_epoch
+        steps, per_epoch = trainer.totals.steps, trainer.totals.steps_per_epoch
+        steps = MOMENTS if steps is None else steps
         limit = trainer.options.max_time
         rows = []
         for step in range(1, steps + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import math
 import pkgutil
@@ -134,6 +135,8 @@ def build(optimizer: torch.optim.Optimizer, phases: list[Phase], clock: Clock, w
         ValueError: lengths that do not fit the run, or what torch refuses.
     """
     lengths = measure(phases, clock, where)
+    if not any(length != 0 for length in lengths):  # of a run that trains nothing
+        phases, lengths = phases[-1:], [1]
     made, before = [], 0
     for phase, length in zip(phases, lengths, strict=True):
         if length != 0:
@@ -141,9 +144,8 @@ def build(optimizer: torch.optim.Optimizer, phases: list[Phase], clock: Clock, w
         before = length or 0
     if len(made) == 1:
         return made[0]
-    ends = [length for length in lengths if length != 0][:-1]
-    milestones = [sum(int(end or 0) for end in ends[: number + 1]) for number in range(len(ends))]
-    return lr_scheduler.SequentialLR(optimizer, made, milestones)
+    ends = itertools.accumulate(length for length in lengths[:-1] if length)
+    return lr_scheduler.SequentialLR(optimizer, made, [*ends][: len(made) - 1])
 
 
 def measure(phases: list[Phase], clock: Clock, where: str) -> list[int | None]:
