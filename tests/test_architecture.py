@@ -229,8 +229,7 @@ def test_no_imports_in_circles(home):
 
 def test_the_core_names_no_feature():
     features = {WORDS.get(plugin) or plugin for plugin in PLUGINS}
-    features -= {"metrics", "best", "optimizer"}  # words of their own: what an evaluation answers, keys of torch's
-    features -= {"optimizer", "param_groups"}  # names of torch: what a scheduler has, and what an optimizer has
+    features -= {"metrics", "best", "optimizer", "param_groups"}  # words of their own: of an evaluation, and torch's
     for path in CORE.glob("*.py"):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert not words & features, f"{path.name} names {words & features}"

@@ -313,10 +313,15 @@ def sharing():
     for strategy in ("ddp", "fsdp"):
         for order in (1, -1):
             plugins = {"swa": {"begin": 0.0, "every": 1}, "clip": {"max_norm": 0.5}, "accumulate": {"steps": 2}}
-            trainer = tiny_trainer(dict([*plugins.items(), (strategy, {})][::order]), Normed())
+            memory = Memory()
+            listed = dict([*plugins.items(), (strategy, {})][::order])
+            trainer = tiny_trainer({**listed, "memory": memory}, Normed())
             trainer.train()
             told[strategy, order] = {name: tensor.clone() for name, tensor in trainer.export_model().items()}
             told[strategy, order] |= trainer.validate()
+            nothing_left = tiny_trainer({**listed, "memory": Memory(memory.state)}, Normed())
+            nothing_left.train()
+            assert digest(nothing_left.export_model()) == digest(trainer.export_model())
     return told
 
 
