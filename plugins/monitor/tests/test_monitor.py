@@ -370,6 +370,19 @@ def test_flops_are_those_counted_by_hand(accumulated, caplog):
     assert "monitor.flops" not in dict(trainer.plugins.listed())
 
 
+@pytest.mark.plugins
+def test_flops_that_are_done_twice_count_twice():
+    from hookline_activation_checkpoint import ActivationCheckpoint
+
+    plugins = [ActivationCheckpoint(["Sequential"])]
+    trainer, logs = train(Monitor(mfu=True, throughput=True), Plain(), plugins)
+    each = logs.of("tflops_per_second")[2] / logs.of("tokens_per_second")[2]
+    assert each == pytest.approx((A_SAMPLE + 2 * 8 * 16) / 10 / 1e12)  # torch stops before the last layer
+    alone = tiny_trainer(plugins, Plain())
+    alone.train()
+    assert digest(trainer.module.state_dict()) == digest(alone.module.state_dict())
+
+
 def test_flops_by_token_and_those_that_are_given():
     _, logs = train(Monitor(mfu=True, throughput=True), Counts())
     for step, rate in logs.of("tokens_per_second").items():

@@ -49,7 +49,7 @@ def counted(events):
 
 def test_contract(tmp_path):
     check_plugin(Profile, runs_folder=str(tmp_path))
-    check_plugin(Profile, wait=0, active=1, repeat=0, memory=True, shapes=True, stacks=True, runs_folder=str(tmp_path))
+    check_plugin(Profile, wait=0, active=1, memory=True, shapes=True, runs_folder=str(tmp_path))
 
 
 @pytest.mark.plugins

@@ -171,6 +171,6 @@ def elements(tensors: Iterable[torch.Tensor]) -> int:
 def is_compiled(trainer: Trainer) -> bool:
     """Tell whether something compiles the model, or parts of it."""
     parts = trainer.module.modules()
-    return trainer.plugins.heard["compile_model"] or any(
+    return bool(trainer.plugins.performers("compile_model")) or any(
         hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None for part in parts
     )

@@ -294,6 +294,20 @@ def make_compile():
     return Compile(backend="eager")
 
 
+@pytest.mark.plugins
+def test_with_blocks_that_are_computed_twice():
+    from hookline_activation_checkpoint import ActivationCheckpoint
+
+    def trained(*plugins):
+        module = PlainModule(0.2)
+        tiny_trainer([ActivationCheckpoint(["Linear", "Sequential"]), *plugins], module, **ONE_STEP).train()
+        return digest(dict(module.state_dict()))
+
+    table, notes = shown(PlainModule(), plugins=[ActivationCheckpoint(["Linear", "Sequential"])])
+    assert (table["net.0"]["FLOPs"], notes) == ("2,048", [])  # of the forward pass, not of backward
+    assert trained(Summary()) == trained()
+
+
 def on_a_rank():
     torch.set_num_threads(1)
     texts = []
