@@ -20,6 +20,7 @@ NEEDED = {
     "accumulate": {"steps": 2},
     "compile": {"backend": "eager"},
     "export": {"to": "safetensors"},
+    "sample": {"method": "extra_repr"},
 }  # else it has nothing to do, or takes long
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services

@@ -25,6 +25,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "limits": {"train_batches": 2, "val_batches": 2},
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
     "monitor": {"grad_norm": True, "learning_rate": True},
+    "sample": {"method": "extra_repr", "every": "2 steps"},
     "tp": {"plan": {"net.4": "row from whole"}},
 }
 
