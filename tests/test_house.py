@@ -36,6 +36,7 @@ NEEDED = {
     "accumulate": {"steps": 2},
     "compile": {"backend": "eager"},
     "export": {"to": "safetensors"},
+    "sample": {"method": "extra_repr"},
 }  # else it has nothing to do, or takes long
 NEEDED = {  # else it has nothing to do, or takes long
     "accumulate": {"steps": 2},

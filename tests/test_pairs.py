@@ -33,6 +33,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "monitor": {"grad_norm": True, "learning_rate": True},
     "sampling": {"kind": "length", "by": 2, "bucket": 2},
     "swa": {"begin": 0.0, "every": 1, "evaluate": True},
+    "sample": {"method": "extra_repr", "every": "2 steps"},
     "tp": {"plan": {"net.4": "row from whole"}},
 }
 
