@@ -311,6 +311,7 @@ def test_new_plugin_is_whole(folder, hookline):
 
 
 @pytest.mark.plugins
+@pytest.mark.timeout(300)
 def test_a_new_project_trains_and_tests_itself_at_once(folder, hookline):
     made = hookline("init", "my-project")
     assert made.stdout == "wrote my-project; train it: cd my-project && hookline fit run.yaml\n"

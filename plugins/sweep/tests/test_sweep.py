@@ -57,7 +57,6 @@ def test_each_kind_is_read():
     assert {f"vars.{key}": value for key, value in read.vars.items()} == values
 
 
-@pytest.mark.plugins
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -265,28 +264,38 @@ def prepare(folder):
 
 
 @pytest.mark.plugins
-def test_a_sweep_goes_on_after_a_kill_and_counts_each_trial_once(tmp_path, capfd):
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("sent", "code", "attempts", "trials"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, 2, ["fine"]),
+        pytest.param(signal.SIGINT, 130, 1, ["fine", "die"], marks=pytest.mark.slow),  # that is no attempt
+    ],
+)
+def test_a_sweep_goes_on_after_a_kill_and_counts_each_trial_once(tmp_path, capfd, sent, code, attempts, trials):
     prepare(tmp_path)
     os.mkfifo("door")
-    words = ["run.yaml", "--trials", "2", "--sampler", "all", "module.how=choice(fine,die)"]
+    words = ["run.yaml", "--trials", str(len(trials)), "--sampler", "all", f"module.how=choice({','.join(trials)})"]
     killed = subprocess.Popen([sys.executable, "-m", "hookline", "sweep", *words], start_new_session=True)
     with open("door"):
-        os.killpg(killed.pid, signal.SIGKILL)  # the command and its trial, in the middle of a step
-    assert killed.wait() == -signal.SIGKILL
+        os.killpg(killed.pid, sent)  # the command and its trial, in the middle of a step
+    assert killed.wait() == code
     os.unlink("door")
     assert main(words) == 0
 
     shown = capfd.readouterr().out
-    trials = optuna.load_study(study_name=NAME, storage=storage_of(tmp_path / "sweeps" / "run")).trials
-    ends = {trial.params["module.how"]: trial for trial in trials}
-    assert len(trials) == 2
-    assert ends["die"].state is TrialState.FAIL
-    assert f"trial {ends['die'].number} failed: killed by signal 9" in shown
+    ends = {}
+    for trial in optuna.load_study(study_name=NAME, storage=storage_of(tmp_path / "sweeps" / "run")).trials:
+        assert ends.setdefault(trial.params["module.how"], trial) is trial
+    assert sorted(ends) == sorted(trials)
+    if "die" in ends:
+        assert ends["die"].state is TrialState.FAIL
+        assert f"trial {ends['die'].number} failed: killed by signal 9" in shown
     by_hand = tiny_trainer()
     by_hand.train()
-    assert ends["fine"].value == by_hand.metrics["val_loss"]
     number = ends["fine"].number
-    assert ends["fine"].user_attrs["attempts"] == 2
+    assert ends["fine"].value == by_hand.metrics["val_loss"]
+    assert ends["fine"].user_attrs["attempts"] == attempts
     folder = tmp_path / "sweeps" / "run"
     assert (folder / "history.svg").read_text().startswith("<?xml")
     assert [path.name for path in folder.glob(f"trial-{number}-*")] == [f"trial-{number}-1"]  # it was continued
@@ -326,6 +335,7 @@ def test_what_would_not_be_comparable_is_refused(tmp_path, capsys):
         _keep(tmp_path / "sweep.yaml", other)
 
 
+@pytest.mark.plugins
 @pytest.mark.parametrize(
     ("words", "message"),
     [

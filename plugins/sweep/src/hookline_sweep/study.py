@@ -127,10 +127,11 @@ class Claims:
 
     def _goes_on(self, trial: FrozenTrial) -> bool:
         """Tell whether a trial that was left is to be continued; else it is a failed one."""
-        if len(trial.params) == len(self.space) and trial.user_attrs.get("attempts", 0) < ATTEMPTS:
+        often = trial.user_attrs.get("attempts", 0) >= ATTEMPTS
+        if len(trial.params) == len(self.space) and not often:
             return True
-        told = Told(self.storage, trial.number, "none")
-        told.fail(f"its processes were killed {ATTEMPTS} times" if trial.params else "killed before it began")
+        why = f"its processes were killed {ATTEMPTS} times" if often else "killed before it had all its values"
+        Told(self.storage, trial.number, "none").fail(why)
         return False
 
 
