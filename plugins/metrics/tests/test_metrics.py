@@ -125,6 +125,49 @@ class Classifier(ModuleInterface):
         return [metrics[name] for metrics in self.logged if name in metrics]
 
 
+def test_a_metric_without_a_class_is_that_of_its_name():
+    named = {
+        "accuracy": {"task": "multiclass", "num_classes": CLASSES},
+        "f1_score": {"task": "multiclass", "num_classes": CLASSES, "average": "macro"},
+        "accuracy/few": {"task": "multiclass", "num_classes": CLASSES, "top_k": 2},
+    }
+    module = TwoLoaders()
+    metrics = make(module, [Metrics(val=named)]).validate()
+    by_class = {
+        "a": MulticlassAccuracy(CLASSES, average="micro"),
+        "f": MulticlassF1Score(CLASSES),
+        "a/few": MulticlassAccuracy(CLASSES, average="micro", top_k=2),
+    }
+    expected = make(TwoLoaders(), [Metrics(val=by_class)]).validate()
+    for key in ("first", "few"):
+        assert metrics[f"val_accuracy/{key}"] == expected[f"val_a/{key}"]
+        assert metrics[f"val_f1_score/{key}"] == expected[f"val_f/{key}"]
+    assert metrics["val_accuracy/first"] != metrics["val_accuracy/few"]
+
+
+class Tokens(Classifier):
+    """Predicts the token at each of five places, in batches of unequal size."""
+
+    def train_step(self, global_step, batch, device):
+        inputs, _ = batch
+        logits = self.net(inputs)[:, None] * torch.arange(1.0, 6.0)[:, None]
+        tokens = inputs.argmax(1)[:, None].remainder(CLASSES).expand(-1, 5).clone()
+        tokens[inputs[:, 0] > 0, 3:] = -100  # padding
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        self.steps.append((self.trainer.stage, logits.detach(), tokens))
+        return loss, logits, tokens
+
+    val_step = test_step = train_step
+
+
+def test_perplexity_is_one_line():
+    module = Tokens()
+    metrics = make(module, [Metrics(val={"perplexity": {"ignore_index": -100}})]).validate()
+    logits, tokens = (torch.cat([step[place] for step in module.steps]).flatten(0, 1) for place in (1, 2))
+    by_hand = torch.nn.functional.cross_entropy(logits.double(), tokens).exp().item()
+    assert metrics["val_perplexity"] == pytest.approx(by_hand, rel=1e-5)
+
+
 class TwoLoaders(Classifier):
     def get_val_dataloaders(self, sampler, batch_size):
         data = TensorDataset(self.inputs, self.references)
@@ -754,7 +797,7 @@ def test_a_stage_without_metrics_is_not_listened_to():
         ),
         (
             {"num_classes": 3},
-            r"metrics\.val\.accuracy is \{'num_classes': 3\}, which is no metric; give a torchmetrics",
+            r"metrics\.val\.accuracy: Accuracy: missing a required argument: 'task'",
         ),
         ("accuracy", r"metrics\.val\.accuracy is 'accuracy', which is no metric"),
         ({"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}, r"metrics\.val\.accuracy is Linear\("),
@@ -763,6 +806,25 @@ def test_a_stage_without_metrics_is_not_listened_to():
 def test_refuses_what_is_no_metric(given, message):
     with pytest.raises(ValueError, match=message):
         Metrics(val={"accuracy": given})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "accuracyy",
+            r"metrics\.val\.accuracyy names no class by _target_, .* 'accuracyy', did you mean 'accuracy'\?; write",
+        ),
+        (
+            "top",
+            r"metrics\.val\.top names no class by _target_, and torchmetrics has none of the name 'top'; write metrics",
+        ),
+        ("functional", r"metrics\.val\.functional names no class by _target_"),
+    ],
+)
+def test_a_name_that_torchmetrics_does_not_have_needs_a_class(name, message):
+    with pytest.raises(ValueError, match=message):
+        Metrics(val={name: {"num_classes": 3}})
 
 
 @pytest.mark.parametrize("inputs", [[], [-1, 2]])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hookline import CallbackInterface, Stage, hookimpl
 from hookline_metrics.listeners import StageMetrics, TestMetrics, TrainMetrics, ValMetrics
-from hookline_metrics.values import build_metric, parts, sync
+from hookline_metrics.values import build_metric, parts, sync, with_class
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -30,8 +30,9 @@ class Metrics(CallbackInterface):
     """Log metrics of each stage as `<stage>_<name>`, once an epoch (evaluations: once a loader).
 
     A metric is a `torchmetrics.Metric`, or a mapping of `_target_` and the arguments of that
-    class. A module may bring its own from `get_metrics(stage)`, by name. One that is named
-    `accuracy/few` is for the loader few alone.
+    class; without `_target_` it is the class of torchmetrics that has the metric's name. A module
+    may bring its own from `get_metrics(stage)`, by name. One that is named `accuracy/few` is for
+    the loader few alone.
     """
 
     train: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Metrics(CallbackInterface):
             raise ValueError(f"metrics.inputs={self.inputs} must name outputs of the step, counted from 0")
         self._metrics = {
             stage: {
-                name: build_metric(given, f"metrics.{stage.value}.{name}")
+                name: build_metric(with_class(given, name, key := f"metrics.{stage.value}.{name}"), key)
                 for name, given in getattr(self, stage.value).items()
             }
             for stage in LISTENERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,23 @@ import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import ClasswiseWrapper
 
-from hookline import instantiate
+from hookline import instantiate, nearest
 
 if TYPE_CHECKING:
     from hookline import Trainer
 
+FIELDS = (
+    "classification",
+    "regression",
+    "text",
+    "image",
+    "audio",
+    "retrieval",
+    "nominal",
+    "clustering",
+    "segmentation",
+)
+"""Modules of torchmetrics that have classes of metrics."""
 BY_INDEX = 100  # values of one metric that are logged each under a name of its own
 
 
@@ -31,6 +44,25 @@ def build_metric(given: Any, key: str) -> Any:
             "{_target_: torchmetrics.classification.BinaryAccuracy, threshold: 0.5}"
         )
     return metric
+
+
+def with_class(given: Any, name: str, key: str) -> Any:
+    """Return a description with its class: where it names none, that of torchmetrics that has the metric's name.
+
+    Raises:
+        ValueError: torchmetrics has none of this name; the message begins with the key.
+    """
+    if not isinstance(given, Mapping) or "_target_" in given:
+        return given
+    fields = [importlib.import_module(f"torchmetrics.{field}") for field in FIELDS]
+    classes = {word.lower(): f"{field.__name__}.{word}" for field in fields for word in field.__all__}
+    wanted = name.partition("/")[0].replace("_", "").lower()
+    if wanted not in classes:
+        raise ValueError(
+            f"{key} names no class by _target_, and torchmetrics has none of the name {name!r}"
+            f"{nearest(wanted, list(classes))}; write {key}: {{_target_: torchmetrics.classification.BinaryAccuracy}}"
+        )
+    return {"_target_": classes[wanted], **given}
 
 
 def results(name: str, metric: Metric | MetricCollection) -> Iterator[tuple[str, Any, Metric | None]]:
