@@ -231,6 +231,18 @@ def test_a_sweep_in_parts_proposes_what_a_whole_one_does(tmp_path):
     assert len(set(proposed[0])) == 4
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "qmc", "all"])
+def test_each_sampler_proposes_other_values(tmp_path, sampler):
+    study = optuna.create_study(study_name=NAME, storage=(storage := storage_of(tmp_path)))
+    claims = Claims(study, storage, tmp_path, {"a": CategoricalDistribution([*range(9)])}, sampler, 0)
+    while claimed := claims.claim(4):
+        claims.study.tell(claimed.number, 1.0)
+        os.close(claimed.lock)
+    proposed = [trial.params["a"] for trial in claims.counted()]
+    assert len(proposed) == 4
+    assert len(set(proposed)) > (3 if sampler == "all" else 1)
+
+
 # The command ----------------------------------------------------------------------------
 
 MODULE = """

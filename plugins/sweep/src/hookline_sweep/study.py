@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
 from hookline_sweep.space import Space
@@ -21,7 +23,6 @@ SAMPLERS = {
     "tpe": optuna.samplers.TPESampler,
     "random": optuna.samplers.RandomSampler,
     "gp": optuna.samplers.GPSampler,
-    "cmaes": optuna.samplers.CmaEsSampler,
     "qmc": optuna.samplers.QMCSampler,
     "all": optuna.samplers.BruteForceSampler,
 }
@@ -36,6 +37,14 @@ PRUNERS = {
 def storage_of(folder: Path) -> optuna.storages.RDBStorage:
     """Return the storage of a sweep; a process that writes waits up to a minute for another one."""
     return optuna.storages.RDBStorage(f"sqlite:///{folder}/study.db", {"connect_args": {"timeout": 60}})
+
+
+def sampler_of(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """Return a sampler; optuna calls some of them experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        sampler: optuna.samplers.BaseSampler = SAMPLERS[name](seed=seed)
+    return sampler
 
 
 class Told:
@@ -108,8 +117,8 @@ class Claims:
                     os.close(lock)
             if len(self.counted()) >= most:
                 return None
-            # A function of the seed and the number alone: a sweep that is continued proposes what a whole one would.
-            self.study.sampler = SAMPLERS[self.sampler](seed=self.seed + len(self.study.get_trials(deepcopy=False)))
+            # By the seed and the number of the trial: a sweep that is continued proposes what a whole one would.
+            self.study.sampler = sampler_of(self.sampler, self.seed + len(self.study.get_trials(deepcopy=False)))
             number = self.study.ask(self.space).number
             lock = self._lock(number)
             assert lock is not None
