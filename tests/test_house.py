@@ -18,32 +18,19 @@ ROOT = Path(__file__).parent.parent
 MEASURE = {"_target_": "torchmetrics.MeanSquaredError"}
 NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny module has
     "accumulate": {"steps": 2},
+    "backend": {"deterministic": "error"},
     "compile": {"backend": "eager"},
+    "distill": {"teacher": {"_target_": "torch.nn.Linear", "in_features": 8, "out_features": 1}},
+    "export": {"to": "safetensors"},
     "freeze": {"patterns": "net.0", "unfreeze": {"10 steps": "net.0"}},
     "lr_find": {"steps": 3},
     "lr_schedule": {"replace": True},
     "mix": {"mixup": 0.2},
+    "sample": {"method": "extra_repr"},
     "sampling": {"by": 2},
 }
-TOGETHER = sorted(set(installed()) - {"batch_find", "deepspeed", "fsdp"})  # which do what accumulate and ddp do
-NEEDED = {  # else it has nothing to do, or takes long
-    "accumulate": {"steps": 2},
-    "backend": {"deterministic": "error"},
-    "compile": {"backend": "eager"},
-}
-TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp", "swa"})  # which do what ddp does, and what ema does
-NEEDED = {
-    "accumulate": {"steps": 2},
-    "compile": {"backend": "eager"},
-    "export": {"to": "safetensors"},
-    "sample": {"method": "extra_repr"},
-}  # else it has nothing to do, or takes long
-NEEDED = {  # else it has nothing to do, or takes long
-    "accumulate": {"steps": 2},
-    "compile": {"backend": "eager"},
-    "distill": {"teacher": {"_target_": "torch.nn.Linear", "in_features": 8, "out_features": 1}},
-}
-TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
+ALIKE = {"batch_find", "deepspeed", "fsdp", "swa"}  # which do what accumulate, ddp and ema do
+TOGETHER = sorted(set(installed()) - ALIKE)
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
 
@@ -67,11 +54,11 @@ def test_every_installed_plugin_keeps_the_contract(name, needed, tmp_path, caplo
 
 
 def running(plugins, folder):
-    """Return a function that trains for a number of steps."""
+    """Return a function that trains for a number of steps, on the same data whatever the number."""
 
     def steps(number):
-        options = {"epochs": 1, "evaluate_every": None, "eval_when_finish": False, "log_every": "9999 steps"}
-        tiny_trainer(plugins(), TinyModule(samples=8 * number), runs_folder=str(folder), **options).train()
+        options = {"max_steps": number, "evaluate_every": None, "eval_when_finish": False, "log_every": "9999 steps"}
+        tiny_trainer(plugins(), TinyModule(samples=8 * 150), runs_folder=str(folder), **options).train()
 
     return steps
 
