@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hookline import CallbackInterface, hookimpl
 from hookline.testing import Memory, PlainModule, TinyModule, digest, on_ranks, tiny_trainer, train_tiny
@@ -207,7 +206,10 @@ class Stream(torch.utils.data.IterableDataset):
 
 class Stateful(TinyModule):
     def get_train_dataloader(self, sampler, batch_size):
-        return StatefulDataLoader(Stream(super().get_train_dataloader(sampler, batch_size).dataset), batch_size)
+        stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+        return stateful.StatefulDataLoader(
+            Stream(super().get_train_dataloader(sampler, batch_size).dataset), batch_size
+        )
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # by torchdata itself
@@ -260,6 +262,7 @@ def with_and_without(plugins):
 
 
 def test_a_run_writes_points_and_a_picture(tmp_path, caplog):
+    pytest.importorskip("plotext", reason="plotext is not installed")
     caplog.set_level("INFO", "hookline.lr_find")
     lr_find = LrFind(**FEW)
     trainer = train([lr_find], runs_folder=str(tmp_path))
