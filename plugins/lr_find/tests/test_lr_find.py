@@ -145,7 +145,7 @@ class Heard(CallbackInterface):
 
     @hookimpl
     def on_end_validation(self, metrics):
-        self.heard.append(("validation", dict(metrics)))
+        self.heard.append(("validation", None, dict(metrics)))
 
 
 class Counting(TinyModule):
@@ -192,6 +192,19 @@ def test_training_has_the_bits_of_one_without_it(plugins, options, tmp_path):
         ends.append((states, module.count.item(), module.epochs, module.seen, heard))
     assert ends[0] == ends[1]
     assert ends[0][-1]
+
+
+@pytest.mark.plugins
+def test_a_gradient_norm_that_is_logged_once_in_an_interval_is_that_of_training():
+    logs = []
+    for lr_find in ({}, {"lr_find": FEW}):
+        heard = Heard()
+        monitor = {"grad_norm": True, "throughput": False}
+        train({"monitor": monitor, **lr_find, "heard": heard}, log_every="1h", evaluate_every=None)
+        logs.append(
+            [metrics["grad_norm"] for kind, _, metrics in heard.heard if kind == "log" and "grad_norm" in metrics]
+        )
+    assert logs[0] == logs[1] != []
 
 
 class Stream(torch.utils.data.IterableDataset):
