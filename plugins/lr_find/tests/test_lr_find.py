@@ -7,7 +7,6 @@ import re
 
 import pytest
 import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hookline import CallbackInterface, hookimpl
 from hookline.testing import Memory, PlainModule, TinyModule, digest, on_ranks, tiny_trainer, train_tiny
@@ -146,7 +145,7 @@ class Heard(CallbackInterface):
 
     @hookimpl
     def on_end_validation(self, metrics):
-        self.heard.append(("validation", dict(metrics)))
+        self.heard.append(("validation", None, dict(metrics)))
 
 
 class Counting(TinyModule):
@@ -195,6 +194,19 @@ def test_training_has_the_bits_of_one_without_it(plugins, options, tmp_path):
     assert ends[0][-1]
 
 
+@pytest.mark.plugins
+def test_a_gradient_norm_that_is_logged_once_in_an_interval_is_that_of_training():
+    logs = []
+    for lr_find in ({}, {"lr_find": FEW}):
+        heard = Heard()
+        monitor = {"grad_norm": True, "throughput": False}
+        train({"monitor": monitor, **lr_find, "heard": heard}, log_every="1h", evaluate_every=None)
+        logs.append(
+            [metrics["grad_norm"] for kind, _, metrics in heard.heard if kind == "log" and "grad_norm" in metrics]
+        )
+    assert logs[0] == logs[1] != []
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Gives samples in their order, one after the other."""
 
@@ -207,7 +219,10 @@ class Stream(torch.utils.data.IterableDataset):
 
 class Stateful(TinyModule):
     def get_train_dataloader(self, sampler, batch_size):
-        return StatefulDataLoader(Stream(super().get_train_dataloader(sampler, batch_size).dataset), batch_size)
+        stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
+        return stateful.StatefulDataLoader(
+            Stream(super().get_train_dataloader(sampler, batch_size).dataset), batch_size
+        )
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # by torchdata itself
@@ -260,6 +275,7 @@ def with_and_without(plugins):
 
 
 def test_a_run_writes_points_and_a_picture(tmp_path, caplog):
+    pytest.importorskip("plotext", reason="plotext is not installed")
     caplog.set_level("INFO", "hookline.lr_find")
     lr_find = LrFind(**FEW)
     trainer = train([lr_find], runs_folder=str(tmp_path))

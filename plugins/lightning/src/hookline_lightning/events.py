@@ -64,8 +64,8 @@ OWN = {  # callbacks of the real package that reach into its trainer, and what d
     "ModelSummary": "nothing: print the module",
     "RichModelSummary": "nothing: print the module",
     "ModelPruning": "nothing",
-    "BatchSizeFinder": "nothing",
-    "LearningRateFinder": "nothing",
+    "BatchSizeFinder": "the plugin batch_find",
+    "LearningRateFinder": "the plugin lr_find",
     "SpikeDetection": "the plugin finite or guard",
     "Timer": "the option max_time",
 }

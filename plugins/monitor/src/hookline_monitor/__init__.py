@@ -198,7 +198,8 @@ class Monitor(CallbackInterface):
     @hookimpl(trylast=True)
     def on_begin_optimizer_step(self, trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         number, unit = every(trainer.options.log_every)
-        if (trainer.counters.global_step + 1) % number if unit == "steps" else not self._norm_wanted:
+        wanted = (trainer.counters.global_step + 1) % number == 0 if unit == "steps" else self._norm_wanted
+        if not wanted or trainer.idle:  # a step that is only tried is no step of the interval
             return
         self._norm_wanted = False
         norm = norm_of_gradients(optimizers)
