@@ -16,7 +16,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "accumulate": {"steps": 2},
     "activation_checkpoint": {"wrap": ["Linear"]},
     "checkpoint": {"every": "2 steps"},
-    "clip": {"max_norm": 0.1},
+    "clip": {"max_norm": 0.1, "max_ratio": 0.05, "log_norm": True},
     "compile": {"blocks": ["Linear"], "backend": "eager"},
     "distributed": {"uneven": "pad"},
     "ema": {"decay": 0.5, "buffers": "average"},
