@@ -17,7 +17,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "activation_checkpoint": {"wrap": ["Linear"]},
     "backend": {"deterministic": "error", "gc_every": 2},
     "checkpoint": {"every": "2 steps"},
-    "clip": {"max_norm": 0.1},
+    "clip": {"max_norm": 0.1, "max_ratio": 0.05, "log_norm": True},
     "compile": {"blocks": ["Linear"], "backend": "eager"},
     "distill": {"teacher": {"_target_": "torch.nn.Linear", "in_features": 8, "out_features": 1}, "hidden": {"4": ""}},
     "distributed": {"uneven": "pad"},

@@ -557,7 +557,7 @@ def test_the_grammar_of_checkpoint_every(given, cadence):
     assert made(checkpoint_every=given)._plugins["checkpoint"] == {"every": cadence}
 
 
-@pytest.mark.parametrize("given", ["3 fortnights", "1000", "2.5 epochs", "0 steps", 50])
+@pytest.mark.parametrize("given", ["3 fortnights", "1000", "2.5 steps", "0 steps", 50])
 def test_a_cadence_that_is_none_is_an_error(given):
     with pytest.raises(ValueError, match=f"checkpoint_every={re.escape(repr(given))}: .* is not a cadence"):
         made(checkpoint_every=given)
