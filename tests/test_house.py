@@ -20,6 +20,7 @@ NEEDED = {
     "accumulate": {"steps": 2},
     "compile": {"backend": "eager"},
     "export": {"to": "safetensors"},
+    "notify": {"secret_urls": "json://127.0.0.1:1", "stalled": "1 h"},  # where nobody listens
     "sample": {"method": "extra_repr"},
 }  # else it has nothing to do, or takes long
 TOGETHER = sorted(set(installed()) - {"deepspeed", "fsdp"})  # which do what ddp does
