@@ -26,6 +26,7 @@ NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny mo
     "lr_find": {"steps": 3},
     "lr_schedule": {"replace": True},
     "mix": {"mixup": 0.2},
+    "notify": {"secret_urls": "json://127.0.0.1:1", "stalled": "1 h"},  # where nobody listens
     "sample": {"method": "extra_repr"},
     "sampling": {"by": 2},
 }

@@ -7,7 +7,8 @@ from typing import Any
 
 MASK = "***"
 _SECRET_KEY = re.compile(
-    r"(^|[_-])(password|passwd|secret|credentials?|(api|access|private|secret|auth)[_-]?(key|token)|token)$", re.I
+    r"(^|[_-])(password|passwd|secret|credentials?|(api|access|private|secret|auth)[_-]?(key|token)|token|secret[_-]urls?)$",
+    re.I,
 )
 _NO_SECRET_KEY = re.compile(r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|special)[_-]?token$", re.I)
 _SECRET_VALUE = re.compile(r"^(hf_|sk-|ghp_|xox[bap]-)\w{8,}|^sk-[\w-]*\w{16,}|^[\w+.-]+://[^/@\s]+:[^/@\s]+@")

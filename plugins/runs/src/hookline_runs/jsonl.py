@@ -41,6 +41,8 @@ def command_line(arguments: Iterable[str], config: Mapping[str, Any]) -> list[st
         shown: Any = config
         for name in path.lstrip("+").split("."):
             shown = shown.get(name) if isinstance(shown, Mapping) else None
+        if isinstance(shown, list) and shown and all(isinstance(one, str) for one in shown):
+            shown = "".join(shown)
         masked = equals and isinstance(shown, str) and shown and not shown.strip("*")
         command.append(f"{path}={shown}" if masked else argument)
     return command
