@@ -161,7 +161,9 @@ def test_the_command_exports_the_newest_checkpoint(capsys):
 
 
 def train_sharded(to):
-    trainer = tiny_trainer({"fsdp": {"wrap": ["Linear"]}, "export": {"to": to}}, TinyModule(samples=48))
+    trainer = tiny_trainer(
+        {"fsdp": {"wrap": ["Linear"]}, "checkpoint": {}, "export": {"to": to}}, TinyModule(samples=48)
+    )
     try:
         trainer.train()
     except ValueError as error:

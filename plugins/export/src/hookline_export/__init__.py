@@ -108,6 +108,8 @@ class Export(CallbackInterface):
             ValueError: the inputs cannot be found, or what is exported computes something else than the net.
         """
         weights = trainer.export_model()  # by all ranks, which may have a part of it each
+        before = trainer.resuming  # by all ranks too
+        counters = before if before is not None and not trainer.global_step else trainer.counters
         stage = stage_of(trainer.module)
         sampler = trainer.hook.get_sampler(trainer=trainer, stage=stage)
         with trainer.rank_zero_first():
@@ -118,12 +120,18 @@ class Export(CallbackInterface):
                 with replacing(path) as new, kept_rng():
                     new.mkdir()
                     self._write(new, trainer, weights, stage, sampler)
+                    about = card(trainer, self.module, self._forms, self._own(trainer, weights), counters)
+                    (new / "README.md").write_text(about, encoding="utf-8")
                 log.info("export: %s in %s", ", ".join(self._forms), path)
+
+    def _own(self, trainer: Trainer, weights: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the weights of what is exported, by its own names."""
+        prefix = f"{path}." if (path := self._part(trainer)[1]) else ""
+        return {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
 
     def _write(self, new: Path, trainer: Trainer, weights: Mapping[str, Any], stage: Stage, sampler: type) -> None:
         owner, path = self._part(trainer)
-        prefix = f"{path}." if path else ""
-        own = {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
+        own = self._own(trainer, weights)
         if "safetensors" in self._forms:
             from safetensors.torch import save_file
 
@@ -136,7 +144,6 @@ class Export(CallbackInterface):
             args, keywords = self._example(trainer, stage, sampler)
             with torch.no_grad():
                 write_graph(new, self._forms, net, args, keywords, self.dynamic_batch)
-        (new / "README.md").write_text(card(trainer, self.module, self._forms, own), encoding="utf-8")
 
     def _example(self, trainer: Trainer, stage: Stage, sampler: type) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return arguments of the net: given ones, or from the first batch of a loader."""

@@ -22,9 +22,8 @@ LOADING = {
 }
 
 
-def card(trainer: Trainer, module: str, forms: Sequence[str], weights: Mapping[str, Any]) -> str:
+def card(trainer: Trainer, module: str, forms: Sequence[str], weights: Mapping[str, Any], counters: Any) -> str:
     """Return a card in Markdown."""
-    counters = trainer.resuming if trainer.resuming is not None and not trainer.global_step else trainer.counters
     numbers = sum(one.numel() for one in weights.values() if torch.is_tensor(one))
     own = metadata.version("hookline")
     versions = {"hookline": own, "torch": torch.__version__, "python": platform.python_version()}
