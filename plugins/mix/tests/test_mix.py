@@ -223,7 +223,6 @@ def test_ranks_draw_for_themselves_and_train_one_model():
         ({"mixup": 0.2, "until": 0}, "mix.until=0 must be above 0, or null"),
         ({"mixup": 0.2, "transform": Scale()}, "mix.transform and mix.mixup are both given: leave one out"),
     ],
-    ids=str,
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

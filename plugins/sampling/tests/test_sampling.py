@@ -341,7 +341,6 @@ def test_wrong_options_are_refused(options, message):
         ({"kind": "weighted", "by": lambda dataset: torch.zeros(48)}, "weights must be at least 0 and not all 0"),
         ({"kind": "weighted", "by": lambda dataset: ["a"] * 48}, "gives no numbers, but values such as 'a'"),
     ],
-    ids=str,
 )
 def test_wrong_values_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
