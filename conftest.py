@@ -1,7 +1,7 @@
-"""What all tests share: one thread each.
+"""What all tests share: one thread each, and how many workers `pytest -n auto` has.
 
-`pytest -n auto` has a worker per core already, so more threads would only fight; and bits are compared
-between processes, which sum in the same order only with the same number of threads.
+The workers keep the cores busy, so more threads would only fight; and bits are compared between processes, which sum
+in the same order only with the same number of threads.
 """
 
 import os
@@ -10,6 +10,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, here a
 
 import pytest
 import torch
+
+
+def pytest_xdist_auto_num_workers():
+    """Have one worker more than cores: a third of the time tests wait for processes, servers and timeouts."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(autouse=True)

@@ -280,7 +280,10 @@ def test_a_command_that_is_not_there_says_what_may_bring_it(hookline):
 def test_help_shows_the_commands_of_plugins(hookline):
     listed = hookline("--help").stdout.partition("commands of plugins (`hookline COMMAND --help`):\n")[2]
     assert [line.split() for line in listed.splitlines()] == [
+        ["batch-find", "hookline-batch-find", "0.1.0"],
         ["checkpoints", "hookline-checkpoint", "0.1.0"],
+        ["export", "hookline-export", "0.1.0"],
+        ["lr-find", "hookline-lr-find", "0.1.0"],
         ["ray", "hookline-ray", "0.1.0"],
         ["runs", "hookline-runs", "0.1.0"],
         ["simulate", "hookline-simulate", "0.1.0"],

@@ -30,7 +30,7 @@ CPU_SAYS = "DefaultCPUAllocator: "
 log = logging.getLogger("hookline.memory")
 
 
-def measured(phase: str) -> Callable[..., Any]:
+def measured(verb: str, phase: str) -> Callable[..., Any]:
     """Return a wrapper of a verb that measures the memory of a phase."""
 
     def wrapper(self: Memory) -> Generator[None, Any, Any]:
@@ -40,6 +40,7 @@ def measured(phase: str) -> Callable[..., Any]:
         finally:
             self.end(phase)
 
+    wrapper.__name__ = verb
     return hookimpl(wrapper=True)(wrapper)
 
 
@@ -78,9 +79,9 @@ class Memory(CallbackInterface):
         finally:
             self.end("forward")
 
-    run_backward = measured("backward")
-    step_optimizer = measured("optimizer")
-    evaluate = measured("evaluation")
+    run_backward = measured("run_backward", "backward")
+    step_optimizer = measured("step_optimizer", "optimizer")
+    evaluate = measured("evaluate", "evaluation")
 
     def begin(self) -> None:
         """Begin a phase, perhaps within another."""

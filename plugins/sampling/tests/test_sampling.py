@@ -204,7 +204,7 @@ def test_a_resume_that_cannot_be_exact_is_told(caplog):
     train({**OPTIONS[1], "samples": 30}, None, Memory(memory.states[2]))
     assert "sampling draws otherwise than before the resume" in caplog.text
     caplog.clear()
-    train({**OPTIONS[1], "samples": 30}, None, Memory(memory.states[4]))  # between two epochs
+    train({**OPTIONS[1], "samples": 30}, None, Memory(memory.states[5]))  # between two epochs
     assert "sampling" not in caplog.text
 
 

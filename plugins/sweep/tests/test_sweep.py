@@ -35,6 +35,7 @@ def folder(tmp_path, monkeypatch):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     yield
     optuna.logging.set_verbosity(verbosity)
+    sys.modules.pop("swept", None)
 
 
 # What is searched -----------------------------------------------------------------------
@@ -264,14 +265,14 @@ class Module(TinyModule):
                 signal.pause()
 """
 RUN = """
-module: {_target_: mine.Module}
+module: {_target_: swept.Module}
 trainer: {epochs: 2, train_batch_size: 8, val_batch_size: 8, device: cpu}
 plugins: {jsonl: {}, checkpoint: {}}
 """
 
 
 def prepare(folder):
-    (folder / "mine.py").write_text(MODULE)
+    (folder / "swept.py").write_text(MODULE)
     (folder / "run.yaml").write_text(RUN)
 
 
@@ -312,7 +313,7 @@ def test_a_sweep_goes_on_after_a_kill_and_counts_each_trial_once(tmp_path, capfd
     assert (folder / "history.svg").read_text().startswith("<?xml")
     assert [path.name for path in folder.glob(f"trial-{number}-*")] == [f"trial-{number}-1"]  # it was continued
     best = yaml.safe_load((folder / "best.yaml").read_text())
-    assert best["module"] == {"_target_": "mine.Module", "how": "fine"}
+    assert best["module"] == {"_target_": "swept.Module", "how": "fine"}
     assert hookline(["runs", "show", "sweep", "--folder", str(folder)]) == 0
     assert hookline(["fit", str(folder / "best.yaml"), "-q"]) == 0
     shown = capfd.readouterr().out

@@ -60,8 +60,8 @@ def draw(study: optuna.Study, folder: Path, metric: str) -> None:
     matplotlib.use("Agg")
     from optuna.visualization import matplotlib as pictures
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # optuna calls the pictures experimental
+    with warnings.catch_warnings(), matplotlib.rc_context():  # optuna sets a style of its own
+        warnings.simplefilter("ignore")  # it calls the pictures experimental
         drawn: dict[str, Any] = {"history": pictures.plot_optimization_history(study, target_name=metric)}
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
