@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import types
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -166,3 +167,38 @@ def of_a_rank():
 def test_ranks_of_other_lengths_agree():
     drop, pad = [1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 7, 8, 9, 10]  # of three, and of five batches
     assert on_ranks(of_a_rank, 2) == [[(drop, drop), (pad, pad)]] * 2
+
+
+def test_a_time_is_due_at_the_end_of_the_step_after_it_was_reached(monkeypatch):
+    class Ticks(TinyModule):
+        """Takes 4 seconds a step, by a clock of its own."""
+
+        now = 100.0
+
+        def train_step(self, global_step, batch, device):
+            Ticks.now += 4
+            return super().train_step(global_step, batch, device)
+
+    class Heard(CallbackInterface):
+        observer = True
+
+        def __init__(self):
+            self.told, self.boundaries = [], []
+
+        @hookimpl
+        def on_log(self, metrics, global_step):
+            self.told += [(global_step, name) for name in metrics]
+
+        @hookimpl
+        def on_boundary(self, trainer, global_step):
+            if trainer.due("10 s"):
+                self.boundaries.append(global_step)
+
+    monkeypatch.setattr("hookline.loop.ends.time", types.SimpleNamespace(monotonic=lambda: Ticks.now))
+    heard = Heard()
+    trainer = tiny_trainer([heard], Ticks(), epochs=1, evaluate_every="10 s", log_every="10 s", eval_when_finish=False)
+    trainer.train()
+    assert heard.boundaries == [3, 5]  # after 12, 20 and 28 seconds of 7 steps
+    assert [step for step, name in heard.told if name == "val_loss"] == [4, 6]
+    assert [step for step, name in heard.told if name == "train_loss"] == [4, 6, 7]  # and what is left
+    assert trainer.counters.evaluations == 2

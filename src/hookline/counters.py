@@ -37,7 +37,7 @@ class Counters:
 
 UNITS = ("steps", "batches", "epochs", "evaluations", "samples", "seconds")
 """The units of cadences, in the order of `snapshot`."""
-EVALUATIONS = UNITS.index("evaluations")
+EVALUATIONS, SECONDS = UNITS.index("evaluations"), UNITS.index("seconds")
 snapshot = operator.attrgetter("counters.global_step", *(f"counters.{unit}" for unit in UNITS[1:]), "cursor.position")
 """Return a run's counters as a tuple, and its place in the epoch; no Python function, because every step calls it."""
 

@@ -12,7 +12,7 @@ import torch
 
 from hookline import data
 from hookline.cadence import every, seconds
-from hookline.counters import EVALUATIONS, snapshot
+from hookline.counters import EVALUATIONS, SECONDS, snapshot
 from hookline.interfaces import Loader, Stage, plain_name
 from hookline.loop.building import epochs_asked, warn_of_modes
 from hookline.loop.ends import Ends
@@ -37,6 +37,10 @@ class Training:
         self.built, self.logs = evaluation.built, evaluation.logs
         self.settled = snapshot(run)
         """The counters at the last boundary; a cadence is due if they have crossed a multiple since."""
+        self.settling = False
+        """Whether a step is at its boundary, where the clock has been read anew."""
+        self.clock_before = run.counters.seconds
+        """The seconds at the boundary before the last: within a step, a time is due if the last one has crossed it."""
         self._unsettled = False  # whether a step has not reached its boundary yet
         self._stepped = True
         self._first_loader: Loader | None = None
@@ -52,6 +56,7 @@ class Training:
             return
         warn_of_modes(run)
         ends.begin_training()
+        self.settling = False  # if a run before has failed at a boundary
         run.hook.on_begin_train(trainer=run, global_step=run.global_step)
         if run.options.sanity_val_steps:
             self.evaluation.check_sanity()
@@ -275,7 +280,7 @@ class Training:
         """Bring the last step to its boundary, once; see `Trainer.settle`."""
         if not (self._unsettled or counted):
             return True  # a request between two steps waits for the boundary of the second
-        self._unsettled = False
+        self._unsettled, self.settling = False, True
         run, ends = self.run, self.ends
         finished = ends.finished(agree=True)
         if finished and run.options.eval_when_finish and not ends.preempted():
@@ -290,7 +295,7 @@ class Training:
             finished = ends.finished()
         if finished or ends.saves:
             run.hook.save(trainer=run, reason=ends.take_saves(), state=None)
-        self.settled = snapshot(run)
+        self.clock_before, self.settled, self.settling = self.settled[SECONDS], snapshot(run), False
         return not finished and not back
 
     # State ----------------------------------------------------------------------------
@@ -312,7 +317,7 @@ class Training:
         run = self.run
         run.counters.update_state(state["counters"])
         run.cursor.update_state(state["cursor"])
-        self.settled = snapshot(run)
+        self.settled, self.clock_before = snapshot(run), run.counters.seconds
         run.best.update_state(state["best"])
         self.evaluation.update_state(state)
         if not run.options.reset_optimizers_schedulers:
