@@ -123,8 +123,7 @@ class Trainer:
         """Predict; pass each batch's outputs to `on_end_predict_step`.
 
         Args:
-            collect: keep the outputs, and return those of all ranks by loader: as `predict_step` returns them, with the
-                rows of all batches, in the order of the data, on the host. For what fits into memory.
+            collect: return the outputs of all ranks by loader, in the order of the data, on the host.
         """
         return self.evaluation.predict(collect, self._folder())
 
