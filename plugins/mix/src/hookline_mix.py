@@ -21,7 +21,7 @@ __version__ = "0.1.0"
 class Mix(CallbackInterface):
     """Mix the samples of each training batch, on the device: mixup, cutmix, or any transform of a batch.
 
-    What it draws comes from the random states of the run, which a checkpoint has.
+    What it draws comes from the random state of torch, which a checkpoint has.
     """
 
     mixup: float | None = None
@@ -69,11 +69,14 @@ class Mix(CallbackInterface):
             kind = getattr(inputs, "dtype", type(inputs).__name__)
             raise ValueError(f"mix.inputs={self.inputs!r} is {kind}: only floating tensors can be mixed")
         targets = self._shares(targets)
+        draws = random.Random(
+            torch.randint(2**62, (1,)).tolist()[0]
+        )  # threads of trackers draw from Python's own state
         alpha, mixing = self.mixup, mixup
-        if self.mixup is None or (self.cutmix is not None and random.random() < 0.5):
+        if self.mixup is None or (self.cutmix is not None and draws.random() < 0.5):
             alpha, mixing = self.cutmix, cutmix
         assert alpha is not None
-        inputs, share = mixing(inputs, random.betavariate(alpha, alpha))
+        inputs, share = mixing(inputs, draws.betavariate(alpha, alpha), draws)
         targets = share * targets + (1 - share) * targets.roll(1, 0)
         if isinstance(batch, Mapping):
             return {**batch, self.inputs: inputs, self.targets: targets}
@@ -105,12 +108,12 @@ class Mix(CallbackInterface):
         return torch.nn.functional.one_hot(targets, self.classes).to(torch.get_default_dtype())
 
 
-def mixup(inputs: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
+def mixup(inputs: torch.Tensor, share: float, draws: random.Random) -> tuple[torch.Tensor, float]:
     """Return each sample mixed with the one before it, and its share."""
     return share * inputs + (1 - share) * inputs.roll(1, 0), share
 
 
-def cutmix(inputs: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
+def cutmix(inputs: torch.Tensor, share: float, draws: random.Random) -> tuple[torch.Tensor, float]:
     """Return each sample with a box from the one before it, and the share of its area that is its own."""
     if inputs.ndim < 3:
         raise ValueError(
@@ -118,7 +121,7 @@ def cutmix(inputs: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
         )
     height, width = inputs.shape[-2:]
     half = (1 - share) ** 0.5 / 2
-    middle = random.randrange(height), random.randrange(width)
+    middle = draws.randrange(height), draws.randrange(width)
     top, bottom = max(0, middle[0] - int(height * half)), min(height, middle[0] + int(height * half))
     left, right = max(0, middle[1] - int(width * half)), min(width, middle[1] + int(width * half))
     mixed = inputs.clone()

@@ -61,7 +61,7 @@ def test_mixup_has_the_bits_of_a_loop_by_hand():
     class ByHand(TinyModule):
         def train_step(self, global_step, batch, device):
             inputs, targets, ids = batch
-            share = random.betavariate(0.4, 0.4)
+            share = random.Random(torch.randint(2**62, (1,)).tolist()[0]).betavariate(0.4, 0.4)
             mixed = [share * part + (1 - share) * part.roll(1, 0) for part in (inputs, targets)]
             return super().train_step(global_step, (*mixed, ids), device)
 
@@ -87,17 +87,17 @@ def test_targets_are_shares_of_what_is_in_the_inputs(options):
 
 
 def test_cutmix_takes_a_box_and_its_share_is_its_area():
-    random.seed(3)
+    draws = random.Random(3)
     inputs = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 2, 10, 8)
     for _ in range(20):
-        mixed, share = cutmix(inputs, random.random())
+        mixed, share = cutmix(inputs, draws.random(), draws)
         foreign = mixed != inputs
         assert foreign.float().mean(dim=(1, 2, 3)).tolist() == pytest.approx([1 - share] * 4)
         assert torch.equal(mixed[foreign], inputs.roll(1, 0)[foreign])
         rows, columns = (foreign[0, 0].any(dim) for dim in (1, 0))
         assert torch.equal(foreign[0, 0], rows[:, None] & columns[None])
-    assert cutmix(inputs, 1.0)[1] == 1.0
-    assert mixup(inputs, 0.25)[0][0].unique().item() == 0.75 * 3
+    assert cutmix(inputs, 1.0, draws)[1] == 1.0
+    assert mixup(inputs, 0.25, draws)[0][0].unique().item() == 0.75 * 3
 
 
 def test_both_come_in_turn():

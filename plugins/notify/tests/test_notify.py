@@ -89,12 +89,12 @@ class Stalling(TinyModule):
 
 
 def test_a_stall_is_told_once_and_the_thread_ends_with_the_run(hook):
-    module = Stalling()
+    module, before = Stalling(), {*threading.enumerate()}
     module.hook = hook
     tiny_trainer([Notify(hook.url(), stalled="1 s")], module).train()
     assert [told["title"] for told in hook.told] == ["run stalled", "run finished"]
     assert hook.told[0]["message"].startswith("reason: no step was completed for 1 s\nstep: 3, epoch: 0\n")
-    assert "hookline-notify" not in [thread.name for thread in threading.enumerate()]
+    assert "hookline-notify" not in [thread.name for thread in {*threading.enumerate()} - before]
 
 
 def test_an_email_reaches_a_server():
