@@ -211,7 +211,7 @@ class Trainer:
         now, settled, place, batches = snapshot(self), self.training.settled, UNITS.index(unit), self.cursor.batches
         if unit == "epochs" and type(number) is not int:
             return asked.passed(now[place], now[-1], batches) > asked.passed(settled[place], settled[-1], batches)
-        before = self.training.clock_before if unit == "seconds" and not self.training.settling else settled[place]
+        before = self.training.clock_before if unit == "seconds" else settled[place]
         return bool(now[place] // number > before // number)
 
     def say_once(self, text: str, about: str = "") -> None:

@@ -37,10 +37,8 @@ class Training:
         self.built, self.logs = evaluation.built, evaluation.logs
         self.settled = snapshot(run)
         """The counters at the last boundary; a cadence is due if they have crossed a multiple since."""
-        self.settling = False
-        """Whether a step is at its boundary, where the clock has been read anew."""
         self.clock_before = run.counters.seconds
-        """The seconds at the boundary before the last: within a step, a time is due if the last one has crossed it."""
+        """The seconds before the last boundary read the clock; a time crossed by it is due until the next boundary."""
         self._unsettled = False  # whether a step has not reached its boundary yet
         self._stepped = True
         self._first_loader: Loader | None = None
@@ -56,7 +54,6 @@ class Training:
             return
         warn_of_modes(run)
         ends.begin_training()
-        self.settling = False  # if a run before has failed at a boundary
         run.hook.on_begin_train(trainer=run, global_step=run.global_step)
         if run.options.sanity_val_steps:
             self.evaluation.check_sanity()
@@ -280,7 +277,7 @@ class Training:
         """Bring the last step to its boundary, once; see `Trainer.settle`."""
         if not (self._unsettled or counted):
             return True  # a request between two steps waits for the boundary of the second
-        self._unsettled, self.settling = False, True
+        self._unsettled, self.clock_before = False, self.settled[SECONDS]
         run, ends = self.run, self.ends
         finished = ends.finished(agree=True)
         if finished and run.options.eval_when_finish and not ends.preempted():
@@ -295,7 +292,7 @@ class Training:
             finished = ends.finished()
         if finished or ends.saves:
             run.hook.save(trainer=run, reason=ends.take_saves(), state=None)
-        self.clock_before, self.settled, self.settling = self.settled[SECONDS], snapshot(run), False
+        self.settled = snapshot(run)
         return not finished and not back
 
     # State ----------------------------------------------------------------------------
