@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from hookline.trainer import Trainer
 
 
 class UserError(Exception):
@@ -52,6 +55,32 @@ def read_configuration(options: argparse.Namespace, *overrides: str) -> DictConf
     from hookline import config
 
     return config.load_config(options.config, [*options.overrides, *overrides], options.plugins)
+
+
+def run_to_first_step(options: argparse.Namespace) -> Trainer:
+    """Run the configuration of the command line up to its first step, without observers; return its trainer.
+
+    For commands that try something before training. The run's folder is thrown away.
+    """
+    from hookline import CallbackInterface, config, hookimpl
+
+    class NoStep(CallbackInterface):
+        """Ends a run before its first step."""
+
+        @hookimpl
+        def train_epoch(self, trainer: Trainer) -> bool:
+            trainer.stop("only what comes before training was asked for", "preempted", 0, alone=False)
+            return False
+
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = (f"trainer.runs_folder={folder}", "trainer.sanity_val_steps=0", "trainer.eval_when_start=false")
+        trainer = config.build_trainer(read_configuration(options, *overrides))
+        for _, plugin in trainer.plugins.listed():
+            if getattr(plugin, "observer", False):
+                trainer.plugins.unregister(plugin)
+        trainer.plugins.register(NoStep(), "no_step")
+        trainer.train()
+    return trainer
 
 
 @contextlib.contextmanager

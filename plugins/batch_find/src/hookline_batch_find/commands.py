@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from hookline import CallbackInterface, config, hookimpl
-from hookline.commands import add_configuration, mendable, new_parser, read_configuration
-
-if TYPE_CHECKING:
-    from hookline import Trainer
+from hookline.commands import add_configuration, mendable, new_parser, run_to_first_step
 
 EXAMPLES = """\
 examples:
@@ -31,26 +25,10 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(words)
     options.plugins = ["batch_find", "no:accumulate", *options.plugins]
     logging.getLogger("hookline.batch_find").setLevel(logging.WARNING)  # what it finds is printed
-    with tempfile.TemporaryDirectory() as folder, mendable(ValueError):
-        overrides = (f"trainer.runs_folder={folder}", "trainer.sanity_val_steps=0", "trainer.eval_when_start=false")
-        trainer = config.build_trainer(read_configuration(options, *overrides))
-        plugins = dict(trainer.plugins.listed())
-        for plugin in plugins.values():
-            if getattr(plugin, "observer", False):
-                trainer.plugins.unregister(plugin)
-        trainer.plugins.register(NoStep(), "no_step")
-        trainer.train()
+    with mendable(ValueError):
+        trainer = run_to_first_step(options)
         if trainer.rank == 0:
-            size, micro_batches = plugins["batch_find"].size, trainer.window_size
+            size, micro_batches = dict(trainer.plugins.listed())["batch_find"].size, trainer.window_size
             print(f"micro-batches of {size} samples fit: {micro_batches} of them make a step on each rank. Write")
             print(f"plugins:\n  accumulate: {{micro_batch_size: {size}}}")
     return 0
-
-
-class NoStep(CallbackInterface):
-    """Ends a run before its first step."""
-
-    @hookimpl
-    def train_epoch(self, trainer: Trainer) -> bool:
-        trainer.stop("the size is found", "preempted", 0, alone=False)
-        return False

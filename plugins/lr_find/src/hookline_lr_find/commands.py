@@ -5,18 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hookline import CallbackInterface, config, hookimpl
-from hookline.commands import add_configuration, mendable, new_parser, read_configuration, table
+from hookline.commands import add_configuration, mendable, new_parser, run_to_first_step, table
 from hookline_lr_find import Found, said
 from hookline_lr_find.curve import draw, save_picture
-
-if TYPE_CHECKING:
-    from hookline import Trainer
 
 EXAMPLES = """\
 examples:
@@ -39,39 +33,14 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_intermixed_args(words)
     options.plugins = ["lr_find", *options.plugins]
     logging.getLogger("hookline.lr_find").setLevel(logging.WARNING)  # what it finds is printed
-    with tempfile.TemporaryDirectory() as folder, mendable(ValueError):
-        overrides = (f"trainer.runs_folder={folder}", "trainer.sanity_val_steps=0", "trainer.eval_when_start=false")
-        trainer = config.build_trainer(read_configuration(options, *overrides))
-        found = sweep(trainer)
+    with mendable(ValueError):
+        trainer = run_to_first_step(options)
+        found: Found = dict(trainer.plugins.listed())["lr_find"].found
         if trainer.rank == 0:
             if options.plot is not None:
                 save_picture(options.plot, found.points, found.suggestion)
             print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else "\n".join(shown(found)))
     return 0 if found.suggestion is not None else 1
-
-
-def sweep(trainer: Trainer) -> Found:
-    """Do the sweep of a trainer that has the plugin, and end its run before the first step.
-
-    Plugins that only watch take no part.
-    """
-    plugins = dict(trainer.plugins.listed())
-    for plugin in plugins.values():
-        if getattr(plugin, "observer", False):
-            trainer.plugins.unregister(plugin)
-    trainer.plugins.register(NoStep(), "no_step")
-    trainer.train()
-    found: Found = plugins["lr_find"].found
-    return found
-
-
-class NoStep(CallbackInterface):
-    """Ends a run before its first step."""
-
-    @hookimpl
-    def train_epoch(self, trainer: Trainer) -> bool:
-        trainer.stop("the learning rates are tried", "preempted", 0, alone=False)
-        return False
 
 
 def shown(found: Found) -> list[str]:
