@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from hookline.trainer import Trainer
-
 
 class UserError(Exception):
     """A mistake of the user: printed in one line, without a traceback."""
@@ -57,18 +55,20 @@ def read_configuration(options: argparse.Namespace, *overrides: str) -> DictConf
     return config.load_config(options.config, [*options.overrides, *overrides], options.plugins)
 
 
-def run_to_first_step(options: argparse.Namespace) -> Trainer:
+def run_to_first_step(options: argparse.Namespace) -> Any:
     """Run the configuration of the command line up to its first step, without observers; return its trainer.
 
     For commands that try something before training. The run's folder is thrown away.
     """
-    from hookline import CallbackInterface, config, hookimpl
+    from hookline import config
+    from hookline.interfaces import CallbackInterface
+    from hookline.marks import hookimpl
 
     class NoStep(CallbackInterface):
         """Ends a run before its first step."""
 
         @hookimpl
-        def train_epoch(self, trainer: Trainer) -> bool:
+        def train_epoch(self, trainer: Any) -> bool:
             trainer.stop("only what comes before training was asked for", "preempted", 0, alone=False)
             return False
 
