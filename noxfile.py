@@ -70,6 +70,14 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def kit(session: nox.Session) -> None:
+    """Do every check of the conformance kit on every plugin, the long ones too, and on all broken ones."""
+    session.install("-r", "requirements-dev.txt")
+    tests = ["tests/test_house.py", "tests/test_checks.py"]
+    session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
+
+
+@nox.session
 def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
