@@ -410,9 +410,10 @@ def prepare_batch(trainer: Trainer, batch: Any, stage: Stage) -> Any:
 
 @verb
 def call_model(trainer: Trainer, batch: Any, stage: Stage) -> Any:
-    """Return what the module's step for this stage returns for a batch."""
+    """Return what the module's step for this stage returns for a batch; `()` for None."""
     step = trainer.counters.global_step + (stage is TRAIN)
-    return trainer.built.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
+    outputs = trainer.built.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
+    return () if outputs is None else outputs
 
 
 @verb
