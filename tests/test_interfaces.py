@@ -98,6 +98,25 @@ def test_the_loss_of_a_step_is_a_number_if_a_step_has_one_micro_batch(window, ex
     assert seen == [*expected, (3,)]  # the last window of two is one short, and its loss a vector all the same
 
 
+def test_a_plugin_may_change_the_outputs_of_an_epoch_for_the_others():
+    heard = []
+
+    class Doubles(CallbackInterface):
+        @hookimpl(tryfirst=True)
+        def on_end_train_epoch(self, trainer, train_step_collated_outputs):
+            gathered = trainer.hook.gather_outputs(
+                trainer=trainer, outputs=list(train_step_collated_outputs), stage=Stage.TRAIN, key="default"
+            )
+            train_step_collated_outputs[:] = [2 * len(column) for column in gathered]
+
+    class Hears(TinyModule):
+        def on_end_train_epoch(self, global_step, losses):
+            heard.append(losses)
+
+    tiny_trainer([Doubles()], module=Hears(samples=24), epochs=1).train()
+    assert heard == [6]
+
+
 def test_a_count_is_no_loss_and_a_step_may_return_nothing():
     class Wraps(CallbackInterface):
         @hookimpl(wrapper=True)
