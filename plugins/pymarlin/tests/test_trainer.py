@@ -250,6 +250,38 @@ def test_a_validation_may_be_left_out():
     assert trainer.core.metrics == {}
 
 
+def test_a_callback_may_validate():
+    class Asks(TinyModule):
+        def on_end_train_step(self, global_step):
+            if global_step == 1 and asks:
+                heard.append(len(trainer.validate()[0]))
+
+        def on_end_val_epoch(self, global_step):
+            heard.append(("val", global_step, self.training))
+
+    bits = []
+    for kind, asks in ((Trainer, False), (Trainer, True), (type("Mine", (Trainer,), {"validate": count}), True)):
+        heard = []
+        torch.manual_seed(0)
+        module = Asks(samples=16)
+        trainer = kind(module, arguments())
+        trainer.train()
+        bits.append(digest(module.state_dict()))
+        assert heard == [("val", 1, False), 2, ("val", 2, False)][2 - 2 * asks :]
+        rows = read_run("checkpoints/model-" + str(len(bits))).rows
+        assert [row["step"] for row in rows if "val_loss" in row] == [1, 2][1 - asks :]
+    assert len(set(bits)) == 1
+    assert counted == [1, 2]
+
+
+counted = []
+
+
+def count(self):
+    counted.append(self.global_steps_finished)
+    return Trainer.validate(self)
+
+
 # Checkpoints --------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, Stage, hookimpl, hookspecs
+from hookline import CallbackInterface, Stage, hookimpl, hookspecs, kept_rng
 from hookline_pymarlin.plugins import gathered
 
 CALLED = ("train", "validate", "train_epoch")
@@ -108,12 +108,20 @@ class OwnValidation(CallbackInterface):
         self, trainer: hookline.Trainer, stage: Stage, loaders: Mapping[str, Any], limit: int | None
     ) -> dict[str, float]:
         arguments: dict[str, Any] = {"trainer": trainer, "stage": stage, "loaders": loaders, "limit": limit}
-        if stage is not Stage.VAL or trainer.stage is Stage.VAL:  # the second: the user has called `validate`
+        if stage is not Stage.VAL or self.facade.asked:
             return hookspecs.evaluate(**arguments)
         metrics: dict[str, float] = {}
         with self.facade.within("validate", lambda: metrics.update(hookspecs.evaluate(**arguments))):
             self.facade.validate()
         return metrics
+
+
+def validate_within(trainer: hookline.Trainer) -> None:
+    """Validate in the middle of a run, as a callback asks for; training goes on as if it had not."""
+    with kept_rng():
+        loaders, limit = trainer.loaders.get(Stage.VAL), trainer.options.max_val_steps_per_epoch
+        metrics = trainer.hook.evaluate(trainer=trainer, stage=Stage.VAL, loaders=loaders, limit=limit)
+    trainer.log(reduce="last", **metrics)
 
 
 def joined(values: Sequence[Any]) -> Any:

@@ -15,7 +15,7 @@ from hookline import ModuleInterface, Stage
 from hookline_pymarlin.arguments import DefaultCheckpointerArguments, TrainerArguments
 from hookline_pymarlin.backends import TrainerBackend, known_backend, refuse_alone
 from hookline_pymarlin.checkpointer import AbstractCheckpointer, Checkpointed, DefaultCheckpointer
-from hookline_pymarlin.overridden import OwnEpoch, OwnValidation, refuse_overrides, takes_outputs
+from hookline_pymarlin.overridden import OwnEpoch, OwnValidation, refuse_overrides, takes_outputs, validate_within
 from hookline_pymarlin.plugins import AutoStats, KeptSeed, ModelFile, OnHost, Outputs, Pymarlin, WholeEpoch, parts_of
 from hookline_pymarlin.ranks import DistributedTrainingArguments
 from hookline_pymarlin.stats import BasicStats, global_stats
@@ -104,7 +104,7 @@ class Trainer:
             self.core.train()
 
     def validate(self) -> Sequence[Any]:
-        """Validate; return the collated outputs of the last loader.
+        """Validate, also from a callback; return the collated outputs of the last loader.
 
         In a subclass that overrides it, also the validation that is due in a run: call it as `super().validate()`.
         """
@@ -113,6 +113,9 @@ class Trainer:
         try:
             if base := self._bases.get("validate"):
                 base()
+            elif self.core.status == "running":
+                with self.within("asked", lambda: None):
+                    validate_within(self.core)
             else:
                 self._check_unchanged()
                 with self._logging():
@@ -130,6 +133,11 @@ class Trainer:
         if "train_epoch" not in self._bases:
             raise RuntimeError("train_epoch() is called by train(), once in each epoch; call train()")
         return self._bases["train_epoch"]()  # type: ignore[no-any-return]
+
+    @property
+    def asked(self) -> bool:
+        """Whether a call of `validate` is what validates now, and not the run."""
+        return self.core.stage is Stage.VAL or "asked" in self._bases
 
     @contextlib.contextmanager
     def within(self, method: str, base: Callable[[], Any]) -> Iterator[None]:
