@@ -117,6 +117,15 @@ def test_a_plugin_may_change_the_outputs_of_an_epoch_for_the_others():
     assert heard == [6]
 
 
+def test_a_module_may_keep_a_function_under_the_name_of_a_hook():
+    class Keeps(TinyModule):
+        def __init__(self):
+            super().__init__()
+            self.save, self.evaluate = print, lambda predictions, references: 1.0
+
+    tiny_trainer(module=Keeps(), epochs=1).train()
+
+
 def test_a_count_is_no_loss_and_a_step_may_return_nothing():
     class Wraps(CallbackInterface):
         @hookimpl(wrapper=True)

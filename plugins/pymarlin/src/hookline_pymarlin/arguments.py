@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -54,6 +55,10 @@ class DefaultCheckpointerArguments:
             )
         if self.period < 1:
             raise ValueError(f"period={self.period} must be at least 1 epoch")
+        if not re.fullmatch(r"\w[\w.-]*", self.file_prefix):
+            raise ValueError(
+                f"file_prefix={self.file_prefix!r} names a run: give letters, digits, '_', '-' and '.' alone"
+            )
         if not self.load_dir and self.load_filename is not None:
             raise ValueError(f"load_filename={self.load_filename!r} is looked for in load_dir, which is not given")
 
@@ -153,6 +158,8 @@ class TrainerArguments:
         if self.differential_privacy_args is not None:
             raise ValueError(f"differential_privacy_args is not here: {GONE['sp-dp']}")
         self._check_ranks()
+        if self.clip_grads and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm} must be above 0; clip_grads=False does not clip")
         if self.gpu_batch_size_limit < 1:
             raise ValueError(f"gpu_batch_size_limit={self.gpu_batch_size_limit} must be at least 1")
 

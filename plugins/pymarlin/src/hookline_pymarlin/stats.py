@@ -29,6 +29,11 @@ class StatInitArguments:
     exclude_list: str | None = r"bias|LayerNorm|layer\.[3-9]|layer\.1(?!1)|layer\.2(?!3)"
     """The parameters that `log_model` leaves out, as a regular expression."""
 
+    def __post_init__(self) -> None:
+        for name in ("log_steps", "log_model_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1 step")
+
 
 class BasicStats:
     """Values by name on their way to whoever shows them.

@@ -36,6 +36,8 @@ class WriterInitArguments:
 class Writer:
     """A writer of your own: override what it can keep. It is called on rank 0 alone, within the step."""
 
+    logger: logging.Logger | None = None
+
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self.logger = logger
 
