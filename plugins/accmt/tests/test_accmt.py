@@ -561,6 +561,20 @@ def test_the_grammar_of_checkpoint_every(given, cadence):
 def test_a_cadence_that_is_none_is_an_error(given):
     with pytest.raises(ValueError, match=f"checkpoint_every={re.escape(repr(given))}: .* is not a cadence"):
         made(checkpoint_every=given)
+    with pytest.raises(ValueError, match=r"checkpoint_every='2.5 epochs': ACCMT has whole epochs alone"):
+        made(checkpoint_every="2.5 epochs")
+
+
+class NoValidation(Regressor):
+    def get_validation_dataloader(self):
+        return None
+
+
+@pytest.mark.parametrize("module", [Regressor(), NoValidation()])
+def test_checkpoints_of_evaluations_need_validation_data(module):
+    with pytest.raises(ValueError, match="checkpoint_every='2 evals' saves after evaluations, and there are no valid"):
+        trained(module, train=points(), val=None, checkpoint_every="2 evals")
+    assert module.collated == 0
 
 
 def saves(core):
@@ -669,10 +683,22 @@ def test_a_model_whose_replacement_was_cut_is_there_after_the_resume():
     assert [path.name for path in Path("out/model").iterdir()] == ["always"]
 
 
-def test_what_is_not_a_model_of_before_is_not_replaced():
-    Path("out/model/best_valid_loss").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds something else than a model of a run before; move it away"):
-        trained()
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("out/model/best_valid_loss", "holds something else than a model that was saved here, such as one of ACCMT"),
+        ("out", "cannot hold a model: .*/out stands there, and it is no folder"),
+    ],
+)
+def test_where_no_model_can_be_saved_is_known_before_the_first_step(path, said):
+    if path == "out":
+        Path(path).touch()
+    else:
+        Path(path).mkdir(parents=True)
+    module = Regressor()
+    with pytest.raises(ValueError, match=said):
+        trained(module, train=points())
+    assert module.collated == 0
 
 
 def orders(**given):
@@ -795,6 +821,49 @@ def test_where_a_run_goes_on():
     assert (fresh.run_dir, fresh.module.user.seen[0]["global_step"]) == (Path("elsewhere/point-1"), 0)
     again = trained(checkpoint="elsewhere/point", resume=True, hps={**HPS, "epochs": 3})
     assert again.module.user.seen[0]["global_step"] == 20
+
+
+@pytest.mark.parametrize("named", ["", "checkpoints", "checkpoints/step-000000000010"])
+def test_a_run_goes_on_from_a_path(named):
+    hps = {"batch_size": 4, "optim": {"type": "AdamW", "lr": 0.01}}
+    whole = trained(checkpoint="whole", hps={**hps, "epochs": 2})
+    run_dir = trained(hps=hps).run_dir
+    trained(hps=hps)  # a newer run, which True would take
+    again = trained(resume=run_dir / named, hps={**hps, "epochs": 2})
+    assert (again.run_dir, again.module.user.seen[0]["global_step"]) == (run_dir, 10)
+    assert digest(again.module.state_dict()) == digest(whole.module.state_dict())
+    assert yaml.safe_load(made(resume=str(run_dir)).to_yaml(Regressor))["trainer"]["resume"] == str(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("resume", "error", "said"),
+    [
+        (1, TypeError, "resume=1 is a int: give True to go on with the newest run of out/checkpoint-model-1, "),
+        ("yes", ValueError, "resume='yes' is no folder: give True to go on with"),
+        (Path("empty"), ValueError, r"resume='empty' holds no checkpoint: give True .* None to do so where there is"),
+        ("theirs", ValueError, "resume='theirs' is a checkpoint of ACCMT, whose files are pickles .* load its weights"),
+    ],
+)
+def test_what_no_run_goes_on_from_is_refused(resume, error, said):
+    Path("empty/checkpoints").mkdir(parents=True)
+    Path("theirs/checkpoint").mkdir(parents=True)
+    Path("theirs/status.json").touch()
+    trained(hps={**HPS, "epochs": 1})
+    with pytest.raises(error, match=said):
+        made(resume=resume)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_hides_no_other():
+    first = trained(hps={**HPS, "epochs": 1})
+    with pytest.raises(RuntimeError, match="died"):
+        trained(faults=[at_hook("on_end_backward", failing(RuntimeError("died")), nth=3)])
+    Path("out/checkpoint-model-other-1/checkpoints/step-000000000001").mkdir(parents=True)  # of another name
+    again = trained(resume=True)
+    assert (again.run_dir, again.module.user.seen[0]["global_step"]) == (first.run_dir, 10)
+    shutil.rmtree("out/checkpoint-model-1")
+    with pytest.raises(FileNotFoundError, match=r"-2 … with a checkpoint to go on with"):
+        trained(resume=True)
+    assert trained(resume=None).module.user.seen[0]["global_step"] == 0
 
 
 def test_fits_of_one_process_do_not_mix():
@@ -1167,14 +1236,16 @@ def test_calls_that_cannot_be():
         ({"monitor": {"grad_nrom": True}}, TypeError, r"monitor has no 'grad_nrom', did you mean 'grad_norm'"),
         ({"monitor": {"grad_norm": 1}}, TypeError, "monitor: grad_norm=1 must be true or false"),
         ({"collate_fn": 3}, TypeError, "collate_fn: 3 is no function"),
-        ({"model_saving": "best"}, ValueError, "'best' is no policy"),
-        ({"dataloader_num_workers": -1}, ValueError, "accmt.dataloader_num_workers=-1 must be at least 0"),
-        ({"clip_grad": 0}, ValueError, "clip.max_norm=0.0 must be above 0"),
+        ({"model_saving": "best"}, ValueError, "^model_saving='best': 'best' is no policy"),
+        ({"model_saving_below": math.nan}, ValueError, "^model_saving_below=nan: nan is no finite number"),
+        ({"max_shard_size": "ten"}, ValueError, "^max_shard_size='ten' is no size"),
+        ({"dataloader_num_workers": -1}, ValueError, "^dataloader_num_workers=-1 must be at least 0"),
+        ({"clip_grad": 0}, ValueError, "^clip_grad=0.0 must be above 0"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, error, said):
     with pytest.raises(error, match=said):
-        made(**arguments).fit(Regressor(), points())
+        made(**arguments)
 
 
 class Stream(torch.utils.data.IterableDataset):

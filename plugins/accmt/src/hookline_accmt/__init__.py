@@ -4,7 +4,7 @@ from hookline_accmt.hyperparameters import HyperParameters, Optimizer, Scheduler
 from hookline_accmt.module import AcceleratorModule
 from hookline_accmt.names import Handler, Monitor, set_seed
 from hookline_accmt.plugin import Accmt
-from hookline_accmt.trackers import Aim, ClearML, CometML, DVCLive, MLFlow, TensorBoard, WandB
+from hookline_accmt.tracker import Aim, ClearML, CometML, DVCLive, MLFlow, TensorBoard, WandB
 from hookline_accmt.trainer import Trainer
 
 __version__ = "0.1.0"

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from hookline import ModuleInterface, Stage, Trainer, hookimpl
+from hookline import ModuleInterface, Stage, Trainer, every, hookimpl, kept_rng
 from hookline_accmt import data
 from hookline_accmt.module import AcceleratorModule, check, step_of
 from hookline_accmt.options import Options
-from hookline_accmt.status import StatusDict
+from hookline_accmt.status import StatusDict, cadences
 
 log = logging.getLogger("hookline.accmt")
 
@@ -60,6 +60,21 @@ class Bridge(ModuleInterface):
             raise TypeError(f"there are validation data, and {name} has neither validation_step(batch) nor step(batch)")
         if self.accmt.hyperparameters is None and not hasattr(self.user, "get_optimizer"):
             raise TypeError(f"there is no optimizer: name one in hps, or give {name} get_optimizer()")
+        if not self.has_validation:
+            self._refuse_cadence()
+
+    def _refuse_cadence(self) -> None:
+        """Refuse checkpoints that come after evaluations alone, in a training without any.
+
+        Raises:
+            ValueError: nothing would be saved before the end.
+        """
+        asked = cadences(self.trainer.plugins.get_plugin("checkpoint"))
+        if asked and all(every(one).unit == "evaluations" for one in asked):
+            raise ValueError(
+                f"checkpoint_every={', '.join(asked)!r} saves after evaluations, and there are no validation data: "
+                f'give fit a val_dataset, or {type(self.user).__name__} get_validation_dataloader(), or write "epoch"'
+            )
 
     @property
     def has_validation(self) -> bool:
@@ -201,6 +216,9 @@ class Bridge(ModuleInterface):
 
     @hookimpl
     def on_begin_train(self, trainer: Trainer) -> None:
+        with kept_rng():
+            if self.accmt.made["val_dataset"] is None and self._own_loader("get_validation_dataloader") is None:
+                self._refuse_cadence()
         for name in self.accmt.zeroed:  # gradients of zero are no gradients that are not there
             parameter = self.get_parameter(name)
             if parameter.grad is None:

@@ -71,8 +71,8 @@ class Monitor:
         return {**vars(self)}
 
 
-def options_of(plugin: str, argument: str) -> list[str]:
-    """Return the options of an installed plugin.
+def plugin_class(plugin: str, argument: str) -> Any:
+    """Return the class of an installed plugin.
 
     Args:
         plugin: its name.
@@ -84,7 +84,12 @@ def options_of(plugin: str, argument: str) -> list[str]:
     found = [*metadata.entry_points(group="hookline.plugins", name=plugin)]
     if not found:
         raise ValueError(f"{argument}: there is no plugin {plugin!r}: `pip install hookline-{plugin}`")
-    return [field.name for field in fields(found[0].load()) if field.init]
+    return found[0].load()
+
+
+def options_of(plugin: str, argument: str) -> list[str]:
+    """Return the options of an installed plugin; arguments and errors are those of `plugin_class`."""
+    return [field.name for field in fields(plugin_class(plugin, argument)) if field.init]
 
 
 def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:

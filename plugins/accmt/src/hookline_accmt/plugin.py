@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Accmt(Options):
                 hookline.set_seed(trainer.options.seed)
                 self.made[name] = instantiate(described, f"accmt.{name}")
         self._bridge.set_up(trainer)
+        self._refuse_others(trainer)
         hps, options = self.hyperparameters, trainer.options
         if hps is not None:
             if options.epochs is None and options.max_steps is None and options.max_time is None:
@@ -53,6 +55,23 @@ class Accmt(Options):
             window: int = trainer.hook.get_window_size(trainer=trainer)
             options.train_batch_size = hps.batch_size * trainer.shares * window
             options.val_batch_size = hps.val_batch_size
+
+    def _refuse_others(self, trainer: Trainer) -> None:
+        """Refuse before training what could not be saved after the first evaluation.
+
+        Raises:
+            ValueError: something else lies where a model shall be.
+        """
+        policy = getattr(trainer.plugins.get_plugin("model_saving"), "policy", None)
+        if self.model_path is None or policy is None:
+            return
+        folder = Path(self.model_path).absolute()
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            why = "nothing can be written into it" if above.is_dir() else "it is no folder"
+            raise ValueError(f"model_path={self.model_path!r} cannot hold a model: {above} stands there, and {why}")
+        for name in [policy] if isinstance(policy, str) else policy:
+            refuse_other(folder / re.sub(r"[^\w.-]", "_", name))
 
     @hookimpl
     def on_checkpoint(self, path: Path, kind: str) -> None:
@@ -62,8 +81,7 @@ class Accmt(Options):
         folder = Path(self.model_path)
         folder.mkdir(parents=True, exist_ok=True)
         there = folder / path.name
-        if there.exists() and not (there / "model.json").is_file():
-            raise ValueError(f"{there} holds something else than a model of a run before; move it away")
+        refuse_other(there)
         clear(folder)
         with replacing(there) as new:
             shutil.copytree(path, new, copy_function=_link)
@@ -88,6 +106,19 @@ class Accmt(Options):
         for name, value in state["place"].items():
             setattr(self.place, name, value)
         self.zeroed = list(state["zeroed"])
+
+
+def refuse_other(folder: Path) -> None:
+    """Refuse a folder that a model would replace, and that holds something else.
+
+    Raises:
+        ValueError: what is there was not written here.
+    """
+    if folder.exists() and not (folder / "model.json").is_file():
+        raise ValueError(
+            f"{folder} holds something else than a model that was saved here, such as one of ACCMT, and a model is to "
+            "be saved there: move it away, or give another model_path"
+        )
 
 
 def _link(source: str, target: str) -> None:
