@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 import re
 import shutil
 import signal
@@ -29,6 +30,7 @@ from hookline_accmt import (
     DVCLive,
     Handler,
     HyperParameters,
+    Metric,
     MLFlow,
     Monitor,
     Optimizer,
@@ -201,8 +203,12 @@ def test_the_example_of_the_seed_trains(caplog):
     trainer.fit(module, points(), points(12, 2))
     assert trainer.core.global_step == 20
     assert trainer.status_dict["evaluations_done"] == 2
-    assert caplog.text.count("no metric has this name") == 1
-    assert set(trainer.status_dict["additional_metrics"]) == {"sure"}
+    inputs, references = points(12, 2).tensors
+    module.model.eval()
+    right = (module(inputs).argmax(dim=1) == references).double().mean().item()
+    assert set(trainer.status_dict["additional_metrics"]) == {"accuracy", "sure"}
+    assert trainer.status_dict["additional_metrics"]["accuracy"] == right
+    assert "no metric has this name" not in caplog.text
     assert module(torch.zeros(1, 6)).shape == (1, 2)
     assert "<" in repr(module)
     assert Path("out/model/best_valid_loss/pytorch_model.pt").is_file()
@@ -414,7 +420,7 @@ def test_the_status_is_live_and_changes_when_the_seed_says():
     assert steps[10]["best_train_loss"] == rows(core, "train_loss_epoch")[0]
     assert [row["evaluations_done"] for row in steps] == [0] * 10 + [1] * 10
     assert steps[9]["additional_metrics"] == {}
-    assert set(steps[10]["additional_metrics"]) == {"sure"}
+    assert set(steps[10]["additional_metrics"]) == {"accuracy", "sure"}
     validations = [row for row in module.seen if not row["train"]]
     assert [row["eval_global_step"] for row in validations] == [*range(6)]
     assert {(row["epoch_step"], row["global_step"]) for row in validations} == {(9, 10), (9, 20)}
@@ -424,7 +430,45 @@ def test_the_status_is_live_and_changes_when_the_seed_says():
     assert "skip_batches" not in status
     with pytest.raises(KeyError, match="'skip_batches'; there are best_train_loss"):
         status["skip_batches"]
-    assert repr(status) == repr(dict(status))
+
+
+class Counting(ExampleModule):
+    """Keeps a number of its own in the status."""
+
+    def training_step(self, batch, status_dict):
+        status_dict["mine"] = status_dict.get("mine", 0) + 1
+        return super().training_step(batch, status_dict)
+
+
+def test_the_status_is_a_dictionary_with_room_for_keys_of_ones_own():
+    module = Counting()
+    trainer = made(hps={**HPS, "epochs": 1}, checkpoint_every="3 steps")
+    with pytest.raises(AttributeError, match="Counting has no status_dict before fit"):
+        module.status_dict  # noqa: B018
+    trainer.fit(module, points(), points(12, 2))
+    status = trainer.status_dict
+    assert isinstance(status, dict)
+    assert status is module.status_dict
+    plain = dict(status)
+    assert json.loads(json.dumps(status)) == plain
+    assert copy.copy(status) == copy.deepcopy(status) == pickle.loads(pickle.dumps(status)) == status.copy() == plain
+    assert (status | {"a": 1})["a"] == 1
+    assert {**status, **{}} == plain
+    assert (plain["mine"], plain["global_step"], "skip_batches" in plain) == (10, 10, True)
+    resumed = Counting()
+    made(resume=True, checkpoint_every="3 steps").fit(resumed, points(), points(12, 2))
+    assert resumed.status_dict["mine"] == 20
+
+
+def test_a_module_that_was_trained_is_pickled_and_copied():
+    module = ExampleModule()
+    before = copy.deepcopy(module)
+    made(hps={**HPS, "epochs": 1}).fit(module, points(), points(12, 2))
+    for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert digest(other.model.state_dict()) == digest(module.model.state_dict())
+        assert other.status_dict == module.status_dict
+        made(checkpoint="again").fit(other, points())
+    assert digest(before.model.state_dict()) != digest(module.model.state_dict())
 
 
 def test_the_batches_that_a_checkpoint_has_are_in_the_status():
@@ -640,6 +684,96 @@ def test_the_monitor_says_what_is_logged():
     assert made(monitor=Monitor(throughput=True))._plugins["monitor"] == {"throughput": True}
     with pytest.raises(TypeError, match="monitor has no 'grad_nrom', did you mean 'grad_norm'"):
         Monitor(grad_nrom=True)
+
+
+class Hit(Metric):
+    """ACCMT's kind of metric: of all predictions and references at once."""
+
+    def compute(self, predictions, references):
+        right = (predictions == references).float()
+        return {"hit": right.mean(), "batches": torch.tensor(float(len(predictions)))}
+
+
+class Miss(Metric):
+    def compute(self, predictions, references, weights):
+        return {"rate": float((predictions != references).sum() / weights.sum())}
+
+
+class Told(ExampleModule):
+    """Returns tuples of classes for metrics, and a list of words."""
+
+    def validation_step(self, batch):
+        x, y = batch
+        scores = self(x)
+        classes = scores.argmax(dim=1)
+        return {
+            "loss": torch.nn.functional.cross_entropy(scores, y),
+            "hit": (classes, y),
+            "miss": (classes, y, torch.ones_like(y)),
+            "words": (["a"] * len(y), ["b"] * len(y)),
+            "unused": (scores, y.float()),
+        }
+
+
+class Words(Metric):
+    def compute(self, predictions, references):
+        return {"words": sum(a == b for a, b in zip(predictions, references, strict=True))}
+
+
+def test_metrics_are_computed_over_the_whole_evaluation(caplog):
+    module = Told()
+    metrics = [Hit("hit"), Miss("miss", comparator="<", main_metric="rate"), Words("words", greater_is_better=False)]
+    core = trained(module, metrics=metrics, hps={"batch_size": (4, 5)}, model_saving=["hit", "best_rate"])
+    inputs, references = points(12, 2).tensors
+    module.model.eval()
+    hit = (module(inputs).argmax(dim=1) == references).float().mean().item()
+    values = module.status_dict["additional_metrics"]
+    assert values == {"hit": hit, "batches": 12.0, "rate": pytest.approx(1 - hit), "words": 0.0}
+    assert caplog.text.count("for 'unused', and no metric has this name, so they are dropped") == 1
+    assert caplog.text.count("so they are dropped") == 1
+    saved = {name: json.loads(Path(f"out/model/best_{name}/model.json").read_text()) for name in ("hit", "rate")}
+    assert saved["hit"]["metric"] == "val_hit"
+    assert [core.plugins.get_plugin("model_saving")._modes[f"best_{name}"] for name in saved] == ["max", "min"]
+
+
+class Broken(Metric):
+    def compute(self, predictions, references):
+        return {"other": 1.0} if self.comparator == ">" else {"hit": "high"}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error", "said"),
+    [
+        ([3], TypeError, "metrics: 3 is no Metric; give objects of subclasses of hookline_accmt.Metric"),
+        ({"a": Hit("hit")}, TypeError, "metrics: .* is no Metric"),
+        ([Hit("hit"), Hit("hit")], ValueError, "metrics: hit, hit: two have one name"),
+        (Metric("hit"), NotImplementedError, r"Metric needs a method compute\(self, predictions, references\)"),
+        (Broken("hit"), TypeError, "Broken.compute must return a dictionary with 'hit' in it; it returned .*other"),
+        (Broken("hit", "<"), TypeError, "Broken.compute returned a str for 'hit', and no number"),
+    ],
+)
+def test_metrics_that_cannot_be(metrics, error, said):
+    with pytest.raises(error, match=said):
+        trained(Told(), metrics=metrics, hps={"batch_size": 40})
+    with pytest.raises(ValueError, match=r"Metric\('hit'\): comparator='==' must be \">\" or \"<\""):
+        Metric("hit", "==")
+
+
+@pytest.mark.parametrize(
+    ("name", "best", "warned"), [("accuracy", "max", False), ("val_wer", "min", False), ("sure", "max", True)]
+)
+def test_a_model_is_saved_by_the_name_that_the_module_gives_a_value(name, best, warned, caplog):
+    values = iter([0.2, 0.9, 0.4])
+
+    class Scripted(ExampleModule):
+        def validation_step(self, batch):
+            return {"loss": self(batch[0]).mean(), name: next(values)}
+
+    trained(Scripted(), model_saving=f"best_{name}", hps={"batch_size": 12, "epochs": 3})
+    about = json.loads(Path(f"out/model/best_{name}/model.json").read_text())
+    assert (about["metric"], about["step"]) == (f"val_{name}", {"max": 8, "min": 4}[best])
+    said = f"nobody knows whether the largest or the smallest '{name}' is the best: the largest is taken, as ACCMT does"
+    assert caplog.text.count(said) == warned
 
 
 def models():
@@ -1164,10 +1298,43 @@ def loss_of(module, batch):
         lambda self, batch, status: loss_of(self, batch) * (1 + status["epoch"]),
         lambda self, batch, status_dict=None: loss_of(self, batch) * (1 + status_dict["epoch"]),
         lambda self, batch, scale=1.0: loss_of(self, batch) * scale,
+        lambda self, *args: loss_of(self, *args),
+        lambda self, *args, **kw: loss_of(self, *args, **kw),
+        lambda self, batch, *, status_dict: loss_of(self, batch) * (1 + status_dict["epoch"]),
+        lambda self, batch, scale=1.0, status_dict=None: loss_of(self, batch) * (scale + status_dict["epoch"]),
+        torch.autocast("cpu", enabled=False)(lambda self, batch, status: loss_of(self, batch) * (1 + status["epoch"])),
     ],
 )
 def test_steps_are_given_what_they_take(step):
     assert trained(with_steps(step=step), train=points(8)).global_step == 4
+
+
+def logged(function):
+    def call(*args, **kwargs):  # without functools.wraps
+        return function(*args, **kwargs)
+
+    return call
+
+
+class Decorated(Nothing):
+    @logged
+    @logged
+    def training_step(self, batch, status_dict):
+        return loss_of(self, batch) * (1 + status_dict["epoch"])
+
+    @logged
+    def validation_step(self, batch):
+        return loss_of(self, batch)
+
+
+class Overriding(Decorated):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Decorated, Overriding])
+def test_what_a_step_wraps_says_what_it_takes(kind):
+    assert trained(kind(torch.nn.Linear(6, 1)), train=points(8)).global_step == 4
 
 
 @pytest.mark.parametrize(
@@ -1185,6 +1352,26 @@ def test_steps_are_given_what_they_take(step):
             with_steps(step=lambda self, key, batch: 0),
             TypeError,
             r"Own.step\(key, batch\) must take batch, or",
+        ),
+        (
+            with_steps(step=lambda self, status_dict, batch: 0),
+            TypeError,
+            r"Own.step\(status_dict, batch\) must take batch, or",
+        ),
+        (
+            with_steps(training_step=lambda self, batch: None, validation_step=loss_of),
+            TypeError,
+            "Own.training_step must return the loss, a tensor of one element that was computed with gradients; it .*No",
+        ),
+        (
+            with_steps(step=lambda self, batch: self.model(batch[0])),
+            TypeError,
+            r"Own.step must return the loss, .* it returned a tensor of shape \(4, 1\)",
+        ),
+        (
+            with_steps(step=lambda self, batch: loss_of(self, batch).detach()),
+            TypeError,
+            r"Own.step must return the loss, .* it returned a tensor of shape \(\)",
         ),
         (with_steps(step=loss_of, teacher=3), TypeError, "Own.teacher is a int"),
         (
@@ -1207,6 +1394,21 @@ def test_steps_are_given_what_they_take(step):
 def test_modules_that_cannot_be_trained(module, error, said):
     with pytest.raises(error, match=said):
         made().fit(module, points(), points())
+
+
+def test_what_a_module_logs_is_logged():
+    class Logs(Regressor):
+        def step(self, batch):
+            self.log({"size": float(len(batch[0]))})
+            return super().step(batch)
+
+    module = Logs()
+    with pytest.raises(RuntimeError, match="Logs.log is for within fit"):
+        module.log({"size": 1.0})
+    core = trained(module, val=None, hps={"batch_size": 8})
+    assert rows(core, "size") == [8.0] * 5
+    with pytest.raises(ValueError, match="log: log_kwargs=.* are of one tracker"):
+        module.log({"size": 1.0}, {"mlflow": {}})
 
 
 def test_calls_that_cannot_be():

@@ -325,7 +325,7 @@ def test_a_metric_of_which_nobody_knows_asks_for_the_mode_before_any_step(tmp_pa
 
 @pytest.mark.parametrize(
     ("policy", "has"),
-    [("best_valid_loss", "'val_loss'; it has val_iou"), ("best_acc", "'acc'; it has val_acc")],
+    [("best_valid_loss", "'val_loss'; it has val_iou"), ("best_acc", "'acc'; it has val_iou")],
 )
 def test_what_no_evaluation_has_ends_the_run_when_its_state_is_saved(tmp_path, policy, has):
     module, memory = Logs(**{has.split("has ")[1]: [1.0, 2.0, 3.0]}), Memory()
@@ -349,6 +349,36 @@ def test_what_no_evaluation_has_ends_the_run_before_any_step_where_that_is_known
     assert module.weight.item() == 0
     trained(tmp_path / "right", Before(), ModelSaving("best_val_loss"), **options)
     assert about(tmp_path / "right", "best_val_loss")["step"] == 1
+
+
+class Prefixed(Scripted):
+    """Logs a metric with the prefix that the plugin metrics gives, and from the third evaluation one without."""
+
+    logged = 0
+
+    def val_step(self, global_step, batch, device):
+        self.logged += 1
+        self.log(val_acc=[0.2, 0.9, 0.4][self.logged - 1], **({"acc": 5.0} if self.logged > 2 else {}))
+        return torch.tensor(1.0)
+
+
+def test_a_metric_may_be_named_without_its_val(tmp_path):
+    assert steps(tmp_path, Prefixed(), ModelSaving("best_acc"), epochs=3) == {"best_acc": [1, 2]}
+    assert about(tmp_path, "best_acc")["metric"] == "val_acc"
+    trained(tmp_path / "sanity", Prefixed(), ModelSaving("best_acc"), epochs=1, sanity_val_steps=1)
+
+
+class Differs(CallbackInterface):
+    @hookimpl(wrapper=True)
+    def get_mode(self, metric):
+        known = yield
+        return "min" if metric == "val_acc" else known
+
+
+def test_two_names_that_say_different_things_ask_for_the_mode(tmp_path):
+    said = "model_saving.policy='best_acc': the best is the max of 'acc' and min of 'val_acc', and the policy may"
+    with pytest.raises(ValueError, match=said):
+        trained(tmp_path, Prefixed(), ModelSaving("best_acc"), Differs())
 
 
 # Resume -------------------------------------------------------------------------------

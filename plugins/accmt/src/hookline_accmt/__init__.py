@@ -1,6 +1,7 @@
 """ACCMT's names: its module, its trainer with all arguments, hyperparameters, trackers."""
 
 from hookline_accmt.hyperparameters import HyperParameters, Optimizer, Scheduler
+from hookline_accmt.metrics import Metric
 from hookline_accmt.module import AcceleratorModule
 from hookline_accmt.names import Handler, Monitor, set_seed
 from hookline_accmt.plugin import Accmt
@@ -19,6 +20,7 @@ __all__ = [
     "Handler",
     "HyperParameters",
     "MLFlow",
+    "Metric",
     "Monitor",
     "Optimizer",
     "Scheduler",

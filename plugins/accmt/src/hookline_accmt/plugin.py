@@ -34,7 +34,9 @@ class Accmt(Options):
     def adapt_module(self, trainer: Trainer) -> Generator[None, Any, Any]:
         module = yield
         if isinstance(module, AcceleratorModule):
-            module = self._bridge = Bridge(module, self, trainer)
+            names = {"__module__": type(module).__module__, "__qualname__": type(module).__qualname__}
+            kind = type(type(module).__name__, (Bridge,), names)  # so that all who name it name the user's class
+            module = self._bridge = kind(module, self, trainer)
         return module
 
     @hookimpl(tryfirst=True)
@@ -89,6 +91,26 @@ class Accmt(Options):
             if hasattr(configuration, "save_pretrained"):
                 configuration.save_pretrained(new)
 
+    @hookimpl(wrapper=True)
+    def get_mode(self, trainer: Trainer, metric: str) -> Generator[None, str, str]:
+        """Return what a Metric says of its values, then what others know, and else that the largest is the best."""
+        own = {one.main_metric: one.mode for one in self.metrics}
+        name = metric.removeprefix("val_")
+        said = own.get(metric, own.get(name))
+        try:
+            known = yield
+        except ValueError:
+            if said is None and (self._bridge is None or name == metric):
+                raise
+            known = "max"
+            if said is None:
+                trainer.say_once(
+                    f"nobody knows whether the largest or the smallest {name!r} is the best: the largest is taken, as "
+                    f'ACCMT does; metrics=[Metric({name!r}, comparator="<")] says otherwise',
+                    about=f"the best {name.removeprefix('val_')}",
+                )
+        return known if said is None else said
+
     # State ----------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, Any]:
@@ -98,6 +120,7 @@ class Accmt(Options):
         named = self._bridge.named_parameters() if not self.set_to_none else ()
         return {
             "place": dataclasses.asdict(self.place),
+            "own": self.status.own(),
             "zeroed": [name for name, parameter in named if parameter.grad is not None],
         }
 
@@ -106,6 +129,7 @@ class Accmt(Options):
         for name, value in state["place"].items():
             setattr(self.place, name, value)
         self.zeroed = list(state["zeroed"])
+        self.status.update(state.get("own", {}))
 
 
 def refuse_other(folder: Path) -> None:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from hookline_accmt.cadences import batches, handlers_of
 from hookline_accmt.data import collate_of
 from hookline_accmt.describing import described_by, paths
 from hookline_accmt.hyperparameters import HyperParameters, count
+from hookline_accmt.metrics import Metric, metrics_of
 from hookline_accmt.module import AcceleratorModule
 from hookline_accmt.names import Monitor, current_seed
 from hookline_accmt.plugin import Accmt
@@ -39,8 +40,9 @@ class Trainer:
             model's folder, and called after it with "checkpoint-" before.
         resume: go on with the newest of these that has a checkpoint; None does where there is one; or the path of a
             run or of one of its checkpoints.
-        model_saving: "best_valid_loss", "best_train_loss", "best_<metric>", "always", a list of them, or None. Without
-            validation data the first is the second.
+        model_saving: "best_valid_loss", "best_train_loss", "best_<metric>" with a name of `additional_metrics`,
+            "always", a list of them, or None. Without validation data the first is the second. "best_" may be left out
+            before the name of one of `metrics`.
         evaluate_every_n_steps: steps from one evaluation to the next; None for each epoch's end.
         checkpoint_every: "epoch", "2 epochs", "50 steps", "eval", "3 evaluations" …, or None.
         logging_dir: of TensorBoard, in the run's folder; or the URL of a tracker's server.
@@ -69,6 +71,7 @@ class Trainer:
         eval_when_start: evaluate before training.
         verbose: show progress.
         monitor: what is logged, a `Monitor` or a mapping of its fields.
+        metrics: a `Metric`, or a list of them, for what `validation_step` returns under their names.
         kwargs: of the tracker, such as `run_name` and `tags`.
 
     Raises:
@@ -111,6 +114,7 @@ class Trainer:
         verbose: bool = True,
         monitor: Monitor | Mapping[str, Any] | None = None,
         model_saving_aboce: float | None = None,
+        metrics: Metric | Sequence[Metric] | None = None,
         **kwargs: Any,
     ) -> None:
         self.hps = HyperParameters.read(hps_config)
@@ -128,8 +132,9 @@ class Trainer:
         for name, given in (("evaluate_every_n_steps", evaluate_every_n_steps), ("log_every", log_every)):
             if given is not None:
                 count(name, given)
+        self.metrics = metrics_of(metrics)
         self._model_saving = {
-            "policy": model_saving,
+            "policy": self._policy(model_saving),
             "below": model_saving_below,
             "above": above,
             "safe_serialization": safe_serialization,
@@ -218,7 +223,7 @@ class Trainer:
             self.core.train()
 
     @property
-    def status_dict(self) -> Mapping[str, Any]:
+    def status_dict(self) -> dict[str, Any]:
         """How far the last `fit` is or was.
 
         Raises:
@@ -227,7 +232,7 @@ class Trainer:
         if self.core is None:
             raise RuntimeError("there has been no fit yet, so there is no status")
         bridge: Any = self.core.module
-        status: Mapping[str, Any] = bridge.user.status_dict
+        status: dict[str, Any] = bridge.user.status_dict
         return status
 
     def plan(self) -> list[dict[str, Any]]:
@@ -261,6 +266,12 @@ class Trainer:
         }
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
+    def _policy(self, given: Any) -> Any:
+        """Return what the plugin model_saving calls it."""
+        if isinstance(given, (list, tuple)):
+            return [self._policy(name) for name in given]
+        return f"best_{given}" if given in [metric.main_metric for metric in self.metrics] else given
+
     def _resume(self) -> bool | str:
         return choose_resume(self.resume, self.checkpoint)
 
@@ -268,6 +279,7 @@ class Trainer:
         self, module: AcceleratorModule, datasets: dict[str, Any], resume: bool | str = False
     ) -> hookline.Trainer:
         accmt = Accmt(**self._accmt)
+        accmt.metrics = self.metrics
         accmt.use(**{name: given for name, given in {**self._objects, **datasets}.items() if given is not None})
         validates = datasets["val_dataset"] is not None or hasattr(module, "get_validation_dataloader")
         plugins = self._all_plugins(validates, hasattr(module, "get_metrics"))
@@ -278,10 +290,6 @@ class Trainer:
         if saving["policy"] == "best_valid_loss" and not validates:
             log.info("there are no validation data, so the model is saved by its best loss of training")
             saving["policy"] = "best_train_loss"
-        given = saving["policy"]
-        names = given if isinstance(given, (list, tuple)) else [given]
-        grow = [name for name in names if isinstance(name, str) and name.startswith("best_") and "loss" not in name]
-        saving["mode"] = dict.fromkeys(grow, "max") or None  # as in ACCMT, whatever the metric
         plugins = {**self._plugins, "model_saving": saving}
         if has_metrics:
             plugins["metrics"] = {}
