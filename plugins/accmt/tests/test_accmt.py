@@ -1016,25 +1016,40 @@ def test_fits_of_one_process_do_not_mix():
 
 
 @pytest.mark.parametrize(
-    ("tracker", "plugin", "options"),
+    ("tracker", "plugin", "options", "unused"),
     [
-        (TensorBoard, "tensorboard", {"folder": "logs", "init": {"flush_secs": 3}}),
-        (WandB, "wandb", {"project": "model", "name": "mine", "tags": ["a"]}),
-        (CometML, "comet", {"project": "model", "name": "mine", "tags": ["a"]}),
-        (Aim, "aim", {"experiment": "model", "name": "mine", "tags": ["a"]}),
-        (MLFlow, "mlflow", {"experiment": "model", "tags": {"a": "b"}}),
-        (ClearML, "clearml", {"project_name": "model", "task_name": "mine", "tags": ["a"]}),
-        (DVCLive, "dvclive", {"exp_name": "mine", "save_dvc_exp": True}),
+        (TensorBoard, "tensorboard", {"folder": "logs/mine", "init": {"flush_secs": 3}}, "tags='a'"),
+        (WandB, "wandb", {"project": "model", "name": "mine", "tags": ["a"]}, ""),
+        (CometML, "comet", {"project": "model", "name": "mine", "tags": ["a"]}, ""),
+        (Aim, "aim", {"experiment": "model", "name": "mine", "tags": ["a"]}, ""),
+        (MLFlow, "mlflow", {"experiment": "model", "name": "mine", "tags": {"a": "true"}}, ""),
+        (ClearML, "clearml", {"project_name": "model", "task_name": "mine", "tags": ["a"]}, ""),
+        (DVCLive, "dvclive", {"exp_name": "mine", "save_dvc_exp": True}, "tags='a'"),
     ],
 )
-def test_trackers_are_plugins_with_their_arguments(tracker, plugin, options):
-    given = {"run_name": "mine"} if tracker.run else {}
-    given |= {"tags": options["tags"]} if "tags" in options else {}
+def test_trackers_are_plugins_with_their_arguments(tracker, plugin, options, unused, caplog):
+    given = {"run_name": "mine", "tags": "a"}
     given |= {"flush_secs": 3} if tracker is TensorBoard else {}
     given |= {"save_dvc_exp": True} if tracker is DVCLive else {}
     trainer = made(log_with=tracker, **given)
     assert trainer._plugins[plugin] == {"axis": "batches", **options}
-    assert plugin in plan(log_with=[tracker], **given)
+    assert caplog.messages == (
+        [f"log_with={tracker.__name__} has no place for {unused}, which is not used"] * bool(unused)
+    )
+    assert plugin in plan(log_with=[tracker.__name__.lower()], **given)
+
+
+def test_what_no_tracker_uses_is_said(caplog):
+    assert "dvclive" in made(log_with=DVCLive, run_name="mine")._plugins
+    made(log_with=WandB, logging_dir="mine")
+    made(run_name="mine", tags=["a"])
+    assert caplog.messages == [
+        "log_with=DVCLive has no place for run_name without save_dvc_exp=True='mine', which is not used",
+        "log_with=WandB: logging_dir='mine' is not used, since its files lie in the folder of the run, in 'wandb'",
+        "run_name='mine' is of a tracker, and log_with names none, so it is not used",
+        "tags=['a'] is of a tracker, and log_with names none, so it is not used",
+    ]
+    assert made(log_with=MLFlow, tags={"a": 1})._plugins["mlflow"]["tags"] == {"a": 1}
 
 
 @pytest.mark.slow
@@ -1059,21 +1074,40 @@ def test_trackers_keep_a_run(tracker, own, caplog, monkeypatch, tmp_path):
     assert any((trainer.core.run_dir / tracker.plugin).iterdir())
 
 
-def test_values_lie_at_batches_in_tensorboard():
-    core = trained(log_with=TensorBoard, logging_dir="boards", grad_accumulation_steps=2)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_values_lie_at_batches_in_tensorboard(absolute, tmp_path):
+    folder = str(tmp_path / "boards") if absolute else "boards"
+    core = trained(log_with=TensorBoard, logging_dir=folder, run_name="mine", grad_accumulation_steps=2)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(core.run_dir / "boards")).Reload()
+    home = tmp_path / "boards" / "mine" / "checkpoint-model-1" if absolute else core.run_dir / "boards" / "mine"
+    board = EventAccumulator(str(home)).Reload()
     assert [event.step for event in board.Scalars("train_loss")] == [*range(2, 21, 2)]
 
 
-def test_trackers_are_led_to_servers():
-    assert made(log_with=MLFlow(), logging_dir="http://a:1")._plugins["mlflow"]["tracking_uri"] == "http://a:1"
-    assert made(log_with=Aim, logging_dir="aim://a:1")._plugins["aim"]["repo"] == "aim://a:1"
-    wandb = made(log_with=WandB, logging_dir="http://a:1", track_name="t")._plugins["wandb"]
-    assert (wandb["mode"], wandb["init"], wandb["project"]) == ("online", {"settings": {"base_url": "http://a:1"}}, "t")
-    with pytest.raises(ValueError, match="DVCLive: logging_dir='http://a' is a URL, which it cannot be led to"):
-        made(log_with=DVCLive, logging_dir="http://a")
+@pytest.mark.parametrize("given", ["http://localhost:5075", "localhost:5075"])
+def test_trackers_are_led_to_servers(given):
+    assert made(log_with=MLFlow(), logging_dir=given)._plugins["mlflow"]["tracking_uri"] == "http://localhost:5075"
+    wandb = made(log_with=WandB, logging_dir=given, track_name="t")._plugins["wandb"]
+    assert (wandb["mode"], wandb["project"]) == ("online", "t")
+    assert wandb["init"] == {"settings": {"base_url": "http://localhost:5075"}}
+    for tracker, said in [
+        (DVCLive, "it has no server"),
+        (TensorBoard, "it has no server"),
+        (CometML, "Comet's server is said by the variable COMET_URL_OVERRIDE"),
+        (ClearML, "ClearML's server is said by the variable CLEARML_API_HOST"),
+    ]:
+        with pytest.raises(
+            ValueError, match=f"{tracker.__name__}: logging_dir='http://localhost:5075' is a URL, and {said}"
+        ):
+            made(log_with=tracker, logging_dir=given)
+    with pytest.raises(ValueError, match="is a URL, and log_with names no tracker to lead there"):
+        made(logging_dir=given)
+
+
+def test_aim_is_led_to_a_server_and_a_repository(tmp_path):
+    for given, repo in [("aim://a:1", "aim://a:1"), ("a:1", "aim://a:1"), (tmp_path / "aim", str(tmp_path / "aim"))]:
+        assert made(log_with=Aim, logging_dir=given)._plugins["aim"]["repo"] == repo
 
 
 def test_a_slip_in_an_argument_names_the_nearest():
@@ -1083,8 +1117,10 @@ def test_a_slip_in_an_argument_names_the_nearest():
         made(log_with=TensorBoard, flush_sec=1)
     with pytest.raises(TypeError, match=r"Trainer has no 'tag', did you mean 'tags'"):
         made(log_with=[TensorBoard, MLFlow], tag={})
-    with pytest.raises(TypeError, match="log_with='wandb' is no tracker; there are TensorBoard, WandB"):
-        made(log_with="wandb")
+    with pytest.raises(TypeError, match=r"Trainer has no 'grad_acumulation_steps', did you mean 'grad_accumulation"):
+        made(grad_acumulation_steps=2)
+    with pytest.raises(TypeError, match="log_with='wand' is no tracker; there are TensorBoard, WandB"):
+        made(log_with="wand")
     with pytest.raises(TypeError, match="log_with names Aim twice"):
         made(log_with=[Aim, Aim])
 

@@ -45,8 +45,8 @@ class Trainer:
             before the name of one of `metrics`.
         evaluate_every_n_steps: steps from one evaluation to the next; None for each epoch's end.
         checkpoint_every: "epoch", "2 epochs", "50 steps", "eval", "3 evaluations" …, or None.
-        logging_dir: of TensorBoard, in the run's folder; or the URL of a tracker's server.
-        log_with: TensorBoard, WandB, CometML, Aim, MLFlow, ClearML, DVCLive, or a list of them.
+        logging_dir: of TensorBoard, in the run's folder or an absolute path; or the URL of a tracker's server.
+        log_with: TensorBoard, WandB, CometML, Aim, MLFlow, ClearML, DVCLive, by class or name, or a list of them.
         log_every: updates of the weights from one value in the log to the next.
         grad_accumulation_steps: batches of one update of the weights.
         clip_grad: norm of all gradients above which they are scaled down to it.
@@ -186,7 +186,7 @@ class Trainer:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self._plugins["ddp"] = {}
         known = [name for name in inspect.signature(Trainer).parameters if name != "kwargs"]
-        self._plugins |= plugins_of(log_with, track_name or self.model_path.name, logging_dir, kwargs, known)
+        self._plugins |= plugins_of(log_with, track_name or self.model_path.name, str(logging_dir), kwargs, known)
         check_options({"accmt": self._accmt, **self._all_plugins(True, False)})
 
     def fit(
