@@ -1544,18 +1544,39 @@ def test_a_foreign_module_is_left_alone():
 # Models of transformers ---------------------------------------------------------------
 
 
-def test_a_model_of_transformers_trains_from_its_folder():
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        ({"safe_serialization": True}, ["model.safetensors"]),
+        ({}, ["pytorch_model.bin"]),
+        ({"max_shard_size": "2KB"}, ["pytorch_model-00001-of-0000", "pytorch_model.bin.index.json"]),
+    ],
+)
+def test_a_model_of_transformers_trains_from_its_folder(options, files):
     transformers = pytest.importorskip("transformers", reason="a model of it is trained")
     config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained("start")
     data = [{"input_ids": torch.tensor([n, 1, 2]), "labels": torch.tensor([n, 1, 2])} for n in range(8)]
-    trainer = made(safe_serialization=True)
+    trainer = made(**options)
     trainer.fit("start", data, data, attn_implementation="eager")
     assert trainer.core.global_step == 4
     module = trainer.core.module.user
     assert len(module) == sum(p.numel() for p in module.model.parameters())
-    saved = transformers.AutoModelForCausalLM.from_pretrained("out/model/best_valid_loss")
-    assert digest(saved.state_dict()) == digest(module.model.state_dict())
+    saved = "out/model/best_valid_loss"
+    there = [path.name for path in Path(saved).iterdir()]
+    assert all(
+        any(name.startswith(file) for name in there) for file in [*files, "config.json", "generation_config.json"]
+    )
+    for kind in (transformers.AutoModelForCausalLM, transformers.GPT2LMHeadModel):
+        assert digest(kind.from_pretrained(saved).state_dict()) == digest(module.model.state_dict())
+    assert json.loads(Path(saved, "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_a_model_of_transformers_by_its_class():
+    transformers = pytest.importorskip("transformers", reason="a model of it is trained")
+    config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained("start")
+    data = [{"input_ids": torch.tensor([n, 1, 2]), "labels": torch.tensor([n, 1, 2])} for n in range(8)]
     made().fit(("start", transformers.GPT2LMHeadModel), data)
     with pytest.raises(ValueError, match="transformers has no class 'AutoModelFor'"):
         AcceleratorModule.from_hf("start", "AutoModelFor")

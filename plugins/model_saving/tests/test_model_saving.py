@@ -525,6 +525,21 @@ def test_shards_and_their_index(tmp_path):
     assert digest({name: loaded[name] for name in state}) == digest(dict(state))
 
 
+def test_shards_of_pt(tmp_path):
+    trained(tmp_path, module := Tied(), ModelSaving(safe_serialization=False, max_shard_size="150B"), epochs=1)
+    index = json.loads((at(tmp_path) / "pytorch_model.pt.index.json").read_text())
+    files = sorted(path.name for path in at(tmp_path).glob("*.pt"))
+    assert files == [f"pytorch_model-{number:05d}-of-{len(files):05d}.pt" for number in range(1, len(files) + 1)]
+    assert len(files) > 2
+    parts = {file: torch.load(at(tmp_path) / file, weights_only=True) for file in files}
+    assert index["weight_map"] == {name: file for file, part in parts.items() for name in part}
+    other = Tied()
+    other.load_state_dict({name: tensor for part in parts.values() for name, tensor in part.items()})
+    assert digest(other.state_dict()) == digest(module.state_dict())
+    tied = parts[index["weight_map"]["second.weight"]]
+    assert tied["first.weight"].data_ptr() == tied["second.weight"].data_ptr()
+
+
 def test_another_number_of_shards_leaves_none_of_the_old(tmp_path):
     memory = Memory()
     sharded = ModelSaving("always", max_shard_size="400B")

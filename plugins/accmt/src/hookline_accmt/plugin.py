@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import shutil
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +10,10 @@ from typing import Any
 
 import hookline
 from hookline import Trainer, hookimpl, instantiate
-from hookline.files import clear, replacing
 from hookline_accmt.bridge import Bridge
 from hookline_accmt.module import AcceleratorModule
 from hookline_accmt.options import Options
+from hookline_accmt.saving import put_model, refuse_taken
 
 
 @dataclass(eq=False)
@@ -49,7 +46,9 @@ class Accmt(Options):
                 hookline.set_seed(trainer.options.seed)
                 self.made[name] = instantiate(described, f"accmt.{name}")
         self._bridge.set_up(trainer)
-        self._refuse_others(trainer)
+        policy = getattr(trainer.plugins.get_plugin("model_saving"), "policy", None)
+        if self.model_path is not None and policy is not None:
+            refuse_taken(self.model_path, policy)
         hps, options = self.hyperparameters, trainer.options
         if hps is not None:
             if options.epochs is None and options.max_steps is None and options.max_time is None:
@@ -58,38 +57,11 @@ class Accmt(Options):
             options.train_batch_size = hps.batch_size * trainer.shares * window
             options.val_batch_size = hps.val_batch_size
 
-    def _refuse_others(self, trainer: Trainer) -> None:
-        """Refuse before training what could not be saved after the first evaluation.
-
-        Raises:
-            ValueError: something else lies where a model shall be.
-        """
-        policy = getattr(trainer.plugins.get_plugin("model_saving"), "policy", None)
-        if self.model_path is None or policy is None:
-            return
-        folder = Path(self.model_path).absolute()
-        above = next(path for path in (folder, *folder.parents) if path.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            why = "nothing can be written into it" if above.is_dir() else "it is no folder"
-            raise ValueError(f"model_path={self.model_path!r} cannot hold a model: {above} stands there, and {why}")
-        for name in [policy] if isinstance(policy, str) else policy:
-            refuse_other(folder / re.sub(r"[^\w.-]", "_", name))
-
     @hookimpl
     def on_checkpoint(self, path: Path, kind: str) -> None:
-        """Have the model that was saved in `model_path`, too; without room for a copy, where the disk is the same."""
-        if self.model_path is None or kind != "model" or self._bridge is None:
-            return
-        folder = Path(self.model_path)
-        folder.mkdir(parents=True, exist_ok=True)
-        there = folder / path.name
-        refuse_other(there)
-        clear(folder)
-        with replacing(there) as new:
-            shutil.copytree(path, new, copy_function=_link)
-            configuration: Any = getattr(self._bridge.model, "config", None)
-            if hasattr(configuration, "save_pretrained"):
-                configuration.save_pretrained(new)
+        """Have the model that was saved in `model_path`, too."""
+        if self.model_path is not None and kind == "model" and self._bridge is not None:
+            put_model(path, Path(self.model_path), self._bridge.model)
 
     @hookimpl(wrapper=True)
     def get_mode(self, trainer: Trainer, metric: str) -> Generator[None, str, str]:
@@ -130,23 +102,3 @@ class Accmt(Options):
             setattr(self.place, name, value)
         self.zeroed = list(state["zeroed"])
         self.status.update(state.get("own", {}))
-
-
-def refuse_other(folder: Path) -> None:
-    """Refuse a folder that a model would replace, and that holds something else.
-
-    Raises:
-        ValueError: what is there was not written here.
-    """
-    if folder.exists() and not (folder / "model.json").is_file():
-        raise ValueError(
-            f"{folder} holds something else than a model that was saved here, such as one of ACCMT, and a model is to "
-            "be saved there: move it away, or give another model_path"
-        )
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one that has no links
-        shutil.copy2(source, target)

@@ -230,8 +230,8 @@ def plugins_of(
     for one in listed:
         tracker = kinds.get(one.lower()) if isinstance(one, str) else one if isinstance(one, type) else type(one)
         if tracker is None or not issubclass(tracker, Tracker) or tracker is Tracker:
-            names = ", ".join(kind.__name__ for kind in kinds.values())
-            raise TypeError(f"log_with={one!r} is no tracker; there are {names}, imported from hookline_accmt")
+            offer = ", ".join(kind.__name__ for kind in kinds.values())
+            raise TypeError(f"log_with={one!r} is no tracker; there are {offer}, imported from hookline_accmt")
         if tracker in trackers:
             raise TypeError(f"log_with names {tracker.__name__} twice")
         trackers.append(tracker)

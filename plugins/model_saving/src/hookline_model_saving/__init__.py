@@ -112,9 +112,9 @@ class ModelSaving(CallbackInterface):
     above: Any = None
     """Save only values above this one; a number, or a mapping by policy."""
     safe_serialization: bool = True
-    """Write safetensors; false writes one `pytorch_model.pt`."""
+    """Write safetensors; false writes `pytorch_model.pt`."""
     max_shard_size: str = "10GB"
-    """Size from which safetensors are split into several files."""
+    """Size from which a model is split into several files."""
 
     def __post_init__(self) -> None:
         self._policies = policies(self.policy)
@@ -244,7 +244,7 @@ class ModelSaving(CallbackInterface):
                 if self.safe_serialization:
                     write_safetensors(folder, tensors, tied, self._limit)
                 else:
-                    write_pt(folder, tensors, tied)
+                    write_pt(folder, tensors, tied, self._limit)
                 (folder / "model.json").write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
         except Exception as error:
             error.add_note(f"while saving {path}; what was saved there before is still there")
