@@ -38,6 +38,7 @@ from hookline_accmt import (
     TensorBoard,
     Trainer,
     WandB,
+    accelerator,
     set_seed,
 )
 from hookline_runs import read_run
@@ -682,6 +683,9 @@ def test_the_monitor_says_what_is_logged():
     assert not {"val_loss", "val_sure"} & logged
     assert made(monitor={"cpu_utilization": True, "gpu_utilization": True})._plugins["monitor"]["gpu_utilization"]
     assert made(monitor=Monitor(throughput=True))._plugins["monitor"] == {"throughput": True}
+    assert made(monitor=Monitor(val_equal_train=True))._plugins["monitor"] == {}
+    with pytest.raises(ValueError, match="val_equal_train=False: values of validation lie at the steps of training"):
+        Monitor(val_equal_train=False)
     with pytest.raises(TypeError, match="monitor has no 'grad_nrom', did you mean 'grad_norm'"):
         Monitor(grad_nrom=True)
 
@@ -933,6 +937,7 @@ def test_gradients_may_be_cleared_to_zero():
         (Handler.CUDA_OUT_OF_MEMORY, RuntimeError("CUDA out of memory"), True),
         (Handler.CUDA_OUT_OF_MEMORY, ValueError("other"), False),
         ([Handler.ANY], ValueError("other"), True),
+        (Handler.ANY, KeyboardInterrupt(), False),
         (Handler.ALL, KeyboardInterrupt(), True),
         (None, ValueError("other"), False),
     ],
@@ -1145,7 +1150,15 @@ def test_hyperparameters_are_read_from_everywhere():
     kwargs = {"lr": "1e-3"}
     HyperParameters(optim_kwargs=kwargs)
     assert kwargs == {"lr": "1e-3"}  # left as it was
+    theirs = {"epochs": 3, "batch_size": 8, "optimizer": {"type": "AdamW", "lr": "1e-3"}}
+    assert HyperParameters.read(theirs).as_config() == same
+    assert HyperParameters(3, 8, optimizer=Optimizer.AdamW, optim_kwargs={"lr": 0.001}).as_config() == same
     assert (HyperParameters(batch_size=(4, 2)).batch_size, HyperParameters(batch_size=(4, 2)).val_batch_size) == (4, 2)
+
+
+def test_a_third_size_of_batches_is_not_used(caplog):
+    assert HyperParameters(batch_size=(4, 2, 1)).as_config()["batch_size"] == [4, 2]
+    assert "batch_size=(4, 2, 1): the third is of a test set, which fit is not given, so it is not used" in caplog.text
 
 
 ARGUMENTS = {
@@ -1272,7 +1285,9 @@ def test_optimizers_by_name(name):
         ({"epoch": 3}, TypeError, r"hps_config has no 'epoch', did you mean 'epochs'"),
         ({"epochs": 0}, ValueError, "epochs=0 must be a whole number, at least 1"),
         ({"epochs": "two"}, ValueError, "epochs='two' must be a whole number"),
-        ({"batch_size": [1, 2, 3]}, ValueError, "must be one number, or two"),
+        ({"batch_size": [1, 2, 3, 4]}, ValueError, "must be one number, or two"),
+        ({"optimizer": "Adamw"}, ValueError, r"optim has no 'Adamw', did you mean 'AdamW'"),
+        ({"optimizer": "Adam", "optim": "SGD"}, TypeError, r"hps_config has no 'optimizer', did you mean 'optim'"),
         ({"optim": {"lr": 1}}, ValueError, "optim needs a type, as in"),
         ({"optim": "Adamw"}, ValueError, r"optim has no 'Adamw', did you mean 'AdamW'"),
         ({"optim": "LBFGS"}, ValueError, "optim has no 'LBFGS'"),
@@ -1477,13 +1492,63 @@ def test_calls_that_cannot_be():
         ({"model_saving": "best"}, ValueError, "^model_saving='best': 'best' is no policy"),
         ({"model_saving_below": math.nan}, ValueError, "^model_saving_below=nan: nan is no finite number"),
         ({"max_shard_size": "ten"}, ValueError, "^max_shard_size='ten' is no size"),
-        ({"dataloader_num_workers": -1}, ValueError, "^dataloader_num_workers=-1 must be at least 0"),
+        ({"dataloader_num_workers": -1}, ValueError, "^dataloader_num_workers=-1 must be a whole number, at"),
+        ({"dataloader_num_workers": None}, ValueError, "^dataloader_num_workers=None must be a whole number, at"),
+        ({"clip_grad": "1"}, TypeError, "^clip_grad='1' must be a number, or None"),
         ({"clip_grad": 0}, ValueError, "^clip_grad=0.0 must be above 0"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, error, said):
     with pytest.raises(error, match=said):
         made(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "error", "said"),
+    [
+        (
+            DataLoader(points()),
+            None,
+            TypeError,
+            "train_dataset is a DataLoader: give the dataset itself, or .*get_train_",
+        ),
+        (points(), DataLoader(points()), TypeError, "val_dataset is a DataLoader: .* get_validation_dataloader"),
+        (3, None, TypeError, "train_dataset is a int, and no dataset: it needs __getitem__ and __len__"),
+        (points(), {"a": points()}, TypeError, "val_dataset is a dict, and no dataset"),
+        (points(0), None, ValueError, "train_dataset is empty"),
+        (points(), points(0), ValueError, "val_dataset is empty"),
+    ],
+)
+def test_datasets_that_cannot_be(train, val, error, said):
+    with pytest.raises(error, match=said):
+        made().fit(Regressor(), train, val)
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"get_optimizer": lambda self: [1]}, r"Own.get_optimizer\(\) must return one optimizer; it returned a list"),
+        ({"get_scheduler": lambda self, *_: 3}, r"Own.get_scheduler\(\) must return one scheduler; it returned a int"),
+    ],
+)
+def test_optimizers_and_schedulers_that_cannot_be(methods, said):
+    with pytest.raises(TypeError, match=said):
+        made().fit(with_steps(step=loss_of, **methods), points())
+
+
+def test_the_accelerator_says_which_process_this_is(monkeypatch, capsys):
+    assert (accelerator.num_processes, accelerator.process_index, accelerator.is_main_process) == (1, 0, True)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert (accelerator.num_processes, accelerator.process_index, accelerator.local_process_index) == (4, 3, 1)
+    assert (accelerator.is_main_process, accelerator.is_local_main_process, accelerator.is_last_process) == (0, 0, 1)
+    accelerator.print("not seen")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    accelerator.print("seen")
+    assert capsys.readouterr().out == "seen\n"
+    assert accelerator.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(AttributeError, match="accelerator has no 'backward' here, .*; it has device, is_last_process"):
+        accelerator.backward  # noqa: B018
 
 
 class Stream(torch.utils.data.IterableDataset):

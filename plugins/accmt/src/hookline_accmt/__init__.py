@@ -1,5 +1,6 @@
 """ACCMT's names: its module, its trainer with all arguments, hyperparameters, trackers."""
 
+from hookline_accmt.accelerator import accelerator
 from hookline_accmt.hyperparameters import HyperParameters, Optimizer, Scheduler
 from hookline_accmt.metrics import Metric
 from hookline_accmt.module import AcceleratorModule
@@ -27,5 +28,6 @@ __all__ = [
     "TensorBoard",
     "Trainer",
     "WandB",
+    "accelerator",
     "set_seed",
 ]

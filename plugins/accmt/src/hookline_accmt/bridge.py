@@ -65,6 +65,9 @@ class Bridge(ModuleInterface):
             raise TypeError(f"there are validation data, and {name} has neither validation_step(batch) nor step(batch)")
         if self.accmt.hyperparameters is None and not hasattr(self.user, "get_optimizer"):
             raise TypeError(f"there is no optimizer: name one in hps, or give {name} get_optimizer()")
+        for argument in ("train_dataset", "val_dataset"):
+            if self.accmt.made[argument] is not None:
+                data.check_dataset(argument, self.accmt.made[argument])
         if not self.has_validation:
             self._refuse_cadence()
 
@@ -219,9 +222,12 @@ class Bridge(ModuleInterface):
             if hps is None:
                 raise TypeError(f"{type(user).__name__}.get_optimizer() gave None, and hps names no optimizer")
             optimizer = hps.make_optimizer(self.model.parameters(), self.trainer.device)
+        refuse_other(f"{type(user).__name__}.get_optimizer()", optimizer, "one optimizer", ("step", "param_groups"))
         scheduler = None
         if hasattr(user, "get_scheduler"):
             scheduler = user.get_scheduler(optimizer, estimated_global_steps_per_epoch, epochs)
+        if scheduler is not None:
+            refuse_other(f"{type(user).__name__}.get_scheduler()", scheduler, "one scheduler", ("step", "state_dict"))
         if scheduler is None and hps is not None:
             scheduler = hps.make_scheduler(
                 optimizer, estimated_global_steps_per_epoch, epochs, self.trainer.totals.steps
@@ -294,6 +300,16 @@ class Bridge(ModuleInterface):
     def export_model(self) -> Generator[None, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         weights = yield
         return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+
+def refuse_other(where: str, given: Any, wanted: str, methods: Iterable[str]) -> None:
+    """Refuse what lacks a method.
+
+    Raises:
+        TypeError: what it is.
+    """
+    if not all(hasattr(given, method) for method in methods):
+        raise TypeError(f"{where} must return {wanted}; it returned a {type(given).__name__}")
 
 
 def shown(answer: Any) -> str:

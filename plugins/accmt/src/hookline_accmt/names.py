@@ -35,13 +35,23 @@ class Handler(enum.Enum):
     @property
     def kind(self) -> str:
         """What the plugin guard calls it."""
-        return {"KEYBOARD": "keyboard", "CUDA_OUT_OF_MEMORY": "out_of_memory"}.get(self.name, "any")
+        kinds = {"KEYBOARD": "keyboard", "CUDA_OUT_OF_MEMORY": "out_of_memory", "ANY": "error", "ALL": "any"}
+        return kinds[self.name]
 
 
 class Monitor:
-    """What is logged: the options of the plugin monitor, by their names."""
+    """What is logged: the options of the plugin monitor, by their names.
+
+    Raises:
+        TypeError: a name that is none, or a value that is neither true nor false.
+        ValueError: `val_equal_train=False`, values of validation at steps of their own.
+    """
 
     def __init__(self, **wanted: bool) -> None:
+        if wanted.pop("val_equal_train", True) is not True:
+            raise ValueError(
+                "monitor: val_equal_train=False: values of validation lie at the steps of training; leave it out"
+            )
         vars(self).update(wanted)
         self.options()
 

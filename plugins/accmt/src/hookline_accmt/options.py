@@ -45,8 +45,10 @@ class Options(CallbackInterface):
 
     def __post_init__(self) -> None:
         self.hyperparameters = None if self.hps is None else HyperParameters.read(self.hps)
-        if self.dataloader_num_workers < 0:
-            raise ValueError(f"accmt.dataloader_num_workers={self.dataloader_num_workers} must be at least 0")
+        if type(self.dataloader_num_workers) is not int or self.dataloader_num_workers < 0:
+            raise ValueError(
+                f"accmt.dataloader_num_workers={self.dataloader_num_workers!r} must be a whole number, at least 0"
+            )
         self.made: dict[str, Any] = {"train_dataset": None, "val_dataset": None}
         self.use(sampler=_found("sampler", self.sampler), collate_fn=_found("collate_fn", self.collate_fn))
         self.place = Place()

@@ -172,6 +172,8 @@ class Trainer:
         if grad_accumulation_steps not in (None, 1):
             self._plugins["accumulate"] = {"steps": count("grad_accumulation_steps", grad_accumulation_steps)}
         if clip_grad is not None:
+            if isinstance(clip_grad, bool) or not isinstance(clip_grad, (int, float)):
+                raise TypeError(f"clip_grad={clip_grad!r} must be a number, or None")
             self._plugins["clip"] = {"max_norm": float(clip_grad)}
         self._plugins["checkpoint"] = {"every": batches(checkpoint_every)}
         errors = list(dict.fromkeys(handler.kind for handler in handlers_of(handlers)))
