@@ -1,5 +1,6 @@
 """Models and trainers of LERNOMATIC run on the core's loop: what they override, their history, files and schedules."""
 
+import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -198,6 +199,51 @@ def test_an_epoch_of_the_users_own_keeps_events_tracker_and_checkpoints():
     assert [one["step"] for one in run.checkpoints] == [5, 10]
     assert list(Path("checkpoint/ck-1").rglob("*.csv"))
     assert ours.core.counters.samples == 80
+
+
+class More(trainer.Trainer):
+    """Does more around the epochs of the base."""
+
+    def train_epoch(self):
+        super().train_epoch()
+
+    def val_epoch(self):
+        super().val_epoch()
+
+
+def test_an_epoch_that_calls_that_of_the_base_tells_and_counts_what_the_base_does():
+    runs = []
+    for kind in (trainer.Trainer, More):
+        hears = Hears()
+        ours = make(kind, num_epochs=2, plugins={"hears": hears}, checkpoint_name=kind.__name__, save_best=True)
+        ours.train()
+        counters = dataclasses.asdict(ours.core.counters) | {"seconds": 0}
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_run(ours.core.run_dir).rows]
+        files = sorted(
+            path.name.replace(kind.__name__, "") for path in Path("checkpoint").glob(f"*{kind.__name__}*.pkl")
+        )
+        runs.append((hears.heard, counters, [sorted(row) for row in rows], rows[-1], ours.best_acc, files))
+    assert runs[1] == runs[0]
+    assert runs[0][1]["samples"] == 80
+
+
+def test_a_stop_within_an_epoch_of_the_base_lets_the_users_own_end():
+    class Stops(CallbackInterface):
+        @hookimpl
+        def on_boundary(self, trainer):
+            if trainer.global_step == 3:
+                trainer.stop("enough")
+
+    class New(trainer.Trainer):
+        ended = 0
+
+        def train_epoch(self):
+            super().train_epoch()
+            self.ended += 1
+
+    ours = make(New, plugins={"stops": Stops()})
+    ours.train()
+    assert (ours.loss_iter, ours.ended, ours.core.global_step, ours.core.status) == (3, 1, 3, "stopped")
 
 
 def test_an_epoch_of_the_users_own_ends_where_a_stop_is_asked_for():

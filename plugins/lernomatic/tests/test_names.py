@@ -3,12 +3,14 @@
 import importlib
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from hookline import CallbackInterface, hookimpl
 from hookline.testing import digest
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
 from hookline_lernomatic import Inferrer, LernomaticModel, Trainer, allow_import
@@ -196,9 +198,11 @@ def test_a_first_epoch_that_was_set_is_where_training_begins(names):
         setattr(ours, name, 2)
     ours.train()
     assert (ours.loss_iter, ours.acc_iter, ours.start_epoch, ours.cur_epoch) == (5, 1, 2, 3)
-    ours.cur_epoch = ours.start_epoch = 1  # once more from there
+    setattr(ours, names[0], 1)  # once more from there
     ours.train()
     assert (ours.loss_iter, len(ours.get_loss_history()), ours.cur_epoch) == (15, 15, 3)
+    ours.train()  # nothing is left
+    assert (ours.loss_iter, ours.cur_epoch) == (15, 3)
 
 
 def from_epoch(start, name, *faults, resume=False):
@@ -253,6 +257,14 @@ def test_a_checkpoint_holds_what_that_of_the_original_holds_and_one_of_it_is_loa
     assert (again.cur_epoch, again.loss_iter) == (3, 5)
 
 
+def test_names_of_files_are_as_they_were_given_and_that_of_the_run_is_a_plain_one():
+    make(num_epochs=1, checkpoint_name="resnet_[max_acc]").train()
+    names = {path.name for path in Path("checkpoint").iterdir()}
+    assert names == {"resnet__max_acc_-1", "resnet_[max_acc]_epoch_1_iter_5.pkl", "resnet_[max_acc]_history.pkl"}
+    make(num_epochs=1, checkpoint_name=None, save_every=0, save_hist=False, checkpoint_dir="none").train()
+    assert [path.name for path in Path("none").iterdir()] == ["ck-1"]
+
+
 def test_a_model_of_several_networks_is_saved_and_loaded_by_what_it_overrides():
     ours = make(model=Two())
     ours.train()
@@ -284,6 +296,31 @@ def test_models_that_are_put_in_the_place_of_trained_ones_are_trained():
     assert digest(old.get_net_state_dict()) == before[0]
     assert digest(ours.get_model_params()) != before[1]
     assert (ours.cur_epoch, ours.loss_iter) == (3, 15)
+
+
+class Wraps(CallbackInterface):
+    """Puts other networks in the place of those that there are, as a compiler may."""
+
+    @hookimpl
+    def convert_model(self, model):
+        parts = model.nets["model"]
+        if isinstance(parts, nn.ModuleDict):
+            parts["head"] = nn.Sequential(parts["head"])
+        else:
+            model.nets["model"] = nn.Sequential(parts)
+        return model
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Small, "net"), (Two, "head")])
+def test_networks_that_a_plugin_has_replaced_are_those_of_the_model(kind, name):
+    model = kind()
+    before = getattr(model, name)
+    ours = make(model=model, plugins={"wraps": Wraps()}, save_every=0)
+    ours.train()
+    assert getattr(model, name)[0] is before
+    core, _ = ours.core, ours.set_num_epochs(3)
+    ours.train()
+    assert (ours.core, ours.cur_epoch) == (core, 3)
 
 
 MODULE = """

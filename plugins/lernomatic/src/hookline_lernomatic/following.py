@@ -20,7 +20,7 @@ class Following(CallbackInterface):
     def on_begin_train(self, trainer: hookline.Trainer) -> None:
         facade, bridge = self.facade, cast(Any, trainer.module)
         bridge.give_back()
-        facade.start_epoch = facade.cur_epoch = facade._ahead + trainer.epoch
+        facade._stand(facade._ahead + trainer.epoch, facade._ahead + trainer.epoch)
         self._check(trainer)
         Path(facade.checkpoint_dir).mkdir(parents=True, exist_ok=True)
 
@@ -43,7 +43,7 @@ class Following(CallbackInterface):
 
     @hookimpl
     def on_begin_train_epoch(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
-        self.facade.cur_epoch = self.facade._ahead + trainer.epoch
+        self.facade._stand(self.facade.start_epoch, self.facade._ahead + trainer.epoch)
         self._set_train()
 
     def _set_train(self) -> None:
@@ -95,7 +95,7 @@ class Following(CallbackInterface):
     @hookimpl
     def on_boundary(self, trainer: hookline.Trainer) -> None:
         facade = self.facade
-        facade.cur_epoch = facade._ahead + trainer.epoch
+        facade._stand(facade.start_epoch, facade._ahead + trainer.epoch)
         if trainer.rank:
             return
         if facade.save_every and trainer.due("epoch" if facade.save_every < 0 else f"{facade.save_every} steps"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ class Trainer(Checkpoints, Settings):
         """What runs the training: made by the first `train`, `val_epoch` or `test`."""
         self._ahead = 0
         """By how much `cur_epoch` is ahead of the epochs of `core`, because `start_epoch` was set."""
+        self._epochs = (0, 0)
+        """`start_epoch` and `cur_epoch` as the trainer has set them."""
         self._within: Any = None
         """What does a `train_epoch` or a `val_epoch` of the base that one of a subclass calls, while it is called."""
         self._by_base = False
@@ -154,13 +157,15 @@ class Trainer(Checkpoints, Settings):
     # Training -------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train from `start_epoch`, or from `cur_epoch` where that is later, to `num_epochs`.
+        """Train to `num_epochs`: from `start_epoch` or `cur_epoch` where one was set, else from where training is.
 
         Raises:
             ValueError: there are no data to train on.
         """
         self._require_init()
-        self._ready(max(self.start_epoch, self.cur_epoch), self.num_epochs).train()
+        (start, start_before), (now, now_before) = zip((self.start_epoch, self.cur_epoch), self._epochs, strict=True)
+        both = max(start, now) if now != now_before else start
+        self._ready(both if start != start_before else now, self.num_epochs).train()
 
     def train_epoch(self) -> None:
         """Train one epoch, `cur_epoch`: by the core's loop, with all that it tells.
@@ -191,7 +196,7 @@ class Trainer(Checkpoints, Settings):
         finally:
             vars(core.options).update(kept)
             self._by_base = False
-            self.start_epoch, self.cur_epoch = begun
+            self.start_epoch, self.cur_epoch = self._epochs = begun
 
     def val_epoch(self) -> None:
         """Validate: by the core's loop, over every sample once.
@@ -256,6 +261,10 @@ class Trainer(Checkpoints, Settings):
             if self.save_best and self._rank == 0:
                 self.save_checkpoint(self._file(f"best_{self.checkpoint_name}"))
 
+    def _stand(self, start: int, now: int) -> None:
+        """Set where training has begun and where it is."""
+        self.start_epoch, self.cur_epoch = self._epochs = start, now
+
     @property
     def _rank(self) -> int:
         """The rank of this process."""
@@ -291,7 +300,7 @@ class Trainer(Checkpoints, Settings):
                 seed=self.seed,
                 resume=self.resume if self.core is None else False,
                 runs_folder=self.checkpoint_dir,
-                run_name=self.checkpoint_name,
+                run_name=re.sub(r"^\.|[^\w.-]", "_", self.checkpoint_name or "ck"),
             )
         return self.core
 
