@@ -369,6 +369,37 @@ def groups_of_parameters_of_which_the_first_is_scheduled(base):
     return New(Net(6, 8, 2), **DATA, lr_scheduler=scheduler, **asked(base))
 
 
+@program
+def another_optimizer_beside_the_one_of_the_base(base):
+    class New(base):
+        def _init_optimizer(self):
+            super()._init_optimizer()
+            self.head_optim = torch.optim.SGD(self.model.net[-1].parameters(), lr=0.5)
+
+        def train_epoch(self):
+            super().train_epoch()
+            data, target = self.train_loader.dataset.tensors
+            self.head_optim.zero_grad()
+            self.criterion(self.model.forward(data), target).backward()
+            self.head_optim.step()
+
+    return New(Net(6, 8, 2), **DATA, learning_rate=0.02, **asked(base))
+
+
+@program
+def a_step_on_every_second_batch(base):
+    class New(base):
+        def train_epoch(self):
+            for number, (data, target) in enumerate(self.train_loader):
+                self.criterion(self.model.forward(data), target).backward()
+                if number % 2:
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                self.loss_iter += 1
+
+    return New(Net(6, 8, 2), **DATA, learning_rate=0.02, **asked(base))
+
+
 # In the forms of the repository's own trainers ----------------------------------------
 
 
@@ -638,3 +669,7 @@ def test_a_program_comes_out_as_in_the_plain_loop(name):
     for kind, values in expected[1].items():
         assert got[1][kind] == pytest.approx(values, rel=1e-6), kind
     assert got[2] == expected[2]
+    if ours.core is not None and ours.core.counters.batches:
+        epochs = ours.core.epoch
+        assert ours.core.counters.batches == len(plain.train_loader) * epochs
+        assert ours.core.counters.samples == sum(len(batch[0]) for batch in plain.train_loader) * epochs

@@ -470,6 +470,67 @@ def test_passes_over_the_data_that_cannot_be():
         make(OwnTrain, resume=True).train()
 
 
+class Replaces(Trainer):
+    """Makes another optimizer in the second epoch."""
+
+    before = True
+
+    def train_epoch(self):
+        if self.cur_epoch == 1 and self.before:
+            self.optimizer = torch.optim.SGD(self.model.get_model_parameters(), lr=0.1)
+        super().train_epoch()
+        if self.cur_epoch == 1 and not self.before:
+            self.model = Small()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_optimizers_and_models_that_are_replaced_within_a_training_are_refused(before):
+    ours = make(Replaces)
+    ours.before = before
+    with pytest.raises(RuntimeError, match="Replaces has got other models or optimizers within a training"):
+        ours.train()
+    assert ours.loss_iter == (5 if before else 10)
+
+
+class Rests(Trainer):
+    """Steps the second of its optimizers."""
+
+    def _init_optimizer(self):
+        self.first = torch.optim.SGD(self.model.get_model_parameters(), lr=0.1)
+        super()._init_optimizer()
+
+    def train_epoch(self):
+        for batch in self.train_loader:
+            self.batch_loss(batch)[0].backward()
+            self.optimizer.step()
+
+
+def test_an_epoch_without_a_step_of_the_first_optimizer_says_so(caplog):
+    ours = make(Rests)
+    ours.train()
+    assert caplog.text.count("Rests.train_epoch made no step of first, the first of its optimizers") == 1
+    assert (ours.core.global_step, ours.core.counters.batches, ours.core.counters.samples) == (0, 10, 80)
+    listed = make()
+    listed.optims = [listed.optimizer]
+    listed.optimizer = None
+    with pytest.raises(ValueError, match="Trainer has no optimizer: have _init_optimizer set some torch.optim.Opt"):
+        listed.train()
+
+
+def test_a_seed_of_the_script_that_is_not_that_of_the_training_says_so(caplog):
+    torch.manual_seed(42)
+    orders = []
+    for seed in (None, 0, 42):
+        model = Small()
+        torch.manual_seed(42)
+        caplog.clear()
+        ours = make(model=model, seed=seed, num_epochs=1)
+        ours.train()
+        assert ("torch.manual_seed(42) does not reach the order of samples" in caplog.text) is (seed is None)
+        orders.append(ours.get_loss_history().tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
 def test_arguments_without_an_effect_say_so(caplog):
     make(val_dataset=None, stop_when_acc=0.9, save_best=True, early_stop={"num_epochs": 1, "improv": 0.1}).train()
     for name in ("stop_when_acc=0.9", "save_best=True", "early_stop="):

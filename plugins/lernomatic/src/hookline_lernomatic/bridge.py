@@ -12,7 +12,7 @@ import hookline
 from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl
 from hookline_lernomatic.following import Following
 from hookline_lernomatic.model.common import LernomaticModel, networks, networks_of
-from hookline_lernomatic.own import Drawn, OwnEpoch, OwnValidation
+from hookline_lernomatic.own import Drawn, OneOptimizer, OwnEpoch, OwnValidation
 from hookline_lernomatic.train.trainer import Trainer
 
 
@@ -33,6 +33,11 @@ class Bridge(ModuleInterface):
             )
         self.facade, self.models = facade, models
         self.nets: Any = torch.nn.ModuleDict({name: _module(name, model) for name, model in models.items()})
+        if not facade.optimizers():
+            raise ValueError(
+                f"{type(facade).__name__} has no optimizer: have _init_optimizer set some torch.optim.Optimizer as "
+                "attributes"
+            )
         self._check_parameters()
         self._networks, self._optimizers = networks_of(models), facade.optimizers()
 
@@ -59,6 +64,19 @@ class Bridge(ModuleInterface):
     def serves(self, facade: Any) -> bool:
         """Tell whether models, networks and optimizers of a trainer are still those that this was made of."""
         return networks_of(facade.models()) == self._networks and facade.optimizers() == self._optimizers
+
+    def require_same(self) -> None:
+        """Require that no epoch has put others in their place, which would not be trained.
+
+        Raises:
+            RuntimeError: one has.
+        """
+        if not self.serves(self.facade):
+            raise RuntimeError(
+                f"{type(self.facade).__name__} has got other models or optimizers within a training, which goes on "
+                "with those it began with: change what they are (set_learning_rate, param_groups, load_state_dict), or "
+                "do it between two trainings: set_num_epochs(more) and train() once more"
+            )
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> torch.Tensor:
         """Return the loss of a batch."""
@@ -142,6 +160,8 @@ class Lernomatic(CallbackInterface):
             trainer.plugins.register(OwnEpoch(facade), "lernomatic.train_epoch")
         if facade._owns("val_epoch"):
             trainer.plugins.register(OwnValidation(facade), "lernomatic.val_epoch")
+        if len(facade.optimizers()) > 1 and "optimizer" in facade.optimizers():
+            trainer.plugins.register(OneOptimizer(facade), "lernomatic.step_optimizer")
         trainer.plugins.register(Following(facade), "lernomatic.following")
 
     def get_state(self) -> dict[str, Any]:

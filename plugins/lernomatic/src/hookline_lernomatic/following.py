@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl
+from hookline_lernomatic.own import begin_base_epoch
 
 
 class Following(CallbackInterface):
@@ -37,20 +38,21 @@ class Following(CallbackInterface):
                     trainer.say_once(f"{name}={getattr(facade, name)} has no effect: there are no data to validate on")
 
     @hookimpl
-    def on_begin_run(self, trainer: hookline.Trainer, stage: Stage) -> None:
-        if stage is Stage.TRAIN:
-            self._set_train()
+    def on_begin_run(self, stage: Stage) -> None:
+        if stage is Stage.TRAIN and self._base_trains():  # before the core warns of models in eval mode
+            for model in self.facade.models().values():
+                model.set_train()
 
     @hookimpl
     def on_begin_train_epoch(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
+        cast(Any, trainer.module).require_same()
         self.facade._stand(self.facade.start_epoch, self.facade._ahead + trainer.epoch)
-        self._set_train()
+        if self._base_trains():
+            begin_base_epoch(self.facade, trainer)
 
-    def _set_train(self) -> None:
-        """Do what the original does at the beginning of its `train_epoch`; one of the user's does it itself."""
-        if self.facade._by_base or not self.facade._owns("train_epoch"):
-            for model in self.facade.models().values():
-                model.set_train()
+    def _base_trains(self) -> bool:
+        """Tell whether the base does the epochs; one of the user's begins as its user says."""
+        return bool(self.facade._by_base or not self.facade._owns("train_epoch"))
 
     @hookimpl
     def on_end_train_step(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -103,7 +103,7 @@ class OwnEpoch(CallbackInterface):
         handle = first.register_step_post_hook(step)
         try:
             facade.train_epoch()
-            _warn_of_schedules(facade, trainer)
+            _finish(facade, trainer, drawn, base)
         except _Stop:
             return False
         finally:
@@ -121,23 +121,38 @@ def _step(trainer: hookline.Trainer, drawn: Drawn, base: _BaseEpoch, *_: Any) ->
     """Count a step of the user's, and bring it to its boundary."""
     if base.under_way:
         return
-    counters, batches = trainer.counters, len(drawn.samples) - base.counted
-    counters.global_step += 1
-    counters.batches += batches
-    counters.samples += sum(drawn.samples[base.counted :]) * trainer.shares
-    trainer.position += batches
-    base.counted = len(drawn.samples)
+    trainer.counters.global_step += 1
+    _count(trainer, drawn, base)
     drawn.stepped = True
     if not trainer.settle(counted=True):
         raise _Stop
 
 
-def _warn_of_schedules(facade: Any, trainer: hookline.Trainer) -> None:
-    """Warn of schedules that nobody applies; LERNOMATIC says nothing, and trains without them."""
+def _count(trainer: hookline.Trainer, drawn: Drawn, base: _BaseEpoch) -> None:
+    """Count the batches that were drawn since the last step."""
+    batches = len(drawn.samples) - base.counted
+    trainer.counters.batches += batches
+    trainer.counters.samples += sum(drawn.samples[base.counted :]) * trainer.shares
+    trainer.position += batches
+    base.counted = len(drawn.samples)
+
+
+def _finish(facade: Any, trainer: hookline.Trainer, drawn: Drawn, base: _BaseEpoch) -> None:
+    """Count what is left of an epoch of the user's, and warn of what had no effect in it."""
+    kind = type(facade).__name__
+    cast(Any, trainer.module).require_same()
+    if not base.called:
+        _count(trainer, drawn, base)
+        if not drawn.stepped:
+            first, *_ = facade.optimizers()
+            trainer.say_once(
+                f"{kind}.train_epoch made no step of {first}, the first of its optimizers, whose steps are those of "
+                "the run: saves and stops by steps wait for one. Where another trains, make that the first attribute"
+            )
     given = [name for name in ("lr_scheduler", "mtm_scheduler") if getattr(facade, name) is not None]
     if given and not facade._applied and not facade._owns("apply_lr_schedule"):
         trainer.say_once(
-            f"{' and '.join(given)} had no effect on this epoch: {type(facade).__name__}.train_epoch is to call "
+            f"{' and '.join(given)} had no effect on this epoch: {kind}.train_epoch is to call "
             "apply_lr_schedule() and apply_mtm_schedule() where they are to act"
         )
 
@@ -159,13 +174,21 @@ class _BaseEpoch:
                 f"train_epoch() of the base trains on this epoch's batches, and {type(self.facade).__name__}."
                 "train_epoch has gone through them already: write the other pass as a loop of your own"
             )
-        for model in self.facade.models().values():
-            model.set_train()
+        cast(Any, self.trainer.module).require_same()
+        begin_base_epoch(self.facade, self.trainer)
         self.called = self.under_way = True
         try:
             self.went_on = hookspecs.train_epoch(self.trainer, self.drawn.whole())
         finally:
             self.under_way, self.drawn.stepped = False, True
+
+
+def begin_base_epoch(facade: Any, trainer: hookline.Trainer) -> None:
+    """Do what the `train_epoch` of LERNOMATIC begins with: models train, and gradients that were left are gone."""
+    for model in facade.models().values():
+        model.set_train()
+    if not trainer.window.begun:  # else the gradients of a run that was cut within a window
+        trainer.zero_grad()
 
 
 class OwnValidation(CallbackInterface):
@@ -228,3 +251,14 @@ class _BaseValidation:
         self.metrics = trainer.logs.collect()
         if not trainer.sanity_checking:
             self.facade._keep_accuracy(self.metrics)
+
+
+class OneOptimizer(CallbackInterface):
+    """Has the loop of the base step `optimizer` alone, where a trainer has others beside it."""
+
+    def __init__(self, facade: Any) -> None:
+        self.facade = facade
+
+    @hookimpl
+    def step_optimizer(self, trainer: hookline.Trainer, optimizer: torch.optim.Optimizer, closure: Any) -> bool:
+        return optimizer is not self.facade.optimizer or hookspecs.step_optimizer(trainer, optimizer, closure)

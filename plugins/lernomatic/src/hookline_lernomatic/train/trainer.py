@@ -16,6 +16,8 @@ from hookline_lernomatic.train.checkpoints import Checkpoints
 from hookline_lernomatic.train.settings import Settings
 from hookline_lernomatic.train.setup import length
 
+SEED_AT_IMPORT = torch.initial_seed()  # another one later is that of a script's torch.manual_seed
+
 
 class Trainer(Checkpoints, Settings):
     """Trains a model; `train()` is all that others ask of it.
@@ -57,7 +59,7 @@ class Trainer(Checkpoints, Settings):
         verbose: show progress.
         tb_writer: a `SummaryWriter` that gets losses and accuracies, too.
         resume: go on where the newest run of this name was cut, or the run at a path.
-        seed: of all random states.
+        seed: of all random states; 0 unless given, whatever `torch.manual_seed` says.
         plugins: others of hookline, by name.
 
     Raises:
@@ -99,7 +101,7 @@ class Trainer(Checkpoints, Settings):
         verbose: bool = False,
         tb_writer: Any = None,
         resume: bool | str = False,
-        seed: int = 0,
+        seed: int | None = None,
         plugins: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
@@ -281,6 +283,11 @@ class Trainer(Checkpoints, Settings):
         core = self._core()
         if self.train_loader is None:
             raise ValueError(f"{self!r} has no data to train on: give train_dataset, or make train_loader")
+        if self.seed is None and torch.initial_seed() != SEED_AT_IMPORT:
+            core.say_once(
+                f"torch.manual_seed({torch.initial_seed()}) does not reach the order of samples and the random numbers "
+                f"of this training, which are a function of seed=0: give seed={torch.initial_seed()} to the trainer"
+            )
         self._ahead = start - core.epoch
         core.options.epochs = max(end - self._ahead, 0)
         self.make_room_for_epochs(max(end - start, 0))
@@ -297,7 +304,7 @@ class Trainer(Checkpoints, Settings):
                 val_batch_size=self.val_batch_size,
                 log_every=f"{self.print_every} steps" if self.print_every > 0 else "epoch",
                 device=str(self.device),
-                seed=self.seed,
+                seed=self.seed or 0,
                 resume=self.resume if self.core is None else False,
                 runs_folder=self.checkpoint_dir,
                 run_name=re.sub(r"^\.|[^\w.-]", "_", self.checkpoint_name or "ck"),
