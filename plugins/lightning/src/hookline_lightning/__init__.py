@@ -1,6 +1,6 @@
 """Modules of Lightning, today's and those of its first year, whose training is the core's."""
 
-from hookline_lightning.early import HyperOptArgumentParser
+from hookline_lightning.hyperopt import HyperOptArgumentParser
 from hookline_lightning.module import Callback, LightningDataModule, LightningModule
 from hookline_lightning.plugin import Lightning
 from hookline_lightning.trainer import Trainer

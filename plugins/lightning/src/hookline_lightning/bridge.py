@@ -16,6 +16,7 @@ import torch
 import hookline
 from hookline import ModuleInterface, Stage
 from hookline_lightning.configure import SchedulerConfig, read_optimizers
+from hookline_lightning.members import member
 from hookline_lightning.module import DOORS, Doors, LightningModule
 from hookline_lightning.view import View
 
@@ -38,7 +39,7 @@ def overridden(thing: Any, name: str) -> Callable[..., Any] | None:
         return getattr(thing, name)  # type: ignore[no-any-return]
     for kind in type(thing).__mro__:
         if name in vars(kind):
-            return None if kind is object or kind.__module__.startswith(BASES) else getattr(thing, name)
+            return None if kind is object or kind.__module__.startswith(BASES) else member(thing, name)
     return None
 
 
@@ -124,7 +125,7 @@ class Bridge(ModuleInterface):
     @property
     def manual(self) -> bool:
         """Whether the module steps its optimizers itself."""
-        return not getattr(self.module, "automatic_optimization", True)
+        return not member(self.module, "automatic_optimization", True)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Generator, Mapping
+import inspect
+import weakref
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 import hookline
 from hookline import CallbackInterface, ModuleInterface, Stage, copy_state, hookimpl
 from hookline_lightning.bridge import overridden
+from hookline_lightning.members import member
 
 LOADERS = {Stage.TRAIN: "tng_dataloader", Stage.VAL: "val_dataloader", Stage.TEST: "test_dataloader"}
 
@@ -29,6 +32,7 @@ class LightningModule(torch.nn.Module):
         self.global_step = 0
         """Batches trained on; within a step that of the step, from 1."""
         self.trainer: Any = None
+        """Within a run its `View`."""
         self.experiment: Any = None
         self.example_input_array: Any = None
         self.on_gpu = False
@@ -63,21 +67,102 @@ class LightningModule(torch.nn.Module):
         return {**self.__dict__, "trainer": None}  # a copy is with no run
 
 
-class HyperOptArgumentParser(argparse.ArgumentParser):
-    """An argument parser that has what `add_model_specific_args` asks of it.
+def data_loader(method: Callable[[Any], Any]) -> property:
+    """Make a property of a method that gives a loader; the method is called once."""
+    kept = f"_lazy_{method.__name__}"
 
-    Args:
-        strategy: of a search; kept for children, which are given it.
-        options: of `argparse.ArgumentParser`. An option of a parent's may be given anew.
+    def loader(self: Any) -> Any:
+        if kept not in vars(self):
+            vars(self)[kept] = method(self)
+        return vars(self)[kept]
+
+    return property(loader, doc=method.__doc__)
+
+
+class View:
+    """What `self.trainer` is within a run: the names of the first year; others are those of `hookline.Trainer`.
+
+    A copy or a pickle of it is with no run.
     """
 
-    def __init__(self, *args: Any, strategy: str | None = None, **options: Any) -> None:
-        super().__init__(*args, **{"conflict_handler": "resolve", **options})
-        self.strategy = strategy
+    use_dp = use_ddp2 = single_gpu = False
+    """Several devices of one process are used by no plugin, so that outputs are never lists of devices."""
 
-    def opt_list(self, *args: Any, options: Any = None, tunable: bool = False, **more: Any) -> argparse.Action:
-        """Add an argument that a search could choose from `options`; here its default or the given value holds."""
-        return self.add_argument(*args, **more)
+    def __init__(self, bridge: Bridge | None = None) -> None:
+        self._bridge = None if bridge is None else weakref.ref(bridge)
+
+    def __reduce__(self) -> Any:
+        return View, ()
+
+    @property
+    def bridge(self) -> Bridge:
+        """What adapts the module; `RuntimeError` where there is no run."""
+        bridge = None if self._bridge is None else self._bridge()
+        if bridge is None:
+            raise RuntimeError("this trainer is one of a copy of a module, or its run is no more")
+        return bridge
+
+    @property
+    def core(self) -> hookline.Trainer:
+        """The `hookline.Trainer` itself."""
+        return self.bridge.trainer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.core, name)
+
+    @property
+    def batch_nb(self) -> int:
+        """Index of the newest batch of training in its epoch."""
+        return self.bridge.newest
+
+    @property
+    def global_step(self) -> int:
+        """Batches trained on; within a step that of the step, from 1."""
+        return self.bridge.module.global_step  # type: ignore[no-any-return]
+
+    @property
+    def current_epoch(self) -> int:
+        """Index of the epoch."""
+        return self.core.epoch
+
+    @property
+    def max_nb_epochs(self) -> int | None:
+        """Epochs of the run."""
+        return self.core.options.epochs
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches of one optimizer step."""
+        return self.core.window_size
+
+    @property
+    def nb_tng_batches(self) -> int | None:
+        """Batches of an epoch on this rank; None where nobody can know."""
+        return self.core.totals.batches_per_epoch
+
+    @property
+    def proc_rank(self) -> int:
+        """Of this process."""
+        return self.core.rank  # type: ignore[no-any-return]
+
+    @property
+    def use_ddp(self) -> bool:
+        """Whether there are several processes."""
+        return self.core.world_size > 1  # type: ignore[no-any-return]
+
+    data_parallel = use_ddp
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is on no CPU."""
+        return not self.core.on_cpu
+
+    @property
+    def lr_schedulers(self) -> list[Any]:
+        """The schedulers."""
+        return [one.scheduler for one in self.core.schedulers]
 
 
 def is_mine(module: Any) -> bool:
@@ -113,6 +198,8 @@ class Bridge(ModuleInterface):
         """Of the micro-batch within its window."""
         self.batch_nb = 0
         """Of the batch under way in an evaluation."""
+        self.newest = 0
+        """Of the newest batch of training in its epoch."""
         self.outputs: list[Any] = []
         self._loaders: dict[Stage, Any] = {}
 
@@ -125,7 +212,8 @@ class Bridge(ModuleInterface):
         """Return the loss of a batch; what is for progress displays is logged."""
         core, module = self.trainer, self.module
         self.follow(self.index + 1)
-        returned = module.training_step(batch, core.position + self.index)
+        self.newest = core.position + self.index
+        returned = module.training_step(batch, self.newest)
         if isinstance(returned, torch.Tensor):
             return returned
         if not isinstance(returned, Mapping) or "loss" not in returned:
@@ -148,7 +236,7 @@ class Bridge(ModuleInterface):
 
     def test_step(self, global_step: int, batch: Any, device: Any) -> tuple[Any, ...]:
         """Do the same with `test_step`, or with `validation_step` where there is none."""
-        return self._evaluate("test" if hasattr(self.module, "test_step") else "validation", batch)
+        return self._evaluate("test" if hasattr(type(self.module), "test_step") else "validation", batch)
 
     def _evaluate(self, word: str, batch: Any) -> tuple[Any, ...]:
         number, self.batch_nb = self.batch_nb, self.batch_nb + 1
@@ -157,7 +245,7 @@ class Bridge(ModuleInterface):
             return ()
         if not isinstance(returned, Mapping):
             raise TypeError(f"{word}_step must return a mapping or None; it returned a {type(returned).__name__}")
-        if hasattr(self.module, f"{word}_end"):
+        if member(self.module, f"{word}_end"):
             self.outputs.append(returned)
         else:
             self.trainer.log(**returned)
@@ -165,8 +253,8 @@ class Bridge(ModuleInterface):
 
     def end(self, stage: Stage) -> None:
         """Have `validation_end` make metrics of the outputs of all batches and ranks."""
-        word = "test" if stage is Stage.TEST and hasattr(self.module, "test_step") else "validation"
-        finish = getattr(self.module, f"{word}_end", None)
+        word = "test" if stage is Stage.TEST and hasattr(type(self.module), "test_step") else "validation"
+        finish = member(self.module, f"{word}_end")
         if finish is None:
             return
         outputs, self.outputs = gathered(self.trainer, self.outputs), []
@@ -182,12 +270,29 @@ class Bridge(ModuleInterface):
         core, module = self.trainer, self.module
         module.current_epoch, module.global_step = core.epoch, core.counters.batches + ahead
 
+    def connect(self) -> None:
+        """Show the run to the module."""
+        self.module.trainer, self.module.on_gpu = View(self), not self.trainer.on_cpu
+        self.follow()
+
+    def disconnect(self) -> None:
+        """Take the run from the module's sight; a module that is kept keeps no run alive."""
+        self.module.trainer = None
+
     # Data and optimizers --------------------------------------------------------------
 
     def ask_for_loaders(self, stage: Stage) -> Any:
         """Return what a property of the module answers, asked once."""
         if stage not in self._loaders:
-            self._loaders[stage] = getattr(self.module, LOADERS[stage], None)
+            name, owner = LOADERS[stage], type(self.module).__name__
+            loader = member(self.module, name)
+            if inspect.ismethod(loader):
+                raise TypeError(f"{owner}.{name} is a method, and must be a property: write @property above its def")
+            if loader is None and stage is Stage.TRAIN:
+                raise ValueError(f"{owner}.{name} is None: it must be a loader")
+            if isinstance(loader, (list, tuple)) and any(isinstance(one, DataLoader) for one in loader):
+                raise ValueError(f"{owner}.{name} is a {type(loader).__name__} of loaders, and one is wanted")
+            self._loaders[stage] = loader
         return self._loaders[stage]
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
@@ -203,15 +308,19 @@ class Bridge(ModuleInterface):
         return self.ask_for_loaders(Stage.TEST)
 
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int | None, epochs: int) -> Any:
-        """Return the module's optimizers; after one backward each of them steps."""
+        """Return the module's optimizers; after one backward each of them steps. Schedulers move after each epoch."""
         made = self.module.configure_optimizers()
-        return (list(made) if isinstance(made, (list, tuple)) else [made]), []
+        if not isinstance(made, (list, tuple)):
+            return [made], []
+        if len(made) == 2 and all(isinstance(part, (list, tuple)) for part in made):
+            return list(made[0]), [(scheduler, "epoch") for scheduler in made[1]]
+        return list(made), []
 
     # State ----------------------------------------------------------------------------
 
     def get_own_state(self) -> dict[str, Any]:
         """Return what `get_save_dict` does, and where the run is."""
-        save = getattr(self.module, "get_save_dict", None)
+        save = member(self.module, "get_save_dict")
         if save is None:
             return {}
         saved = save()
@@ -222,8 +331,8 @@ class Bridge(ModuleInterface):
 
     def update_own_state(self, state: Mapping[str, Any]) -> None:
         """Hand a copy of it to `load_model_specific`, together with the place."""
-        if hasattr(self.module, "load_model_specific"):
-            self.module.load_model_specific({**copy_state(state["saved"]), **state["place"]})
+        if load := member(self.module, "load_model_specific"):
+            load({**copy_state(state["saved"]), **state["place"]})
 
 
 class Following(CallbackInterface):
@@ -246,9 +355,6 @@ class Following(CallbackInterface):
 
     @hookimpl
     def on_begin_train(self, trainer: hookline.Trainer) -> None:
-        module = self.bridge.module
-        if isinstance(module, LightningModule):
-            module.trainer, module.on_gpu = trainer, not trainer.on_cpu
         self.bridge.follow()
 
     @hookimpl
@@ -276,7 +382,7 @@ class Following(CallbackInterface):
     @hookimpl(wrapper=True)
     def filter_log(self, trainer: hookline.Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
         metrics = yield
-        update = getattr(self.bridge.module, "update_tng_log_metrics", None)
+        update = member(self.bridge.module, "update_tng_log_metrics")
         if update is None or trainer.stage is not Stage.TRAIN:
             return metrics
         updated = update(dict(metrics))

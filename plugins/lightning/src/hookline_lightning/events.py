@@ -7,6 +7,7 @@ from typing import Any
 
 from hookline import nearest
 from hookline_lightning.bridge import Bridge, call, overridden
+from hookline_lightning.members import member
 
 STAGED = [
     f"on_{stage}_{event}"
@@ -106,7 +107,7 @@ def listeners(bridge: Bridge, callbacks: Iterable[Any]) -> dict[str, list[Callab
     for callback in callbacks:
         for name in OF_CALLBACKS:
             if name not in SEPARATELY and (method := overridden(callback, name)):
-                late = name == "on_train_epoch_end" and hasattr(callback, "monitor")
+                late = name == "on_train_epoch_end" and member(callback, "monitor", callback) is not callback
                 found.setdefault(f"{name} late" if late else name, []).append(_bound(method, bridge))
     for name in OF_MODULES:
         if name not in SEPARATELY and (method := overridden(bridge.module, name)):

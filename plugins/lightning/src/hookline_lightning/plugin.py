@@ -15,6 +15,7 @@ from hookline_lightning.bridge import WORDS, Bridge, call, is_metric, overridden
 from hookline_lightning.events import LONG_STEPS, listeners, refuse_unheard
 from hookline_lightning.following import Following, Steps
 from hookline_lightning.manual import Manual
+from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
 from hookline_lightning.overrides import OVERRIDES, TRANSFERS, OwnTransfer, Schedules, written
 
@@ -146,7 +147,7 @@ class Lightning(CallbackInterface):
             yield "datamodule", view.datamodule
         seen: dict[str, int] = {}
         for callback in view.callbacks:
-            key = str(getattr(callback, "state_key", type(callback).__qualname__))
+            key = str(member(callback, "state_key", type(callback).__qualname__))
             seen[key] = seen.get(key, 0) + 1
             yield f"callback {key}" if seen[key] == 1 else f"callback {key} {seen[key]}", callback
 
@@ -163,6 +164,8 @@ class Life(CallbackInterface):
         today = isinstance(bridge, Bridge)
         if today:
             bridge.word = WORDS[stage]
+        else:
+            bridge.connect()
         with kept_rng():
             set_seed(trainer.options.seed)  # data that are made at random are the same in each process and session
             if today:
@@ -177,7 +180,7 @@ class Life(CallbackInterface):
             if stage is Stage.TRAIN:
                 bridge.ask_for_loaders(Stage.VAL)
                 parts = trainer.shares * trainer.hook.get_window_size(trainer=trainer)
-                trainer.options.train_batch_size = (getattr(loader, "batch_size", None) or 1) * parts
+                trainer.options.train_batch_size = (member(loader, "batch_size") or 1) * parts
                 if self.plugin.val_check_interval is not None:
                     self._set_interval(trainer, loader, self.plugin.val_check_interval)
         try:
@@ -185,6 +188,8 @@ class Life(CallbackInterface):
         finally:
             if today:
                 self._each(bridge, "teardown", bridge.word)
+            else:
+                bridge.disconnect()
 
     def _prepare(self, trainer: hookline.Trainer, bridge: Bridge) -> None:
         """Have one process of each machine prepare the data, and the others wait; an error is one of all."""
