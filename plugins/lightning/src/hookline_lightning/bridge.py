@@ -23,7 +23,7 @@ from hookline_lightning.view import View
 log = logging.getLogger("hookline.lightning")
 
 BASES = (  # what stands in classes of these modules is nobody's override
-    "torch.nn", "hookline_lightning.module", "hookline_lightning.early",
+    "torch.nn", "hookline_lightning.module", "hookline_lightning.bases", "hookline_lightning.early",
     "lightning.pytorch.core", "lightning.fabric", "pytorch_lightning.core",
     "lightning.pytorch.callbacks.callback", "pytorch_lightning.callbacks.callback", "lightning_fabric",
 )  # fmt: skip

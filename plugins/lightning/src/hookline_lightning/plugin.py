@@ -164,6 +164,7 @@ class Life(CallbackInterface):
         today = isinstance(bridge, Bridge)
         if today:
             bridge.word = WORDS[stage]
+            self._require(bridge, stage)
         else:
             bridge.connect()
         with kept_rng():
@@ -191,16 +192,28 @@ class Life(CallbackInterface):
             else:
                 bridge.disconnect()
 
+    @staticmethod
+    def _require(bridge: Bridge, stage: Stage) -> None:
+        """Refuse to train a module that lacks what training needs."""
+        for name in ("training_step", "configure_optimizers") if stage is Stage.TRAIN else ():
+            if overridden(bridge.module, name) is None:
+                raise ValueError(f"{type(bridge.module).__name__} has no {name}(), which training needs")
+
     def _prepare(self, trainer: hookline.Trainer, bridge: Bridge) -> None:
-        """Have one process of each machine prepare the data, and the others wait; an error is one of all."""
-        asked = [overridden(one, "prepare_data") for one in (bridge.view.datamodule, bridge.module) if one is not None]
-        if not any(asked):
+        """Have one process of each machine (or of all) prepare the data, the others wait; an error is one of all."""
+        asked = [
+            (prepare, trainer.local_rank if member(one, "prepare_data_per_node", True) else trainer.rank)
+            for one in (bridge.view.datamodule, bridge.module)
+            if one is not None and (prepare := overridden(one, "prepare_data"))
+        ]
+        if not asked:
             return
         failure: Exception | None = None
-        if trainer.local_rank == 0:
+        if any(rank == 0 for _, rank in asked):
             try:
-                for prepare in filter(None, asked):
-                    prepare()
+                for prepare, rank in asked:
+                    if rank == 0:
+                        prepare()
             except Exception as error:
                 failure = error
         said = trainer.hook.all_gather(trainer=trainer, value=None if failure is None else repr(failure))
