@@ -14,6 +14,7 @@ from hookline_lightning import early
 from hookline_lightning.bridge import WORDS, Bridge, call, is_metric, overridden
 from hookline_lightning.events import LONG_STEPS, listeners, refuse_unheard
 from hookline_lightning.following import Following, Steps
+from hookline_lightning.loaders import batch_size, joined
 from hookline_lightning.manual import Manual
 from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
@@ -181,7 +182,8 @@ class Life(CallbackInterface):
             if stage is Stage.TRAIN:
                 bridge.ask_for_loaders(Stage.VAL)
                 parts = trainer.shares * trainer.hook.get_window_size(trainer=trainer)
-                trainer.options.train_batch_size = (member(loader, "batch_size") or 1) * parts
+                trainer.options.train_batch_size = batch_size(loader) * parts
+                loader = joined(loader)
                 if self.plugin.val_check_interval is not None:
                     self._set_interval(trainer, loader, self.plugin.val_check_interval)
         try:
