@@ -19,7 +19,7 @@ class Hparams(argparse.Namespace):
     A copy or a pickle of it has the arguments alone.
     """
 
-    __slots__ = ("_parser",)  # beside `vars`, which are the arguments
+    __slots__ = ("trials_parser",)  # beside `vars`, which are the arguments
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -38,7 +38,7 @@ class Hparams(argparse.Namespace):
         Raises:
             ValueError: the strategy of the parser is none, or is random and no number is given.
         """
-        parser: HyperOptArgumentParser | None = getattr(self, "_parser", None)
+        parser: HyperOptArgumentParser | None = getattr(self, "trials_parser", None)
         if parser is None:
             raise ValueError("trials() of a copy of arguments: ask what parse_args returned")
         chosen = combinations(parser.tunable, parser.strategy, nb_trials)
@@ -136,7 +136,7 @@ class HyperOptArgumentParser(argparse.ArgumentParser):
     def made(self, values: dict[str, Any]) -> Hparams:
         """Return arguments that know their parser."""
         hparams = Hparams(**values)
-        object.__setattr__(hparams, "_parser", self)
+        object.__setattr__(hparams, "trials_parser", self)
         return hparams
 
 
