@@ -227,71 +227,75 @@ class Config:
     depth: int = 2
 
 
-class Base(LightningModule):
-    def __init__(self, lr, size=3):
-        super().__init__()
-        self.save_hyperparameters()
+def hparams_cases(base):
+    """Return, by name, what makes a module of this base, and the parameters that it keeps."""
 
+    class Base(base):
+        def __init__(self, lr, size=3):
+            super().__init__()
+            self.save_hyperparameters()
 
-class Child(Base):
-    def __init__(self, lr, width, *others, **more):
-        super().__init__(lr)
+    class Child(Base):
+        def __init__(self, lr, width, *others, **more):
+            super().__init__(lr)
 
+    class Ignoring(Base):
+        def __init__(self, lr, net):
+            super().__init__(lr)
+            self.save_hyperparameters(ignore=["net", "size"])
 
-class Ignoring(Base):
-    def __init__(self, lr, net):
-        super().__init__(lr)
-        self.save_hyperparameters(ignore=["net", "size"])
+    class Helped(base):
+        def __init__(self, lr):
+            super().__init__()
+            self.keep(1)
 
+        def keep(self, other):
+            self.save_hyperparameters()
 
-class Helped(LightningModule):
-    def __init__(self, lr):
-        super().__init__()
-        self.keep(1)
+    class Framed(base):
+        def __init__(self, lr, size):
+            super().__init__()
+            keep_of(self, inspect.currentframe())
 
-    def keep(self, other):
-        self.save_hyperparameters()
+    class Given(base):
+        def __init__(self, given):
+            super().__init__()
+            self.save_hyperparameters(given)
 
+    @dataclasses.dataclass(eq=False)
+    class Plain(base):
+        lr: float
+        size: int = 3
+        kept: int = dataclasses.field(default=0, init=False)
 
-class Framed(LightningModule):
-    def __init__(self, lr, size):
-        super().__init__()
-        keep_of(self, inspect.currentframe())
+        def __post_init__(self):
+            super().__init__()
+            self.save_hyperparameters()
+
+    return {
+        "all": (lambda: Base(0.1), {"lr": 0.1, "size": 3}),
+        "of a child too": (lambda: Child(0.1, 2, 9, depth=4), {"lr": 0.1, "size": 3, "width": 2, "depth": 4}),
+        "ignored": (lambda: Ignoring(0.1, "net"), {"lr": 0.1}),
+        "from a helper": (lambda: Helped(0.1), {"lr": 0.1}),
+        "of a frame": (lambda: Framed(0.1, 2), {"size": 2}),
+        "a namespace": (lambda: Given(argparse.Namespace(a=1, b="x")), {"a": 1, "b": "x"}),
+        "a dictionary": (lambda: Given({"a": 1}), {"a": 1}),
+        "nothing": (lambda: Given({}), {}),
+        "a module that is a dataclass": (lambda: Plain(0.1), {"lr": 0.1, "size": 3}),
+    }
 
 
 def keep_of(module, frame):
     module.save_hyperparameters("size", frame=frame, logger=False)
 
 
+HPARAMS = hparams_cases(LightningModule)  # test_package_loaders.py compares them with what Lightning 2.6.6 keeps
+
+
 class Given(LightningModule):
     def __init__(self, given):
         super().__init__()
         self.save_hyperparameters(given)
-
-
-@dataclasses.dataclass(eq=False)
-class Plain(LightningModule):
-    lr: float
-    size: int = 3
-    kept: int = dataclasses.field(default=0, init=False)
-
-    def __post_init__(self):
-        super().__init__()
-        self.save_hyperparameters()
-
-
-# what Lightning 2.6.6 keeps; test_package_loaders.py recomputes it where that is installed
-HPARAMS = {
-    "all": (lambda: Base(0.1), {"lr": 0.1, "size": 3}),
-    "of a child too": (lambda: Child(0.1, 2, 9, more=4), {"lr": 0.1, "size": 3, "width": 2, "more": 4}),
-    "ignored": (lambda: Ignoring(0.1, "net"), {"lr": 0.1}),
-    "from a helper": (lambda: Helped(0.1), {"lr": 0.1}),
-    "of a frame": (lambda: Framed(0.1, 2), {"size": 2}),
-    "a namespace": (lambda: Given(argparse.Namespace(a=1, b="x")), {"a": 1, "b": "x"}),
-    "a dictionary": (lambda: Given({"a": 1}), {"a": 1}),
-    "nothing": (lambda: Given({}), {}),
-    "a module that is a dataclass": (lambda: Plain(0.1), {"lr": 0.1, "size": 3}),
-}
 
 
 @pytest.mark.parametrize("name", HPARAMS)
