@@ -193,13 +193,47 @@ def test_what_training_needs_is_asked_for_by_name_and_a_prediction_needs_no_trai
         configure_optimizers = LightningModule.configure_optimizers
 
     loader = DataLoader(points(), 8)
-    with pytest.raises(ValueError, match=r"Net has no training_step\(\), which training needs"):
+    with pytest.raises(ValueError, match=r"Net has no training_step\(\), without which there is nothing to fit"):
         Trainer(**QUIET).fit(Net(), loader)
     predicted = Trainer(**QUIET).predict(Net(), loader)
     assert [one.tolist() for one in predicted] == [(batch[0] * 2).tolist() for batch in loader]
     steps = type("Lacks", (Line,), {"configure_optimizers": None})()
-    with pytest.raises(ValueError, match=r"Lacks has no configure_optimizers\(\), which training needs"):
+    with pytest.raises(ValueError, match=r"Lacks has no configure_optimizers\(\), without which"):
         Trainer(**QUIET).fit(steps, loader)
+
+
+class Validates(Line):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "words"),
+    [
+        ("validate", {}, r"Bare has no validation_step\(\), without which there is nothing to validate"),
+        ("test", {}, r"Bare has no test_step\(\), without which there is nothing to test"),
+        ("predict", {}, r"Bare has no predict_dataloader\(\), and no data module or loader is given"),
+        ("fit", {"train_dataloader": None}, r"Bare has no train_dataloader\(\), and no data module or loader is given"),
+        ("fit", {"training_step": lambda self, dataloader_iter: 0}, r"Bare.training_step\(dataloader_iter\) is given"),
+    ],
+)
+def test_what_a_stage_needs_is_asked_for_by_name(stage, given, words):
+    lacking = {"validation_step": None, "val_dataloader": lambda self: None}
+    if given == {"train_dataloader": None}:
+        given = {"train_dataloader": lambda self: None}
+    module = type("Bare", (Line,), {**lacking, **given})()
+    with pytest.raises(ValueError, match=words):
+        getattr(Trainer(max_epochs=1, **QUIET), stage)(module)
+
+
+def test_a_validation_that_nothing_comes_of_is_warned_of(caplog):
+    fit(type("NoStep", (Line,), {"validation_step": None})())
+    assert "there are validation data, and NoStep has no validation_step(): nothing is validated" in caplog.text
+    fit(type("NoData", (Line,), {"val_dataloader": lambda self: None})())
+    assert "NoData has validation_step() and no validation data: nothing is validated" in caplog.text
+    caplog.clear()
+    fit(type("NoData", (Line,), {"val_dataloader": lambda self: None})(), limit_val_batches=0)
+    assert "nothing is validated" not in caplog.text
 
 
 def test_a_data_module_hears_of_an_error():

@@ -16,6 +16,8 @@ from hookline_lightning.commands import main
 pytestmark = pytest.mark.plugins
 
 PROGRAM = """
+from collections.abc import Callable
+
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,6 +61,12 @@ class Given(Line):
 class Small(Line):
     def __init__(self, width=3, lr=0.1):
         super().__init__(Net([width], torch.nn.Tanh()), lr)
+
+
+class Chosen(Small):
+    def __init__(self, act: type[torch.nn.Module] | None = None, loss: Callable | None = None, name: str = "a.b"):
+        super().__init__()
+        self.chosen = act, loss, name
 
 
 class Clips(Small):
@@ -240,6 +248,13 @@ subcommand: fit
     trainer.train()
     assert (trainer.global_step, type(trainer.optimizers[0]).__name__) == (3, "Adam")
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.01
+
+
+def test_a_text_becomes_the_function_that_is_wanted(capsys, tmp_path):
+    given = "{act: torch.nn.ReLU, loss: torch.nn.functional.mse_loss, name: c.d}"
+    text = f"model: {{class_path: of_the_user.Chosen, init_args: {given}}}\n"
+    _, trainer = translated(text, capsys, tmp_path)
+    assert trainer.module.module.chosen == (torch.nn.ReLU, torch.nn.functional.mse_loss, "c.d")
 
 
 @pytest.mark.parametrize(("given", "seed"), [("true", 0), ("false", 0), ("1", 1), ("0", 0), ("null", 0)])

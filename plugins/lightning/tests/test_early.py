@@ -425,6 +425,28 @@ def test_a_hook_that_nobody_calls_is_refused(monkeypatch):
         train(Pair())
 
 
+def test_methods_of_later_versions_are_refused_unless_they_are_helpers(monkeypatch):
+    monkeypatch.setattr(Pair, "optimizer_step", lambda self, *_: None, raising=False)
+    with pytest.raises(ValueError, match=r"Pair.optimizer_step\(\) is not called here"):
+        train(Pair())
+    monkeypatch.undo()
+
+    class Helped(Pair):
+        ended = 0
+
+        def validation_end(self, outputs):
+            self.on_epoch_end()
+
+        def on_epoch_end(self):
+            self.ended += 1
+
+    module = Helped()
+    train(module, epochs=1)
+    assert module.ended == 1
+    with pytest.raises(NotImplementedError, match="Pair.load_from_metrics is not here, .*load_foreign"):
+        Pair.load_from_metrics("weights.ckpt", "tags.csv")
+
+
 def test_a_module_without_a_training_loader():
     class Bare(early.LightningModule):
         def training_step(self, data_batch, batch_nb):

@@ -172,6 +172,29 @@ def test_batches_are_made_by_the_collation_of_their_loader(workers):
     assert module.seen == [{"sum": total, "list": [5, 4, 3]} for total in (1, 5, 9)]
 
 
+class Epochs(torch.utils.data.Dataset):
+    """Samples that are the epoch that it was told."""
+
+    epoch = 0
+
+    def __len__(self):
+        return 2
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        return self.epoch
+
+
+def test_data_sets_and_samplers_are_told_the_epoch():
+    told = DistributedSampler(range(2), num_replicas=1, rank=0)
+    module = Seen()
+    Trainer(max_epochs=3, **QUIET).fit(module, [DataLoader(Epochs(), 2), DataLoader(range(2), 2, sampler=told)])
+    assert [batch[0] for batch in module.seen] == [[0, 0], [1, 1], [2, 2]]
+    assert told.epoch == 2
+
+
 def test_a_limit_of_batches_and_a_fraction_of_an_epoch_are_of_all_of_them():
     module = Seen()
     Trainer(max_epochs=1, limit_train_batches=0.4, **QUIET).fit(module, {"a": loader(6, 2), "b": loader(10, 2)})

@@ -202,10 +202,6 @@ class Bridge(ModuleInterface):
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
         """Return the user's loader, or one for several."""
         loader, shuffle = self.ask_for_loaders(Stage.TRAIN), getattr(sampler, "shuffle", True)
-        if loader is None:
-            raise ValueError(
-                f"{type(self.module).__name__} has no train_dataloader(), and no data module or loader is given"
-            )
         if shuffle not in self._joined:
             self._joined[shuffle] = joined(loader, self.trainer.shares, shuffle)
         return self._joined[shuffle]

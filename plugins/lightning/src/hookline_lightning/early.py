@@ -13,8 +13,11 @@ from torch.utils.data import DataLoader
 import hookline
 from hookline import CallbackInterface, ModuleInterface, Stage, copy_state, hookimpl
 from hookline_lightning.bridge import overridden
-from hookline_lightning.members import member
+from hookline_lightning.members import calls_itself, member
 
+UNHEARD = (  # methods of later versions of the first year, which change how a run goes
+    "optimizer_step", "training_end", "train_dataloader", "configure_apex", "configure_ddp", "init_ddp_connection",
+)  # fmt: skip
 LOADERS = {Stage.TRAIN: "tng_dataloader", Stage.VAL: "val_dataloader", Stage.TEST: "test_dataloader"}
 
 
@@ -54,6 +57,14 @@ class LightningModule(torch.nn.Module):
     def test_dataloader(self) -> Any:
         """The test loader; None for no test."""
         return None
+
+    @classmethod
+    def load_from_metrics(cls, weights_path: Any, tags_csv: Any, *more: Any, **options: Any) -> None:
+        """Refuse: such a file is a pickle, which may run code."""
+        raise NotImplementedError(
+            f"{cls.__name__}.load_from_metrics is not here, as reading its file could run code: make the module from "
+            'your own hparams, and module.load_state_dict(hookline_checkpoint.load_foreign(path)["state_dict"])'
+        )
 
     def freeze(self) -> None:
         """Have no parameter require gradients."""
@@ -177,7 +188,8 @@ def refuse_unheard(module: torch.nn.Module) -> None:
         ValueError: one of the module's methods, by name.
     """
     for name in dir(type(module)):
-        if name.startswith("on_") and callable(overridden(module, name)):
+        asked = name in UNHEARD or name.startswith("on_")
+        if asked and callable(overridden(module, name)) and not calls_itself(module, name):
             raise ValueError(
                 f"{type(module).__name__}.{name}() is not called here: hooks of the first year stand in no document of "
                 "it; write a plugin, or take today's LightningModule"

@@ -273,10 +273,11 @@ class Batches(Dataset[Any]):
 
     def __init__(self, tree: Any, parts: Sequence[Part]) -> None:
         self.shape = rebuilt(tree, itertools.repeat(...))  # workers need not the loaders
-        self.parts = parts
+        self.datasets = list(parts)
+        """Under this name the run finds data sets that want to know the epoch."""
 
     def __getitem__(self, drawn: tuple[Any, ...]) -> Any:
-        return rebuilt(self.shape, (part.batch(one) for part, one in zip(self.parts, drawn, strict=True)))
+        return rebuilt(self.shape, (part.batch(one) for part, one in zip(self.datasets, drawn, strict=True)))
 
 
 class OwnDraws(Sampler[Any]):

@@ -167,6 +167,10 @@ class LightningModule(Doors, HasHparams, ModuleHooks, torch.nn.Module):
         """The run, as far as Lightning's modules know it."""
         return connected(self)
 
+    @trainer.setter
+    def trainer(self, trainer: View | None) -> None:
+        self._trainer = trainer
+
     @property
     def current_epoch(self) -> int:
         """Index of the epoch; 0 before there is a run."""

@@ -18,6 +18,7 @@ from hookline_lightning.loaders import batch_size, joined
 from hookline_lightning.manual import Manual
 from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
+from hookline_lightning.needs import require_loaders, require_methods
 from hookline_lightning.overrides import OVERRIDES, TRANSFERS, OwnTransfer, Schedules, written
 
 
@@ -165,7 +166,7 @@ class Life(CallbackInterface):
         today = isinstance(bridge, Bridge)
         if today:
             bridge.word = WORDS[stage]
-            self._require(bridge, stage)
+            require_methods(bridge, stage)
         else:
             bridge.connect()
         with kept_rng():
@@ -179,6 +180,8 @@ class Life(CallbackInterface):
                     if hasattr(one, "_device"):  # what the real package answers as `self.device`
                         one._device = trainer.device
             loader = bridge.ask_for_loaders(stage)
+            if today:
+                require_loaders(bridge, stage)
             if stage is Stage.TRAIN:
                 bridge.ask_for_loaders(Stage.VAL)
                 parts = trainer.shares * trainer.hook.get_window_size(trainer=trainer)
@@ -193,13 +196,6 @@ class Life(CallbackInterface):
                 self._each(bridge, "teardown", bridge.word)
             else:
                 bridge.disconnect()
-
-    @staticmethod
-    def _require(bridge: Bridge, stage: Stage) -> None:
-        """Refuse to train a module that lacks what training needs."""
-        for name in ("training_step", "configure_optimizers") if stage is Stage.TRAIN else ():
-            if overridden(bridge.module, name) is None:
-                raise ValueError(f"{type(bridge.module).__name__} has no {name}(), which training needs")
 
     def _prepare(self, trainer: hookline.Trainer, bridge: Bridge) -> None:
         """Have one process of each machine (or of all) prepare the data, the others wait; an error is one of all."""

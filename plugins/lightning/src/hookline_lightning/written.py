@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,12 +70,28 @@ def target(node: Any) -> Any:
         path = resolved(node["class_path"])
         arguments = {**(node.get("init_args") or {}), **(node.get("dict_kwargs") or {})}
         kind = class_of(path)
+        arguments = {name: _as_wanted(kind, name, value) for name, value in arguments.items()}
         if isinstance(kind, type) and issubclass(kind, (torch.optim.Optimizer, LRScheduler, ReduceLROnPlateau)):
             return {"_target_": "hookline_lightning.written.later", "class_path": path, **target(arguments)}
         return {"_target_": path, **target(arguments)}
     if isinstance(node, Mapping):
         return {str(key): target(value) for key, value in node.items()}
     return [target(value) for value in node] if isinstance(node, (list, tuple)) else node
+
+
+def _as_wanted(kind: Any, name: str, value: Any) -> Any:
+    """Return an argument, with the node of a function or a class where its text names one that is wanted."""
+    if not isinstance(value, str) or "." not in value:
+        return value
+    kinds = inspect.getmro(kind) if isinstance(kind, type) else ()
+    function = next((vars(one)["__init__"] for one in kinds if "__init__" in vars(one)), kind)
+    try:
+        hint = typing.get_type_hints(function).get(name)
+    except Exception:  # of names that only a type checker knows
+        return value
+    hints = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    wanted = any((typing.get_origin(one) or one) in (Callable, type, typing.Callable) for one in hints)
+    return {"_target_": "hookline_lightning.written.class_of", "path": value} if wanted else value
 
 
 # What the configuration names ----------------------------------------------------------
