@@ -287,6 +287,8 @@ MODEL = "model: {class_path: of_the_user.Small}\n"
         (MODEL + "early_stopping: {patience: 3}\n", "Callbacks with a key of their own go into trainer.callbacks"),
         ("trainer: {}\n", "model: there is none; say its class, --model package.module.Name"),
         (MODEL + "trainer: {max_epoch: 3}\n", "Trainer has no argument 'max_epoch', did you mean 'max_epochs'?"),
+        (MODEL + "trainer: {min_epochs: 3}\n", "trainer.min_epochs: 3 cannot be said in a configuration; leave it out"),
+        (MODEL + "trainer: {limit_train_batches: 0}\n", "trainer.limit_train_batches: 0 cannot be said"),
         (MODEL + "ckpt_path: a/b.ckpt\n", "ckpt_path: a/b.ckpt: say last, or the folder of a run"),
         (MODEL + "lr_scheduler: {class_path: StepLR}\n", "lr_scheduler: there is one and no optimizer; say both"),
         (MODEL + "optimizer: {lr: 0.1}\n", "optimizer: the file has only arguments .lr.: say its class, --optimizer"),

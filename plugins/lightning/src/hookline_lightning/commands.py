@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from hookline import config, instantiate, nearest
 from hookline.commands import mendable, new_parser
-from hookline_lightning.bridge import BASES
+from hookline_lightning.bridge import overridden
 from hookline_lightning.trainer import Trainer
 from hookline_lightning.written import class_of, is_node, resolved, target
 
@@ -145,6 +145,7 @@ def _module(nodes: Mapping[str, Any]) -> Any:
 def _trainer(tree: Mapping[str, Any]) -> tuple[Trainer, list[Any]]:
     """Return the trainer of the arguments, and the nodes of the callbacks that run."""
     given = dict(tree.get("trainer") or {})
+    _refuse_unsaid(given)
     callbacks = given.pop("callbacks", None) or []
     nodes = [_named("callbacks", node) for node in (callbacks if isinstance(callbacks, list) else [callbacks])]
     objects = [instantiate(target(node), f"trainer.callbacks.{at}") for at, node in enumerate(nodes)]
@@ -162,6 +163,17 @@ def _trainer(tree: Mapping[str, Any]) -> tuple[Trainer, list[Any]]:
             raise ValueError(f"trainer: the plugin {name} has no options that a configuration could say")
     running = [id(one) for one in trainer.callbacks]
     return trainer, [target(node) for node, one in zip(nodes, objects, strict=True) if id(one) in running]
+
+
+def _refuse_unsaid(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of the trainer that no option and no plugin of a configuration says."""
+    for name, value in given.items():
+        nothing = name in ("limit_train_batches", "limit_test_batches", "limit_predict_batches") and value == 0
+        if nothing or (name in ("min_epochs", "min_steps") and value is not None):
+            raise ValueError(
+                f"trainer.{name}: {value} cannot be said in a configuration; leave it out, or train by "
+                "hookline_lightning.Trainer"
+            )
 
 
 def _named(key: str, node: Any) -> Any:
@@ -183,8 +195,8 @@ def _clip(trainer: Trainer, path: str) -> dict[str, Any] | None:
     value, algorithm = trainer.clipping
     if not value:
         return None
-    kinds = [one for one in inspect.getmro(class_of(path)) if "configure_gradient_clipping" in vars(one)]
-    if kinds and not kinds[0].__module__.startswith(BASES):
+    kind = class_of(path)
+    if isinstance(kind, type) and overridden(object.__new__(kind), "configure_gradient_clipping"):
         raise ValueError(
             f"trainer.gradient_clip_val: {path} has a configure_gradient_clipping of its own; write the value there"
         )
