@@ -10,7 +10,7 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl, instantiate, kept_rng, set_seed
-from hookline_lightning import early
+from hookline_lightning import early, early_bridge
 from hookline_lightning.bridge import WORDS, Bridge, call, is_metric, overridden
 from hookline_lightning.events import LONG_STEPS, listeners, refuse_unheard
 from hookline_lightning.following import Following, Steps
@@ -49,7 +49,7 @@ class Lightning(CallbackInterface):
             return adapted
         kind = type(adapted)
         if early.is_mine(adapted):
-            self._bridge = early.Bridge(adapted)
+            self._bridge = early_bridge.Bridge(adapted)
         elif hasattr(kind, "training_step") and hasattr(kind, "configure_optimizers"):
             self._bridge = Bridge(adapted, trainer)
         else:
@@ -62,9 +62,9 @@ class Lightning(CallbackInterface):
         if bridge is None:
             return
         trainer.plugins.register(Life(self), "lightning.life")
-        if isinstance(bridge, early.Bridge):
-            early.refuse_unheard(bridge.module)
-            trainer.plugins.register(early.Following(bridge), "lightning.following")
+        if isinstance(bridge, early_bridge.Bridge):
+            early_bridge.refuse_unheard(bridge.module)
+            trainer.plugins.register(early_bridge.Following(bridge), "lightning.following")
             return
         module, view = bridge.module, bridge.view
         view.datamodule = instantiate(self.datamodule, "lightning.datamodule")  # a configuration names their classes
@@ -110,7 +110,7 @@ class Lightning(CallbackInterface):
         bridge = self._bridge
         if bridge is None:
             return {}
-        if isinstance(bridge, early.Bridge):
+        if isinstance(bridge, early_bridge.Bridge):
             return bridge.get_own_state()
         view, module = bridge.view, bridge.module
         place = {"epoch": view.current_epoch, "global_step": view.global_step}
@@ -130,7 +130,7 @@ class Lightning(CallbackInterface):
     def update_state(self, state: dict[str, Any]) -> None:
         """Give it back, to each a copy of its own."""
         bridge = self._bridge
-        if isinstance(bridge, early.Bridge):
+        if isinstance(bridge, early_bridge.Bridge):
             bridge.update_own_state(state)
             return
         view, module = bridge.view, bridge.module
