@@ -283,6 +283,7 @@ def test_help_shows_the_commands_of_plugins(hookline):
         ["batch-find", "hookline-batch-find", "0.1.0"],
         ["checkpoints", "hookline-checkpoint", "0.1.0"],
         ["export", "hookline-export", "0.1.0"],
+        ["from-lightning", "hookline-lightning", "0.1.0"],
         ["lr-find", "hookline-lr-find", "0.1.0"],
         ["ray", "hookline-ray", "0.1.0"],
         ["runs", "hookline-runs", "0.1.0"],
