@@ -60,6 +60,15 @@ def simulation(torch):
     return aten._pin_memory.default, aten._local_scalar_dense.default._schema
 
 
+def given_to_lightning(lightning):
+    loggers = importlib.import_module("lightning.pytorch.loggers")
+    csv, averaging = loggers.CSVLogger("."), importlib.import_module("lightning.pytorch.callbacks").EMAWeightAveraging()
+    texts = "".join(inspect.getsource(getattr(loggers, f"{name}Logger")) for name in ("Wandb", "MLFlow", "TensorBoard"))
+    found = [texts.index(f"self.{name}") for name in ("_wandb_init", "_offline", "_log_model", "_experiment_name",
+             "_run_name", "_tracking_uri", "_artifact_location", "_run_id", "_log_graph")]  # fmt: skip
+    return csv._version, csv._prefix, averaging._kwargs["avg_fn"], averaging._use_buffers, found
+
+
 PARTS = [
     Part(
         "torch",
@@ -213,6 +222,27 @@ PARTS = [
         {"plugins/lightning"},
         "the real package answers it as `self.device`",
         lambda lightning: lightning.LightningModule()._device,
+    ),
+    Part(
+        "lightning",
+        {
+            "_version",
+            "_prefix",
+            "_kwargs",
+            "_log_graph",
+            "_wandb_init",
+            "_offline",
+            "_log_model",
+            "_experiment_name",
+            "_run_name",
+            "_tracking_uri",
+            "_artifact_location",
+            "_run_id",
+            "_use_buffers",
+        },
+        {"plugins/lightning"},
+        "what its loggers and callbacks were made with, which becomes options of plugins",
+        given_to_lightning,
     ),
     Part(
         "transformers",

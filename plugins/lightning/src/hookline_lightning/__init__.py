@@ -3,8 +3,12 @@
 from hookline_lightning.early import HyperOptArgumentParser
 from hookline_lightning.module import Callback, LightningDataModule, LightningModule
 from hookline_lightning.plugin import Lightning
+from hookline_lightning.seeding import seed_everything
 from hookline_lightning.trainer import Trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["Callback", "HyperOptArgumentParser", "Lightning", "LightningDataModule", "LightningModule", "Trainer"]
+__all__ = [
+    "Callback", "HyperOptArgumentParser", "Lightning", "LightningDataModule", "LightningModule", "Trainer",
+    "seed_everything",
+]  # fmt: skip

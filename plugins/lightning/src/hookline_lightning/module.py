@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import inspect
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from hookline_lightning.plain import AttributeDict
 from hookline_lightning.view import View
 
 
@@ -147,21 +149,15 @@ def connected(module: Any) -> View:
     return view  # type: ignore[no-any-return]
 
 
-class AttributeDict(dict[str, Any]):
-    """Parameters, as items and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"hparams have no {name!r}; they have {', '.join(self)}") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
-
-
 class HasHparams:
     """Keeps what its `__init__` was called with."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+        """Return one that is made with saved parameters, a module with saved weights; see `reading`."""
+        return importlib.import_module("hookline_lightning.reading").load_from_checkpoint(
+            cls, checkpoint_path, *args, **options
+        )
 
     @property
     def hparams(self) -> AttributeDict:
