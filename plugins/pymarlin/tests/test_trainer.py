@@ -414,6 +414,13 @@ def test_a_default_checkpointer_goes_on_with_the_same_bits():
 
     whole = trained(0)
     assert trained(1, load_dir="c", load_filename="model_0.pt") == whole
+    given = checkpoints(save_dir="d", load_dir="c", load_filename="model_1.pt")
+    trainer = Trainer(TinyModule(samples=16), arguments(epochs=3), checkpointer=DefaultCheckpointer(given))
+    trainer.validate()  # as PyMarlin's examples do before they train
+    trainer.train()
+    assert digest(trainer.module.state_dict()) == whole
+    assert trainer.global_steps_finished == 6
+    assert sorted(os.listdir("d")) == ["model_2.pt"]
 
 
 # Attributes ---------------------------------------------------------------------------
