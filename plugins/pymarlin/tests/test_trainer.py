@@ -25,6 +25,7 @@ from hookline_pymarlin import (
     TrainerArguments,
     TrainerBackend,
     build_trainer_backend,
+    rank_zero_only,
 )
 from hookline_runs import read_run
 
@@ -182,6 +183,27 @@ def test_one_process_of_several_does_not_train_alone(monkeypatch, launcher):
     with pytest.raises(ValueError, match="this is rank 1 of 2, as the launcher says"):
         arguments(backend="ddp", distributed_training_args=DistributedTrainingArguments())
     arguments(backend="ddp", distributed_training_args=DistributedTrainingArguments(global_rank=1, world_size=2))
+
+
+def test_only_rank_zero_does_it_once_there_is_a_trainer(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = []
+
+    @rank_zero_only
+    def appends(value):
+        """Say what it does."""
+        done.append(value)
+        return value
+
+    assert appends(1) == 1
+    trainer = Trainer(TinyModule(), arguments(backend="ddp"))
+    assert appends(2) is None
+    assert (done, rank_zero_only.rank, appends.__doc__) == ([1], 1, "Say what it does.")
+    given = DistributedTrainingArguments(local_rank=1, global_rank=1, world_size=2)
+    assert trainer.args.distributed_training_args == given
+    assert (trainer.is_main_process, trainer.is_distributed, trainer.pergpu_global_batch_size) == (False, True, 4)
 
 
 # Subclasses ---------------------------------------------------------------------------
@@ -414,6 +436,13 @@ def test_a_default_checkpointer_goes_on_with_the_same_bits():
 
     whole = trained(0)
     assert trained(1, load_dir="c", load_filename="model_0.pt") == whole
+    given = checkpoints(save_dir="d", load_dir="c", load_filename="model_1.pt")
+    trainer = Trainer(TinyModule(samples=16), arguments(epochs=3), checkpointer=DefaultCheckpointer(given))
+    trainer.validate()  # as PyMarlin's examples do before they train
+    trainer.train()
+    assert digest(trainer.module.state_dict()) == whole
+    assert trainer.global_steps_finished == 6
+    assert sorted(os.listdir("d")) == ["model_2.pt"]
 
 
 # Attributes ---------------------------------------------------------------------------
