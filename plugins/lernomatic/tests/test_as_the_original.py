@@ -328,6 +328,24 @@ def two_networks_in_one_model(base):
     return base(Two(), **DATA, learning_rate=0.02, **asked(base))
 
 
+class Noisy(Net):
+    """A model that infers as its `set_eval` says."""
+
+    def set_train(self):
+        self.scale = 1
+
+    def set_eval(self):
+        self.scale = 3
+
+    def forward(self, X):
+        return self.net(X) * self.scale
+
+
+@program
+def modes_of_the_models_own(base):
+    return base(Noisy(6, 8, 2), **DATA, learning_rate=0.02, **asked(base))
+
+
 @program
 def a_schedule_by_iteration(base):
     given = {"lr_scheduler": schedule.TriangularScheduler(lr_min=0.001, lr_max=0.05, stepsize=3)}

@@ -104,6 +104,8 @@ def test_rates_momentum_and_schedules():
     adam = make()
     adam.set_momentum(0.3)
     assert (adam.get_momentum(), adam.optimizer.param_groups[0]["betas"]) == (0.3, (0.3, 0.999))
+    with pytest.warns(UserWarning, match="momentum=0.9 has no effect: Adam has none"):
+        make(momentum=0.9)
     made = schedule.TriangularScheduler()
     ours.set_lr_scheduler(made)
     ours.set_mtm_scheduler(made)
