@@ -209,10 +209,13 @@ PARTS = [
     ),
     Part(
         "lightning",
-        {"_device"},
+        {"_device", "_mode"},
         {"plugins/lightning"},
-        "the real package answers it as `self.device`",
-        lambda lightning: lightning.LightningModule()._device,
+        "the real package answers the first as `self.device`, and says nowhere else how a CombinedLoader combines",
+        lambda lightning: (
+            lightning.LightningModule()._device,
+            lightning.pytorch.utilities.CombinedLoader.__init__.__code__.co_names.index("_mode"),
+        ),
     ),
     Part(
         "transformers",

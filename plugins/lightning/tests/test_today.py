@@ -1021,7 +1021,6 @@ def broken(**methods):
             r"Old.on_batch_end\(\) is no event that is told",
         ),
         (broken(training_step=lambda self, batch: {"los": 1}), [], "a mapping without 'loss'; it has los"),
-        (broken(train_dataloader=lambda self: [1, 2]), [], r"train_dataloader\(\) returned a list of loaders"),
         (broken(train_dataloader=lambda self: None), [], r"Broken has no train_dataloader\(\), and no data module"),
         (
             broken(on_train_batch_start=lambda self, *_: -1),

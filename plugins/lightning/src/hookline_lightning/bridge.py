@@ -16,13 +16,15 @@ import torch
 import hookline
 from hookline import ModuleInterface, Stage
 from hookline_lightning.configure import SchedulerConfig, read_optimizers
+from hookline_lightning.loaders import in_turn, joined
+from hookline_lightning.members import member
 from hookline_lightning.module import DOORS, Doors, LightningModule
 from hookline_lightning.view import View
 
 log = logging.getLogger("hookline.lightning")
 
 BASES = (  # what stands in classes of these modules is nobody's override
-    "torch.nn", "hookline_lightning.module", "hookline_lightning.early",
+    "torch.nn", "hookline_lightning.module", "hookline_lightning.bases", "hookline_lightning.early",
     "lightning.pytorch.core", "lightning.fabric", "pytorch_lightning.core",
     "lightning.pytorch.callbacks.callback", "pytorch_lightning.callbacks.callback", "lightning_fabric",
 )  # fmt: skip
@@ -38,7 +40,7 @@ def overridden(thing: Any, name: str) -> Callable[..., Any] | None:
         return getattr(thing, name)  # type: ignore[no-any-return]
     for kind in type(thing).__mro__:
         if name in vars(kind):
-            return None if kind is object or kind.__module__.startswith(BASES) else getattr(thing, name)
+            return None if kind is object or kind.__module__.startswith(BASES) else member(thing, name)
     return None
 
 
@@ -92,6 +94,7 @@ class Bridge(ModuleInterface):
         self.word = "fit"
         self.configs: list[SchedulerConfig] = []
         self.loaders: dict[Stage, Any] = {}
+        self._joined: dict[bool, Any] = {}  # training loaders, by whether they shuffle
         self.index = 0  # of the batch under way: in training within its window
         self.batch_idx = self.loader_idx = 0
         self.skipped = False
@@ -124,11 +127,11 @@ class Bridge(ModuleInterface):
     @property
     def manual(self) -> bool:
         """Whether the module steps its optimizers itself."""
-        return not getattr(self.module, "automatic_optimization", True)
+        return not member(self.module, "automatic_optimization", True)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        return {**kept, "loaders": {}, "listeners": {}, "window": [], "_wrapped": [], "configs": []}
+        return {**kept, "loaders": {}, "_joined": {}, "listeners": {}, "window": [], "_wrapped": [], "configs": []}
 
     # Steps ----------------------------------------------------------------------------
 
@@ -197,30 +200,20 @@ class Bridge(ModuleInterface):
         return self.loaders[stage]
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
-        """Return the user's loader."""
-        loader = self.ask_for_loaders(Stage.TRAIN)
-        if loader is None:
-            raise ValueError(
-                f"{type(self.module).__name__} has no train_dataloader(), and no data module or loader is given"
-            )
-        if isinstance(loader, (list, tuple, Mapping)):
-            raise ValueError(
-                f"train_dataloader() returned a {type(loader).__name__} of loaders, and one is wanted: put them into "
-                "one data set, or return one iterable over all of them (lightning's CombinedLoader is one)"
-            )
-        return loader
+        """Return the user's loader, or one for several."""
+        loader, shuffle = self.ask_for_loaders(Stage.TRAIN), getattr(sampler, "shuffle", True)
+        if shuffle not in self._joined:
+            self._joined[shuffle] = joined(loader, self.trainer.shares, shuffle)
+        return self._joined[shuffle]
 
     def _evaluation_loaders(self, stage: Stage) -> Any:
         asked = self.ask_for_loaders(stage)
         if asked is None:
             return None
-        if isinstance(asked, (list, tuple)):
-            asked = {f"dataloader_idx_{number}": loader for number, loader in enumerate(asked)}
-        if not isinstance(asked, Mapping):
-            asked = {"default": asked}
-        elif len(asked) == 1:
-            asked = {"default": next(iter(asked.values()))}
-        return asked
+        loaders = in_turn(asked, stage is Stage.PREDICT)
+        if len(loaders) == 1:
+            return {"default": loaders[0]}
+        return {f"dataloader_idx_{number}": loader for number, loader in enumerate(loaders)}
 
     def get_val_dataloaders(self, sampler: type, batch_size: int) -> Any:
         """Return the user's loaders."""

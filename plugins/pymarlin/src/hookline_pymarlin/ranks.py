@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+
+
+@dataclass
+class DistributedTrainingArguments:
+    """The place of this process among the ranks, which the launcher says; the trainer fills it in."""
+
+    local_rank: int = 0
+    global_rank: int = 0
+    world_size: int = 1
+    backend: str = "nccl"
+    """Without effect: the device decides."""
+    init_method: str = "env://"
+    gather_frequency: int | None = None
 
 
 def rank_zero_only(function: Callable[..., Any]) -> Callable[..., Any]:
