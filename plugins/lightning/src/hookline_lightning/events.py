@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -104,11 +105,12 @@ def refuse_unheard(bridge: Bridge, callbacks: Iterable[Any]) -> None:
         for name in dir(type(thing)):
             if not name.startswith("on_") or name in known or not callable(overridden(thing, name)):
                 continue
-            said, hint = f"{type(thing).__name__}.{name}() is no event that is told here", nearest(name, known)
             if calls_itself(thing, name):
                 continue  # a helper that the user's own code calls
-            if known is not OF_DATA and (hint or name in GONE):  # Lightning's own data modules have few
-                raise ValueError(f"{said}{hint}; name it otherwise if it is none")
+            said = f"{type(thing).__name__}.{name}() is no event that is told here"
+            meant = name in GONE or difflib.get_close_matches(name, known, 1, 0.8)
+            if meant and known is not OF_DATA:  # Lightning's own data modules have few events
+                raise ValueError(f"{said}{nearest(name, known)}; name it otherwise if it is none")
             log.warning("%s, and nothing in its class calls it", said)
 
 

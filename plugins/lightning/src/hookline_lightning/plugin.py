@@ -59,6 +59,11 @@ class Lightning(CallbackInterface):
         if isinstance(adapted, hookline.ModuleInterface) or not isinstance(adapted, torch.nn.Module):
             return adapted
         kind = type(adapted)
+        if kind.__name__ == "OptimizedModule" and hasattr(adapted, "training_step"):
+            raise TypeError(
+                "this module is one of torch.compile: give the module itself, and the plugin compile, "
+                "plugins={'compile': {}}"
+            )
         if early.is_mine(adapted):
             self._bridge = early_bridge.Bridge(adapted)
         elif hasattr(kind, "training_step") and hasattr(kind, "configure_optimizers"):
