@@ -308,7 +308,7 @@ class Trainer:
 
     @callbacks.setter
     def callbacks(self, callbacks: list[Any]) -> None:
-        self._callbacks = list(callbacks)
+        self._callbacks = self._given_callbacks = list(callbacks)
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
@@ -360,7 +360,8 @@ class Trainer:
                 f"{type(model).__name__} is of Lightning's first year, for which there is no trainer of its own here: "
                 'hookline.Trainer(module, plugins={"lightning": {}}, epochs=…)'
             )
-        plugin = Lightning(data, self._callbacks, self.fraction)
+        mine = hasattr(type(model), "training_step")  # another module has no file of weights in Lightning's form
+        plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, self.fraction)
         plugin._clipping, plugin._given, plugin._loggers = self.clipping, self._given, self._loggers
         plugins = {"lightning": plugin, **self.plugins}
         value, algorithm = self.clipping
