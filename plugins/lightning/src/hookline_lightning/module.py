@@ -53,16 +53,18 @@ class Doors:
             sync_dist: over all ranks (an evaluation always is).
             sync_dist_group: has no meaning here.
             add_dataloader_idx: append the key of the loader where there are several.
-            batch_size: how much the value weighs in a mean; the samples of the batch unless given.
-            metric_attribute: has no meaning here.
+            batch_size: how much the value weighs in a mean; unless given, the first dimension of the batch's first
+                tensor, as in Lightning.
+            metric_attribute: the name of an object of torchmetrics that is no attribute of the module.
             rank_zero_only: only rank 0 logs it.
 
         Raises:
             ValueError: a reduction or a name that cannot be.
         """
-        connected(self).bridge.take(
+        connected(self).bridge.values.take(
             name, value, prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch, reduce_fx=reduce_fx,
             sync=sync_dist, with_key=add_dataloader_idx, first_rank=rank_zero_only, batch_size=batch_size,
+            metric_attribute=metric_attribute,
         )  # fmt: skip
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **options: Any) -> None:
@@ -89,6 +91,11 @@ class Doors:
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip the gradients of an optimizer, by "norm" or by "value"."""
+        view = self._trainer
+        if view is not None and gradient_clip_val is None:
+            gradient_clip_val = view.gradient_clip_val
+        if view is not None and gradient_clip_algorithm is None:
+            gradient_clip_algorithm = view.gradient_clip_algorithm
         if gradient_clip_val is None:
             return
         if gradient_clip_algorithm not in (None, "norm", "value"):

@@ -12,7 +12,7 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, hookimpl, nearest
-from hookline_lightning import early
+from hookline_lightning import early, intervals
 from hookline_lightning.bridge import overridden
 from hookline_lightning.module import LightningDataModule
 from hookline_lightning.plugin import Lightning
@@ -64,8 +64,8 @@ class Trainer:
         gradient_clip_val: the largest norm of all gradients, or of each value.
         gradient_clip_algorithm: "norm" or "value".
         precision: "32-true", "bf16-mixed" or "16-mixed".
-        val_check_interval: batches between validations, or (a float) a fraction of an epoch.
-        check_val_every_n_epoch: epochs between validations.
+        val_check_interval: batches of an epoch between validations, or (a float) a fraction of an epoch.
+        check_val_every_n_epoch: validate only in each so many epochs; None counts batches across epochs.
         limit_train_batches: a number of batches, or (a float) a fraction of the loader; so the others.
         limit_val_batches: 0 for no validation.
         limit_test_batches: as above.
@@ -95,7 +95,7 @@ class Trainer:
         self, *, max_epochs: int | None = None, max_steps: int = -1, max_time: str | None = None,
         accumulate_grad_batches: int = 1, gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None, precision: Any = "32-true",
-        val_check_interval: int | float = 1.0, check_val_every_n_epoch: int = 1,
+        val_check_interval: Any = 1.0, check_val_every_n_epoch: int | None = 1,
         limit_train_batches: int | float = 1.0, limit_val_batches: int | float = 1.0,
         limit_test_batches: int | float = 1.0, limit_predict_batches: int | float = 1.0,
         overfit_batches: int | float = 0.0, fast_dev_run: int | bool = False, callbacks: Any = None,
@@ -113,12 +113,12 @@ class Trainer:
             raise ValueError(f"precision={precision!r} must be one of 32-true, bf16-mixed, 16-mixed")
         if accelerator not in DEVICES:
             raise ValueError(f"accelerator={accelerator!r} must be one of {', '.join(DEVICES)}")
-        every_epoch = isinstance(val_check_interval, float) and val_check_interval == 1.0
-        if not every_epoch and check_val_every_n_epoch != 1:
-            raise ValueError(
-                f"val_check_interval={val_check_interval} and check_val_every_n_epoch={check_val_every_n_epoch} both "
-                "say when to validate; give one of them"
-            )
+        if not isinstance(val_check_interval, (int, float)):
+            val_check_interval = duration(val_check_interval)
+        self.intervals: tuple[Any, int | None] = (val_check_interval, check_val_every_n_epoch)
+        if fast_dev_run:
+            self.intervals = (1.0, 1)
+        intervals.check(*self.intervals)
         limits = {
             "fast_dev_run": fast_dev_run or None,
             "overfit_batches": overfit_batches or None,
@@ -133,13 +133,6 @@ class Trainer:
         }  # fmt: skip
         limits = {name: amount for name, amount in limits.items() if amount is not None}
         no_validation = limit_val_batches == 0
-        cadence = None if no_validation else f"{check_val_every_n_epoch} epochs"
-        self.fraction = None
-        if not every_epoch and not no_validation:
-            if isinstance(val_check_interval, float):
-                self.fraction = val_check_interval
-            else:
-                cadence = f"{val_check_interval} batches"
         steps, epochs = (None if number in (None, -1) else number for number in (max_steps, max_epochs))
         if epochs is None and steps is None and max_time is None and max_epochs == -1:
             raise ValueError("max_epochs=-1 never ends: say max_steps or max_time")
@@ -149,7 +142,7 @@ class Trainer:
             "epochs": epochs,
             "max_steps": steps,
             "max_time": None if max_time is None else duration(max_time),
-            "evaluate_every": cadence,
+            "evaluate_every": None if no_validation else intervals.cadence(*self.intervals),
             "eval_when_finish": False,
             "sanity_val_steps": 0 if no_validation else num_sanity_val_steps,
             "log_every": f"{log_every_n_steps} steps",
@@ -266,7 +259,7 @@ class Trainer:
                 f"{type(model).__name__} is of Lightning's first year, for which there is no trainer of its own here: "
                 'hookline.Trainer(module, plugins={"lightning": {}}, epochs=…)'
             )
-        plugin = Lightning(data, self.callbacks, self.fraction)
+        plugin = Lightning(data, self.callbacks, *self.intervals)
         plugin._clipping = self.clipping
         plugins = {"lightning": plugin, **self.plugins}
         value, algorithm = self.clipping
