@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from hookline_lightning.bridge import Bridge
 
 
 class LightningOptimizer:
     """An optimizer whose `step` goes through the gates of the run."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, bridge: Bridge) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, bridge: Any) -> None:
         self.optimizer = optimizer
         self._bridge = bridge
         self.stepped = False

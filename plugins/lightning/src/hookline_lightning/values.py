@@ -6,14 +6,11 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hookline import Stage
-
-if TYPE_CHECKING:
-    from hookline_lightning.bridge import Bridge
 
 INSTEAD = "loss of the module"  # under which a value waits that is told in the place of the run's own mean loss
 OWN_WORDS = ("over", "reduce", "sync", "prog", "weighted_by")  # keywords of Trainer.log
@@ -26,7 +23,7 @@ REDUCTIONS = {
 class Values:
     """Takes what `self.log` is given: hands it to the run, and keeps the newest value of each name in the view."""
 
-    def __init__(self, bridge: Bridge) -> None:
+    def __init__(self, bridge: Any) -> None:
         self.bridge = bridge
         self.between = False
         """Whether a hook of a beginning or an end is called, where `self.log` is of the epoch."""
