@@ -56,7 +56,7 @@ class Trainer:
         limit_predict_batches: as above.
         overfit_batches: train on the same first batches, and validate on as many of the validation's.
         val_check_interval: batches between validations, or (a float) a fraction of an epoch, or a time.
-        check_val_every_n_epoch: epochs between validations.
+        check_val_every_n_epoch: validate only in each so many epochs; None counts batches across epochs.
         num_sanity_val_steps: validation batches to try before training; -1 for all.
         log_every_n_steps: optimizer steps from one flush of values to the next; 0 for none.
         enable_checkpointing: whether to save the run after each epoch, and its newest weights as a file.
@@ -129,7 +129,7 @@ class Trainer:
         self._loggers = [NoLogger()] if given.fast_dev_run and given.logger else loggers.listed(given.logger)
         value, algorithm = gradient_clip_val or None, gradient_clip_algorithm
         self.clipping = (value, algorithm)
-        _, self.fraction = arguments.validation(given)
+        self.intervals = arguments.validation(given)
         self.options: dict[str, Any] = arguments.options_of(given) | self._place()
         self.plugins: dict[str, Any] = {
             **arguments.plugins_of(given),
@@ -361,7 +361,7 @@ class Trainer:
                 'hookline.Trainer(module, plugins={"lightning": {}}, epochs=…)'
             )
         mine = hasattr(type(model), "training_step")  # another module has no file of weights in Lightning's form
-        plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, self.fraction)
+        plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, *self.intervals)
         plugin._clipping, plugin._given, plugin._loggers = self.clipping, self._given, self._loggers
         plugins = {"lightning": plugin, **self.plugins}
         value, algorithm = self.clipping
