@@ -11,7 +11,10 @@ import torch
 
 log = logging.getLogger("hookline.lightning")
 
-HOMES = ("lightning.pytorch", "pytorch_lightning", "hookline_lightning.callbacks", "hookline_lightning.checkpoints")
+HOMES = (
+    "lightning.pytorch", "pytorch_lightning", "hookline_lightning.callbacks", "hookline_lightning.checkpoints",
+    "hookline_lightning.standing",
+)  # fmt: skip
 INSTEAD = {  # refused, and what does the same
     "BatchSizeFinder": "the command `hookline batch-find run.yaml`, before a run, or plugin batch_find",
     "LearningRateFinder": "the command `hookline lr-find run.yaml`, before a run, or plugin lr_find",
@@ -69,6 +72,11 @@ def translated(callbacks: Iterable[Any], given: SimpleNamespace) -> tuple[list[A
 def writes_checkpoints(callback: Any) -> bool:
     """Tell whether a callback is a `Checkpoint`, which is called behind all others."""
     return any(kind.__name__ == "Checkpoint" and kind.__module__.startswith(HOMES) for kind in type(callback).__mro__)
+
+
+def replaces(callback: Any, other: Any) -> bool:
+    """Tell whether a callback of a module's own takes the place of one of the trainer's: of the same class."""
+    return type(callback) is type(other) or (is_of(callback, "ModelCheckpoint") and is_of(other, "ModelCheckpoint"))
 
 
 def is_of(callback: Any, name: str) -> bool:
