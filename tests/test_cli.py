@@ -283,6 +283,7 @@ def test_help_shows_the_commands_of_plugins(hookline):
         ["batch-find", "hookline-batch-find", "0.1.0"],
         ["checkpoints", "hookline-checkpoint", "0.1.0"],
         ["export", "hookline-export", "0.1.0"],
+        ["from-lightning", "hookline-lightning", "0.1.0"],
         ["lr-find", "hookline-lr-find", "0.1.0"],
         ["ray", "hookline-ray", "0.1.0"],
         ["runs", "hookline-runs", "0.1.0"],
@@ -309,6 +310,11 @@ def test_new_plugin_is_whole(folder, hookline):
         cwd=folder, env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stdout
+    for words in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run(
+            ["ruff", *words], cwd=folder / "weight-noise", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout
     assert "is there already" in hookline("new", "plugin", "weight-noise").stderr
     assert "cannot be a plugin's name" in hookline("new", "plugin", "Weight Noise").stderr
 

@@ -69,7 +69,23 @@ def given_to_lightning(lightning):
     return csv._version, csv._prefix, averaging._kwargs["avg_fn"], averaging._use_buffers, found
 
 
+def hooked(torch):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters())
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks]
+    hooks += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    return hooks, torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+
+
 PARTS = [
+    Part(
+        "torch",
+        {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_optimizer_step_pre_hooks"}
+        | {"_optimizer_step_post_hooks", "_C", "_len_torch_dispatch_stack", "_len_torch_function_stack"},
+        {"src"},
+        "the conformance kit looks for hooks and modes that a plugin leaves behind; torch lists them nowhere else",
+        hooked,
+    ),
     Part(
         "torch",
         {"_version"},
@@ -218,10 +234,13 @@ PARTS = [
     ),
     Part(
         "lightning",
-        {"_device"},
+        {"_device", "_mode"},
         {"plugins/lightning"},
-        "the real package answers it as `self.device`",
-        lambda lightning: lightning.LightningModule()._device,
+        "the real package answers the first as `self.device`, and says nowhere else how a CombinedLoader combines",
+        lambda lightning: (
+            lightning.LightningModule()._device,
+            lightning.pytorch.utilities.CombinedLoader.__init__.__code__.co_names.index("_mode"),
+        ),
     ),
     Part(
         "lightning",

@@ -1,5 +1,8 @@
 """Programs for Lightning's first year run here: those of its document, with its loaders, outputs, hooks and state."""
 
+import copy
+import pickle
+import random
 import signal
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -285,7 +288,7 @@ class Losses(CallbackInterface):
         self.losses = []
 
     def on_end_train_step(self, global_step, loss):
-        self.losses += loss.tolist()
+        self.losses += loss.reshape(-1).tolist()
 
 
 PROGRAMS = {
@@ -422,6 +425,28 @@ def test_a_hook_that_nobody_calls_is_refused(monkeypatch):
         train(Pair())
 
 
+def test_methods_of_later_versions_are_refused_unless_they_are_helpers(monkeypatch):
+    monkeypatch.setattr(Pair, "optimizer_step", lambda self, *_: None, raising=False)
+    with pytest.raises(ValueError, match=r"Pair.optimizer_step\(\) is not called here"):
+        train(Pair())
+    monkeypatch.undo()
+
+    class Helped(Pair):
+        ended = 0
+
+        def validation_end(self, outputs):
+            self.on_epoch_end()
+
+        def on_epoch_end(self):
+            self.ended += 1
+
+    module = Helped()
+    train(module, epochs=1)
+    assert module.ended == 1
+    with pytest.raises(NotImplementedError, match="Pair.load_from_metrics is not here, .*load_foreign"):
+        Pair.load_from_metrics("weights.ckpt", "tags.csv")
+
+
 def test_a_module_without_a_training_loader():
     class Bare(early.LightningModule):
         def training_step(self, data_batch, batch_nb):
@@ -429,6 +454,162 @@ def test_a_module_without_a_training_loader():
 
     with pytest.raises(NotImplementedError, match="Bare has no property tng_dataloader"):
         train(Bare(SimpleNamespace()))
+
+
+# Properties and the trainer -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tng_dataloader", "val_dataloader", "test_dataloader"])
+def test_a_mistake_in_a_property_comes_out_as_it_is(name, monkeypatch):
+    monkeypatch.setattr(Template, name, property(lambda self: DataLoader(points(), self.hparams.batch_sise)))
+    trainer = hookline.Trainer(Template(hparams()), {"lightning": {}})
+    with pytest.raises(AttributeError, match="has no attribute 'batch_sise'"):
+        trainer.test() if name == "test_dataloader" else trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "words"),
+    [
+        (lambda self: DataLoader(points(), 8), TypeError, "Template.tng_dataloader is a method, .* @property above"),
+        (property(lambda self: None), ValueError, "Template.tng_dataloader is None: it must be a loader"),
+        (property(lambda self: [DataLoader(points())]), ValueError, "is a list of loaders, and one is wanted"),
+    ],
+)
+def test_training_loaders_that_cannot_be(loader, error, words, monkeypatch):
+    monkeypatch.setattr(Template, "tng_dataloader", loader)
+    with pytest.raises(error, match=words):
+        train(Template(hparams()))
+
+
+class OwnTemplate(Template):
+    """Reads of its trainer what Lightning's own template and the module of its tests read."""
+
+    def __init__(self, hparams):
+        super().__init__(hparams)
+        self.read = []
+
+    def training_step(self, data_batch, batch_nb):
+        output = super().training_step(data_batch, batch_nb)
+        if self.trainer.use_dp:
+            output["loss"] = output["loss"].unsqueeze(0)
+        assert self.trainer.batch_nb == batch_nb
+        assert (self.trainer.global_step, self.trainer.current_epoch) == (self.global_step, self.current_epoch)
+        return output
+
+    def validation_step(self, data_batch, batch_nb):
+        output = super().validation_step(data_batch, batch_nb)
+        self.read.append((self.on_gpu, self.trainer.use_dp, self.trainer.use_ddp, self.trainer.batch_nb))
+        return output
+
+    def configure_optimizers(self):
+        optimizers = super().configure_optimizers()
+        return optimizers, [torch.optim.lr_scheduler.StepLR(optimizers[0], 1, gamma=0.5)]
+
+    @early.data_loader
+    def tng_dataloader(self):
+        self.asked += 1
+        assert (self.trainer.proc_rank, self.trainer.world_size, self.trainer.max_nb_epochs) == (0, 1, 2)
+        return DataLoader(Pictures(train=True), batch_size=self.hparams.batch_size, shuffle=True)
+
+
+def test_a_module_reads_of_its_trainer_what_the_template_of_the_first_year_does():
+    module = OwnTemplate(hparams())
+    assert module.trainer is None
+    trainer = train(module)
+    assert module.read == [(False, False, False, 5)] * 6
+    assert module.asked == 2
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.01 * 0.25]
+    assert module.trainer is None  # a module that is kept keeps no run alive
+    module.read.clear()
+    trainer.validate()
+    assert module.read == [(False, False, False, 5)] * 3
+
+
+def test_what_the_trainer_of_a_module_has_not_is_hooklines_and_a_copy_has_nothing(monkeypatch):
+    seen = []
+
+    def update(self, logs):
+        seen.append((self.trainer.core is self.trainer.core, self.trainer.options.epochs, self.trainer.nb_tng_batches))
+        seen.append(copy.deepcopy(self.trainer))
+        return logs
+
+    monkeypatch.setattr(Template, "update_tng_log_metrics", update)
+    train(Template(hparams()), epochs=1)
+    assert seen[0] == (True, 1, 6)
+    with pytest.raises(RuntimeError, match="one of a copy of a module"):
+        _ = seen[1].options
+
+
+# The parser -----------------------------------------------------------------------------
+
+
+def parser(strategy="grid_search"):
+    made = HyperOptArgumentParser(strategy)
+    made.opt_list("--nb_layers", default=2, type=int, tunable=True, options=[2, 4, 8])
+    made.opt_list("--drop", default=0.2, type=float, tunable=False, options=[0.2, 0.5])
+    made.opt_range("--neurons", "--n", default=50, type=int, tunable=True, low=100, high=800, nb_samples=8)
+    made.opt_range("--rate", default=0.1, type=float, tunable=False, low=0.1, high=1.0)
+    return made
+
+
+def test_arguments_hold_and_trials_are_another_matter():
+    given = parser().parse_args(["--drop", "0.5"])
+    assert vars(given) == {"hpc_exp_number": None, "nb_layers": 2, "drop": 0.5, "neurons": 50, "rate": 0.1}
+    trials = list(given.trials(9))
+    places = [(trial.nb_layers, trial.neurons) for trial in trials]
+    assert places == [*((2, number) for number in range(100, 900, 100)), (4, 100)]
+    assert {(trial.drop, trial.rate) for trial in trials} == {(0.5, 0.1)}
+    assert given.nb_layers == 2
+    assert len(list(given.trials())) == len(given.generate_trials(99)) == 24
+    child = HyperOptArgumentParser(parents=[parser()])
+    assert len(list(child.parse_args([]).trials())) == 24
+
+
+def test_trials_at_random_are_all_different():
+    random.seed(1)
+    trials = parser("random_search").parse_args([]).generate_trials(24)
+    assert len({(trial.nb_layers, trial.neurons) for trial in trials}) == 24
+    assert [trial.nb_layers for trial in trials] != [2] * 8 + [4] * 8 + [8] * 8
+
+
+def test_a_range_of_ratios():
+    made = HyperOptArgumentParser()
+    made.opt_range("--rate", default=0.1, type=float, tunable=True, low=1e-4, high=1.0, nb_samples=5, log_base=10)
+    assert made.tunable["rate"] == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1.0])
+
+
+def test_a_json_file_wins(tmp_path):
+    (tmp_path / "example.json").write_text('{"nb_layers": 16, "more": "text"}')
+    made = parser()
+    made.json_config("--config", default="example.json")
+    given = made.parse_args(["--nb_layers", "4"])
+    assert (given.nb_layers, given.more) == (16, "text")
+
+
+def test_arguments_are_copied_without_their_parser():
+    given = parser().parse_args([])
+    assert pickle.loads(pickle.dumps(given)) == copy.deepcopy(given) == given
+    with pytest.raises(ValueError, match="trials.. of a copy of arguments: ask what parse_args returned"):
+        list(copy.deepcopy(given).trials(1))
+
+
+@pytest.mark.parametrize("name", ["", "_cpu", "_gpu"])
+def test_processes_of_a_search_are_refused(name):
+    with pytest.raises(NotImplementedError, match=f"optimize_parallel{name}.. is not here: .*hookline sweep"):
+        getattr(parser().parse_args([]), f"optimize_parallel{name}")(print, nb_trials=2)
+
+
+def test_searches_that_cannot_be():
+    with pytest.raises(ValueError, match="strategy='bayes' must be one of grid_search, random_search"):
+        list(parser("bayes").parse_args([]).trials(1))
+    with pytest.raises(ValueError, match="random_search needs a number of trials"):
+        list(parser("random_search").parse_args([]).trials())
+    with pytest.raises(ValueError, match="'--a'.: a tunable argument needs options"):
+        HyperOptArgumentParser().opt_list("--a", tunable=True)
+    with pytest.raises(ValueError, match="'--a'.: a tunable range needs low and high"):
+        HyperOptArgumentParser().opt_range("--a", tunable=True, type=int)
+    with pytest.raises(ValueError, match="low=0, log_base=2.: ratios need a range above 0"):
+        HyperOptArgumentParser().opt_range("--a", tunable=True, type=int, low=0, high=1, log_base=2)
 
 
 def test_freezing():

@@ -16,6 +16,8 @@ from hookline import ModuleInterface, Stage
 from hookline_lightning.calls import call as call
 from hookline_lightning.calls import overridden as overridden
 from hookline_lightning.configure import SchedulerConfig, read_optimizers
+from hookline_lightning.loaders import in_turn, joined
+from hookline_lightning.members import member
 from hookline_lightning.module import DOORS, Doors, LightningModule
 from hookline_lightning.view import View
 
@@ -61,6 +63,7 @@ class Bridge(ModuleInterface):
         self.word = "fit"
         self.configs: list[SchedulerConfig] = []
         self.loaders: dict[Stage, Any] = {}
+        self._joined: dict[bool, Any] = {}  # training loaders, by whether they shuffle
         self.index = 0  # of the batch under way: in training within its window
         self.batch_idx = self.loader_idx = 0
         self.skipped = False
@@ -95,13 +98,14 @@ class Bridge(ModuleInterface):
     @property
     def manual(self) -> bool:
         """Whether the module steps its optimizers itself."""
-        return not getattr(self.module, "automatic_optimization", True)
+        return not member(self.module, "automatic_optimization", True)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
         return {
             **kept,
             "loaders": {},
+            "_joined": {},
             "listeners": {},
             "files": None,
             "at_least": None,
@@ -177,30 +181,20 @@ class Bridge(ModuleInterface):
         return self.loaders[stage]
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
-        """Return the user's loader."""
-        loader = self.ask_for_loaders(Stage.TRAIN)
-        if loader is None:
-            raise ValueError(
-                f"{type(self.module).__name__} has no train_dataloader(), and no data module or loader is given"
-            )
-        if isinstance(loader, (list, tuple, Mapping)):
-            raise ValueError(
-                f"train_dataloader() returned a {type(loader).__name__} of loaders, and one is wanted: put them into "
-                "one data set, or return one iterable over all of them (lightning's CombinedLoader is one)"
-            )
-        return loader
+        """Return the user's loader, or one for several."""
+        loader, shuffle = self.ask_for_loaders(Stage.TRAIN), getattr(sampler, "shuffle", True)
+        if shuffle not in self._joined:
+            self._joined[shuffle] = joined(loader, self.trainer.shares, shuffle)
+        return self._joined[shuffle]
 
     def _evaluation_loaders(self, stage: Stage) -> Any:
         asked = self.ask_for_loaders(stage)
         if asked is None:
             return None
-        if isinstance(asked, (list, tuple)):
-            asked = {f"dataloader_idx_{number}": loader for number, loader in enumerate(asked)}
-        if not isinstance(asked, Mapping):
-            asked = {"default": asked}
-        elif len(asked) == 1:
-            asked = {"default": next(iter(asked.values()))}
-        return asked
+        loaders = in_turn(asked, stage is Stage.PREDICT)
+        if len(loaders) == 1:
+            return {"default": loaders[0]}
+        return {f"dataloader_idx_{number}": loader for number, loader in enumerate(loaders)}
 
     def get_val_dataloaders(self, sampler: type, batch_size: int) -> Any:
         """Return the user's loaders."""

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from hookline_lightning.members import member
+
 BASES = (  # what stands in classes of these modules is nobody's override
-    "torch.nn", "hookline_lightning.module", "hookline_lightning.early",
+    "torch.nn", "hookline_lightning.module", "hookline_lightning.bases", "hookline_lightning.early",
     "lightning.pytorch.core", "lightning.fabric", "pytorch_lightning.core",
     "lightning.pytorch.callbacks.callback", "pytorch_lightning.callbacks.callback", "lightning_fabric",
 )  # fmt: skip
@@ -21,7 +23,7 @@ def overridden(thing: Any, name: str) -> Callable[..., Any] | None:
         return getattr(thing, name)  # type: ignore[no-any-return]
     for kind in type(thing).__mro__:
         if name in vars(kind):
-            return None if kind is object or kind.__module__.startswith(BASES) else getattr(thing, name)
+            return None if kind is object or kind.__module__.startswith(BASES) else member(thing, name)
     return None
 
 

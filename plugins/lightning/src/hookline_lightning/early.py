@@ -1,18 +1,17 @@
-"""Lightning's first year: modules with `tng_dataloader`, `validation_end` and `get_save_dict`."""
+"""Lightning's first year: modules with `tng_dataloader`, `validation_end` and `get_save_dict`, and their trainer."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Generator, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import hookline
-from hookline import CallbackInterface, ModuleInterface, Stage, copy_state, hookimpl
-from hookline_lightning.bridge import overridden
 
-LOADERS = {Stage.TRAIN: "tng_dataloader", Stage.VAL: "val_dataloader", Stage.TEST: "test_dataloader"}
+if TYPE_CHECKING:
+    from hookline_lightning.early_bridge import Bridge
 
 
 class LightningModule(torch.nn.Module):
@@ -29,6 +28,7 @@ class LightningModule(torch.nn.Module):
         self.global_step = 0
         """Batches trained on; within a step that of the step, from 1."""
         self.trainer: Any = None
+        """Within a run its `View`."""
         self.experiment: Any = None
         self.example_input_array: Any = None
         self.on_gpu = False
@@ -51,6 +51,14 @@ class LightningModule(torch.nn.Module):
         """The test loader; None for no test."""
         return None
 
+    @classmethod
+    def load_from_metrics(cls, weights_path: Any, tags_csv: Any, *more: Any, **options: Any) -> None:
+        """Refuse: such a file is a pickle, which may run code."""
+        raise NotImplementedError(
+            f"{cls.__name__}.load_from_metrics is not here, as reading its file could run code: make the module from "
+            'your own hparams, and module.load_state_dict(hookline_checkpoint.load_foreign(path)["state_dict"])'
+        )
+
     def freeze(self) -> None:
         """Have no parameter require gradients."""
         self.requires_grad_(False)
@@ -63,242 +71,104 @@ class LightningModule(torch.nn.Module):
         return {**self.__dict__, "trainer": None}  # a copy is with no run
 
 
-class HyperOptArgumentParser(argparse.ArgumentParser):
-    """An argument parser that has what `add_model_specific_args` asks of it.
+def data_loader(method: Callable[[Any], Any]) -> property:
+    """Make a property of a method that gives a loader; the method is called once."""
+    kept = f"_lazy_{method.__name__}"
 
-    Args:
-        strategy: of a search; kept for children, which are given it.
-        options: of `argparse.ArgumentParser`. An option of a parent's may be given anew.
+    def loader(self: Any) -> Any:
+        if kept not in vars(self):
+            vars(self)[kept] = method(self)
+        return vars(self)[kept]
+
+    return property(loader, doc=method.__doc__)
+
+
+class View:
+    """What `self.trainer` is within a run: the names of the first year; others are those of `hookline.Trainer`.
+
+    A copy or a pickle of it is with no run.
     """
 
-    def __init__(self, *args: Any, strategy: str | None = None, **options: Any) -> None:
-        super().__init__(*args, **{"conflict_handler": "resolve", **options})
-        self.strategy = strategy
+    use_dp = use_ddp2 = single_gpu = False
+    """Several devices of one process are used by no plugin, so that outputs are never lists of devices."""
 
-    def opt_list(self, *args: Any, options: Any = None, tunable: bool = False, **more: Any) -> argparse.Action:
-        """Add an argument that a search could choose from `options`; here its default or the given value holds."""
-        return self.add_argument(*args, **more)
+    def __init__(self, bridge: Bridge | None = None) -> None:
+        self._bridge = None if bridge is None else weakref.ref(bridge)
+
+    def __reduce__(self) -> Any:
+        return View, ()
+
+    @property
+    def bridge(self) -> Bridge:
+        """What adapts the module; `RuntimeError` where there is no run."""
+        bridge = None if self._bridge is None else self._bridge()
+        if bridge is None:
+            raise RuntimeError("this trainer is one of a copy of a module, or its run is no more")
+        return bridge
+
+    @property
+    def core(self) -> hookline.Trainer:
+        """The `hookline.Trainer` itself."""
+        return self.bridge.trainer
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.core, name)
+
+    @property
+    def batch_nb(self) -> int:
+        """Index of the newest batch of training in its epoch."""
+        return self.bridge.newest
+
+    @property
+    def global_step(self) -> int:
+        """Batches trained on; within a step that of the step, from 1."""
+        return self.bridge.module.global_step  # type: ignore[no-any-return]
+
+    @property
+    def current_epoch(self) -> int:
+        """Index of the epoch."""
+        return self.core.epoch
+
+    @property
+    def max_nb_epochs(self) -> int | None:
+        """Epochs of the run."""
+        return self.core.options.epochs
+
+    @property
+    def accumulate_grad_batches(self) -> int:
+        """Batches of one optimizer step."""
+        return self.core.window_size
+
+    @property
+    def nb_tng_batches(self) -> int | None:
+        """Batches of an epoch on this rank; None where nobody can know."""
+        return self.core.totals.batches_per_epoch
+
+    @property
+    def proc_rank(self) -> int:
+        """Of this process."""
+        return self.core.rank  # type: ignore[no-any-return]
+
+    @property
+    def use_ddp(self) -> bool:
+        """Whether there are several processes."""
+        return self.core.world_size > 1  # type: ignore[no-any-return]
+
+    data_parallel = use_ddp
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is on no CPU."""
+        return not self.core.on_cpu
+
+    @property
+    def lr_schedulers(self) -> list[Any]:
+        """The schedulers."""
+        return [one.scheduler for one in self.core.schedulers]
 
 
 def is_mine(module: Any) -> bool:
     """Tell whether a module is one of the first year."""
     return hasattr(type(module), "tng_dataloader") and hasattr(type(module), "training_step")
-
-
-def refuse_unheard(module: torch.nn.Module) -> None:
-    """Refuse hooks that the user has written and nobody would call.
-
-    Raises:
-        ValueError: one of the module's methods, by name.
-    """
-    for name in dir(type(module)):
-        if name.startswith("on_") and callable(overridden(module, name)):
-            raise ValueError(
-                f"{type(module).__name__}.{name}() is not called here: hooks of the first year stand in no document of "
-                "it; write a plugin, or take today's LightningModule"
-            )
-
-
-class Bridge(ModuleInterface):
-    """A module of the first year.
-
-    Args:
-        module: the user's.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module: Any = module
-        self.index = 0
-        """Of the micro-batch within its window."""
-        self.batch_nb = 0
-        """Of the batch under way in an evaluation."""
-        self.outputs: list[Any] = []
-        self._loaders: dict[Stage, Any] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_loaders": {}, "outputs": []}
-
-    # Steps ----------------------------------------------------------------------------
-
-    def train_step(self, global_step: int, batch: Any, device: Any) -> torch.Tensor:
-        """Return the loss of a batch; what is for progress displays is logged."""
-        core, module = self.trainer, self.module
-        self.follow(self.index + 1)
-        returned = module.training_step(batch, core.position + self.index)
-        if isinstance(returned, torch.Tensor):
-            return returned
-        if not isinstance(returned, Mapping) or "loss" not in returned:
-            has = f"a mapping with {', '.join(returned)}" if isinstance(returned, Mapping) else type(returned).__name__
-            raise ValueError(
-                f"{type(module).__name__}.training_step must return a mapping with 'loss', or the loss; it returned "
-                f"{has}"
-            )
-        shown = returned.get("prog", returned.get("tqdm_metrics"))
-        own = core.options.train_loss_metric_name  # the run logs the loss itself under this name
-        for name, value in (shown or {}).items():
-            if name != own:
-                core.log(prog=True, reduce="mean" if isinstance(value, torch.Tensor) else "last", **{name: value})
-        loss: torch.Tensor = returned["loss"]
-        return loss
-
-    def val_step(self, global_step: int, batch: Any, device: Any) -> tuple[Any, ...]:
-        """Keep what `validation_step` returns for `validation_end`, or log it where there is none."""
-        return self._evaluate("validation", batch)
-
-    def test_step(self, global_step: int, batch: Any, device: Any) -> tuple[Any, ...]:
-        """Do the same with `test_step`, or with `validation_step` where there is none."""
-        return self._evaluate("test" if hasattr(self.module, "test_step") else "validation", batch)
-
-    def _evaluate(self, word: str, batch: Any) -> tuple[Any, ...]:
-        number, self.batch_nb = self.batch_nb, self.batch_nb + 1
-        returned = getattr(self.module, f"{word}_step")(batch, number)
-        if returned is None:
-            return ()
-        if not isinstance(returned, Mapping):
-            raise TypeError(f"{word}_step must return a mapping or None; it returned a {type(returned).__name__}")
-        if hasattr(self.module, f"{word}_end"):
-            self.outputs.append(returned)
-        else:
-            self.trainer.log(**returned)
-        return ()
-
-    def end(self, stage: Stage) -> None:
-        """Have `validation_end` make metrics of the outputs of all batches and ranks."""
-        word = "test" if stage is Stage.TEST and hasattr(self.module, "test_step") else "validation"
-        finish = getattr(self.module, f"{word}_end", None)
-        if finish is None:
-            return
-        outputs, self.outputs = gathered(self.trainer, self.outputs), []
-        metrics = finish(outputs)
-        if metrics is None:
-            return
-        if not isinstance(metrics, Mapping):
-            raise TypeError(f"{word}_end must return a mapping or None; it returned a {type(metrics).__name__}")
-        self.trainer.log(prog=True, **metrics)
-
-    def follow(self, ahead: int = 0) -> None:
-        """Tell the module where the run is."""
-        core, module = self.trainer, self.module
-        module.current_epoch, module.global_step = core.epoch, core.counters.batches + ahead
-
-    # Data and optimizers --------------------------------------------------------------
-
-    def ask_for_loaders(self, stage: Stage) -> Any:
-        """Return what a property of the module answers, asked once."""
-        if stage not in self._loaders:
-            self._loaders[stage] = getattr(self.module, LOADERS[stage], None)
-        return self._loaders[stage]
-
-    def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
-        """Return the module's loader."""
-        return self.ask_for_loaders(Stage.TRAIN)
-
-    def get_val_dataloaders(self, sampler: type, batch_size: int) -> Any:
-        """Return the module's loader."""
-        return self.ask_for_loaders(Stage.VAL)
-
-    def get_test_dataloaders(self, sampler: type, batch_size: int) -> Any:
-        """Return the module's loader."""
-        return self.ask_for_loaders(Stage.TEST)
-
-    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int | None, epochs: int) -> Any:
-        """Return the module's optimizers; after one backward each of them steps."""
-        made = self.module.configure_optimizers()
-        return (list(made) if isinstance(made, (list, tuple)) else [made]), []
-
-    # State ----------------------------------------------------------------------------
-
-    def get_own_state(self) -> dict[str, Any]:
-        """Return what `get_save_dict` does, and where the run is."""
-        save = getattr(self.module, "get_save_dict", None)
-        if save is None:
-            return {}
-        saved = save()
-        if not isinstance(saved, Mapping):
-            raise TypeError(f"get_save_dict must return a mapping; it returned a {type(saved).__name__}")
-        counters = self.trainer.counters
-        return {"saved": dict(saved), "place": {"epoch": counters.epochs, "global_step": counters.batches}}
-
-    def update_own_state(self, state: Mapping[str, Any]) -> None:
-        """Hand a copy of it to `load_model_specific`, together with the place."""
-        if hasattr(self.module, "load_model_specific"):
-            self.module.load_model_specific({**copy_state(state["saved"]), **state["place"]})
-
-
-class Following(CallbackInterface):
-    """Tells a module of the first year where its run is."""
-
-    def __init__(self, bridge: Bridge) -> None:
-        self.bridge = bridge
-
-    @hookimpl
-    def on_begin_run(self, stage: Stage) -> None:
-        if stage is Stage.TRAIN:  # as after the sanity check of the first year
-            self.bridge.train()
-
-    @hookimpl(wrapper=True, tryfirst=True)
-    def evaluate(self, trainer: hookline.Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
-        metrics = yield
-        if trainer.stage is Stage.TRAIN:  # the first year did so, whatever the modes were
-            self.bridge.train()
-        return metrics
-
-    @hookimpl
-    def on_begin_train(self, trainer: hookline.Trainer) -> None:
-        module = self.bridge.module
-        if isinstance(module, LightningModule):
-            module.trainer, module.on_gpu = trainer, not trainer.on_cpu
-        self.bridge.follow()
-
-    @hookimpl
-    def on_begin_train_epoch(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
-        self.bridge.follow()
-
-    @hookimpl(wrapper=True)
-    def forward_backward(self, index: int) -> Generator[None, Any, Any]:
-        self.bridge.index = index
-        return (yield)
-
-    @hookimpl
-    def on_begin_evaluation(self, trainer: hookline.Trainer) -> None:
-        self.bridge.batch_nb, self.bridge.outputs = 0, []
-        self.bridge.follow()
-
-    @hookimpl
-    def on_end_val_epoch(self, key: str) -> None:  # type: ignore[override]
-        self.bridge.end(Stage.VAL)
-
-    @hookimpl
-    def on_end_test_epoch(self, key: str) -> None:
-        self.bridge.end(Stage.TEST)
-
-    @hookimpl(wrapper=True)
-    def filter_log(self, trainer: hookline.Trainer) -> Generator[None, dict[str, float], dict[str, float]]:
-        metrics = yield
-        update = getattr(self.bridge.module, "update_tng_log_metrics", None)
-        if update is None or trainer.stage is not Stage.TRAIN:
-            return metrics
-        updated = update(dict(metrics))
-        if not isinstance(updated, dict):
-            raise TypeError(f"update_tng_log_metrics must return a dict; it returned a {type(updated).__name__}")
-        return updated
-
-
-def gathered(core: hookline.Trainer, outputs: list[Any]) -> list[Any]:
-    """Return the outputs of all ranks, the first batch of each, then the second of each, and so on."""
-    if core.shares == 1:
-        return outputs
-    ranks = core.hook.all_gather(trainer=core, value=(core.share, [_moved(one, "cpu") for one in outputs]))
-    shares = list(dict(ranks).values())  # ranks with one share have the same
-    most = max(map(len, shares))
-    ordered = [kept[place] for place in range(most) for kept in shares if place < len(kept)]
-    return [_moved(one, core.device) for one in ordered]
-
-
-def _moved(value: Any, device: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(one, device) for key, one in value.items()}
-    return type(value)(_moved(one, device) for one in value) if isinstance(value, (list, tuple)) else value

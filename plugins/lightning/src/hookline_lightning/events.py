@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from hookline import nearest
 from hookline_lightning.bridge import Bridge, call, overridden
+from hookline_lightning.members import calls_itself, member
 from hookline_lightning.translation import HOMES
+
+log = logging.getLogger("hookline.lightning")
 
 STAGED = [
     f"on_{stage}_{event}"
@@ -26,6 +31,9 @@ OF_MODULES = [
     "on_validation_model_eval", "on_validation_model_train", "on_test_model_eval", "on_test_model_train",
     "on_predict_model_eval", "on_predict_model_train", "on_validation_model_zero_grad",
 ]  # fmt: skip
+OF_DATA = [
+    "on_before_batch_transfer", "on_after_batch_transfer", "on_save_checkpoint", "on_load_checkpoint", "on_exception"
+]  # fmt: skip
 SEPARATELY = ("setup", "teardown", "on_save_checkpoint", "on_load_checkpoint", "on_exception")  # told by the plugin
 LONG_STEPS = {  # event: the hook in which it is told
     "on_before_backward": "run_backward",
@@ -35,6 +43,12 @@ LONG_STEPS = {  # event: the hook in which it is told
     "on_train_batch_end": "on_end_train_step",
 }
 MODES = "the run sets modes before and after each evaluation, and puts every submodule back to what it was"
+GONE = {  # that once were events of Lightning's, or are of callbacks alone
+    "on_epoch_start", "on_epoch_end", "on_batch_start", "on_batch_end", "on_pretrain_routine_start",
+    "on_pretrain_routine_end", "on_init_start", "on_init_end", "on_keyboard_interrupt", "on_train_dataloader",
+    "on_val_dataloader", "on_test_dataloader", "on_predict_dataloader", "on_hpc_save", "on_hpc_load",
+    "on_sanity_check_start", "on_sanity_check_end", "on_exception",
+}  # fmt: skip
 REFUSED = {  # methods of modules, and why
     "on_validation_model_eval": MODES, "on_validation_model_train": MODES, "on_test_model_eval": MODES,
     "on_test_model_train": MODES, "on_predict_model_eval": MODES, "on_predict_model_train": MODES,
@@ -86,13 +100,18 @@ def refuse_unheard(bridge: Bridge, callbacks: Iterable[Any]) -> None:
                     f"the callback {type(callback).__name__} is not called here: it is {OWN[kind.__name__]}; "
                     "hookline_lightning.Trainer(callbacks=[…]) takes it as that"
                 )
-    for thing, known in [(module, OF_MODULES), *((callback, OF_CALLBACKS) for callback in callbacks)]:
+    data = [] if bridge.view.datamodule is None else [(bridge.view.datamodule, OF_DATA)]
+    for thing, known in [(module, OF_MODULES), *((callback, OF_CALLBACKS) for callback in callbacks), *data]:
         for name in dir(type(thing)):
-            if name.startswith("on_") and name not in known and callable(overridden(thing, name)):
-                raise ValueError(
-                    f"{type(thing).__name__}.{name}() is no event that is told here"
-                    f"{nearest(name, known)}; name it otherwise if it is none"
-                )
+            if not name.startswith("on_") or name in known or not callable(overridden(thing, name)):
+                continue
+            if calls_itself(thing, name):
+                continue  # a helper that the user's own code calls
+            said = f"{type(thing).__name__}.{name}() is no event that is told here"
+            meant = name in GONE or difflib.get_close_matches(name, known, 1, 0.8)
+            if meant and known is not OF_DATA:  # Lightning's own data modules have few events
+                raise ValueError(f"{said}{nearest(name, known)}; name it otherwise if it is none")
+            log.warning("%s, and nothing in its class calls it", said)
 
 
 def listeners(bridge: Bridge, callbacks: Iterable[Any]) -> dict[str, list[Callable[..., Any]]]:
@@ -104,7 +123,7 @@ def listeners(bridge: Bridge, callbacks: Iterable[Any]) -> dict[str, list[Callab
     for callback in callbacks:
         for name in OF_CALLBACKS:
             if name not in SEPARATELY and (method := overridden(callback, name)):
-                late = name == "on_train_epoch_end" and hasattr(callback, "monitor")
+                late = name == "on_train_epoch_end" and member(callback, "monitor", callback) is not callback
                 found.setdefault(f"{name} late" if late else name, []).append(_bound(method, bridge))
     for name in OF_MODULES:
         if name not in SEPARATELY and (method := overridden(bridge.module, name)):

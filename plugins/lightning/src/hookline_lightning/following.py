@@ -179,6 +179,9 @@ class Following(CallbackInterface):
         for callback in self.bridge.view.callbacks:
             if method := overridden(callback, "on_exception"):
                 call(method, self.bridge.view, self.bridge.module, exception)
+        data = self.bridge.view.datamodule
+        if data is not None and (method := overridden(data, "on_exception")):
+            call(method, exception)
 
 
 class Steps(CallbackInterface):

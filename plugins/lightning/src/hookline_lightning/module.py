@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import builtins
-import importlib
+import functools
 import inspect
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.utils.data import DataLoader, IterableDataset
 
-from hookline_lightning.plain import AttributeDict
+from hookline_lightning.bases import DataHooks, Events, ModuleHooks, nothing
+from hookline_lightning.hparams import HasHparams
 from hookline_lightning.view import View
 
 
@@ -90,8 +91,11 @@ class Doors:
     def clip_gradients(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip the gradients of an optimizer, by "norm" or by "value"."""
-        if gradient_clip_val is None:
+        """Clip the gradients of an optimizer, by "norm" or by "value"; by default as the trainer was told to."""
+        view = connected(self)
+        gradient_clip_algorithm = gradient_clip_algorithm or view.gradient_clip_algorithm
+        gradient_clip_val = view.gradient_clip_val if gradient_clip_val is None else gradient_clip_val
+        if not gradient_clip_val:
             return
         if gradient_clip_algorithm not in (None, "norm", "value"):
             raise ValueError(f"gradient_clip_algorithm={gradient_clip_algorithm!r} must be norm or value")
@@ -149,60 +153,23 @@ def connected(module: Any) -> View:
     return view  # type: ignore[no-any-return]
 
 
-class HasHparams:
-    """Keeps what its `__init__` was called with."""
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
-        """Return one that is made with saved parameters, a module with saved weights; see `reading`."""
-        return importlib.import_module("hookline_lightning.reading").load_from_checkpoint(
-            cls, checkpoint_path, *args, **options
-        )
-
-    @property
-    def hparams(self) -> AttributeDict:
-        """What `save_hyperparameters` kept."""
-        return vars(self).setdefault("_hparams", AttributeDict())  # type: ignore[no-any-return]
-
-    def save_hyperparameters(self, *names: Any, ignore: str | Iterable[str] = (), logger: bool = True) -> None:
-        """Keep the arguments of `__init__`, or of them those named, or the mapping or namespace that is given.
-
-        Raises:
-            ValueError: a name that is no argument of `__init__`.
-        """
-        given: dict[str, Any] = {}
-        for one in [name for name in names if not isinstance(name, str)]:
-            given.update(one if isinstance(one, Mapping) else vars(one))
-        wanted = [name for name in names if isinstance(name, str)]
-        if wanted or not names:
-            frame = inspect.currentframe()
-            arguments = _arguments(frame.f_back if frame else None)
-            for name in wanted:
-                if name not in arguments:
-                    raise ValueError(f"save_hyperparameters({name!r}): __init__ has only {', '.join(arguments)}")
-            given.update({name: arguments[name] for name in wanted or arguments})
-        left_out = {ignore} if isinstance(ignore, str) else set(ignore)
-        self.hparams.update({name: value for name, value in given.items() if name not in left_out})
-
-
-def _arguments(frame: FrameType | None) -> dict[str, Any]:
-    """Return the arguments of the `__init__` that a frame is of, without `self`; those in ** among them."""
-    assert frame is not None
-    names, _, keywords, values = inspect.getargvalues(frame)
-    arguments = {name: values[name] for name in names[1:]}
-    return {**arguments, **(values[keywords] if keywords else {})}
-
-
-class LightningModule(Doors, HasHparams, torch.nn.Module):
+class LightningModule(Doors, HasHparams, ModuleHooks, torch.nn.Module):
     """A module in Lightning's words: `training_step`, `configure_optimizers`, and what else it needs."""
 
     _trainer: View | None = None
     automatic_optimization = True
+    strict_loading = True
+    example_input_array: Any = None
+    """Arguments of `forward`: a tensor, a tuple, or a dictionary."""
 
     @property
     def trainer(self) -> View:
         """The run, as far as Lightning's modules know it."""
         return connected(self)
+
+    @trainer.setter
+    def trainer(self, trainer: View | None) -> None:
+        self._trainer = trainer
 
     @property
     def current_epoch(self) -> int:
@@ -230,26 +197,132 @@ class LightningModule(Doors, HasHparams, torch.nn.Module):
         return self._trainer.logger if self._trainer and self._trainer.is_connected else None
 
     @property
+    def loggers(self) -> list[Any]:
+        """The same, as a list."""
+        return self._trainer.loggers if self._trainer and self._trainer.is_connected else []
+
+    @property
     def device(self) -> torch.device:
         """Where the first parameter is."""
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
-    def freeze(self) -> None:
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the first parameter of numbers with a fraction."""
+        return next((one.dtype for one in self.parameters() if one.is_floating_point()), torch.get_default_dtype())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the first parameter is on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def fabric(self) -> None:
+        """None, as for every module that a trainer trains."""
+        return None
+
+    @fabric.setter
+    def fabric(self, fabric: Any) -> None:
+        raise ValueError("self.fabric = …: Fabric is not here; a loop of your own needs no adapter of modules")
+
+    def freeze(self) -> Self:
         """Have no parameter require gradients, and be in eval mode."""
-        self.requires_grad_(False)
-        self.eval()
+        return self.requires_grad_(False).eval()
 
-    def unfreeze(self) -> None:
+    def unfreeze(self) -> Self:
         """Have all parameters require gradients, and be in train mode."""
-        self.requires_grad_(True)
-        self.train()
+        return self.requires_grad_(True).train()
+
+    @torch.no_grad()
+    def to_onnx(self, file_path: Any = None, input_sample: Any = None, **options: Any) -> Any:
+        """Write `forward` as ONNX, by `torch.onnx.export`.
+
+        Args:
+            file_path: of the file.
+            input_sample: arguments of `forward`; `example_input_array` unless given.
+            options: of `torch.onnx.export`.
+
+        Raises:
+            ValueError: there is no sample.
+        """
+        sample = self.example_input_array if input_sample is None else input_sample
+        if sample is None:
+            raise ValueError("to_onnx needs input_sample, or self.example_input_array in the module")
+        mode = self.training
+        try:
+            return torch.onnx.export(self.eval(), sample, file_path, **options)
+        finally:
+            self.train(mode)
+
+    def to_torchscript(self, *arguments: Any, **options: Any) -> None:
+        """Refuse: torch.jit is on its way out of torch, and Lightning's method on its way out of Lightning."""
+        raise NotImplementedError(
+            "to_torchscript is not here: torch.jit is deprecated. Take torch.export.export(module, (inputs,)), or the "
+            "plugin export, which compares what it has written with the module"
+        )
 
 
-class LightningDataModule(HasHparams):
+class LightningDataModule(HasHparams, DataHooks):
     """Data in Lightning's words: `prepare_data`, `setup(stage)` and the loaders."""
 
     trainer: View | None = None
+    name: str | None = None
+    on_exception = load_state_dict = nothing
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept in a checkpoint."""
+        return {}
+
+    @classmethod
+    def from_datasets(
+        cls, train_dataset: Any = None, val_dataset: Any = None, test_dataset: Any = None, predict_dataset: Any = None,
+        batch_size: int = 1, num_workers: int = 0, **options: Any,
+    ) -> Self:  # fmt: skip
+        """Return a data module with loaders of data sets, of which those of training are shuffled.
+
+        Args:
+            train_dataset: a data set, or a list or mapping of several; so the others.
+            val_dataset: for validation.
+            test_dataset: for tests.
+            predict_dataset: for predictions.
+            batch_size: of each loader.
+            num_workers: of each loader.
+            options: of the class itself, which gets `batch_size` and `num_workers`, too, if it takes them.
+        """
+        data = {"train": train_dataset, "val": val_dataset, "test": test_dataset, "predict": predict_dataset}
+        loading = {"batch_size": batch_size, "num_workers": num_workers}
+        taken = inspect.signature(cls.__init__).parameters
+        with_all = any(one.kind is one.VAR_KEYWORD for one in taken.values())
+        made = cls(**options, **{name: one for name, one in loading.items() if with_all or name in taken})
+        for stage, datasets in data.items():
+            if datasets is not None:
+                setattr(made, f"{stage}_dataloader", functools.partial(_loaders, datasets, stage == "train", loading))
+        return made
 
 
-class Callback:
+def _loaders(datasets: Any, shuffled: bool, loading: Mapping[str, int]) -> Any:
+    if isinstance(datasets, Mapping):
+        return {key: _loaders(one, shuffled, loading) for key, one in datasets.items()}
+    if isinstance(datasets, (list, tuple)):
+        return [_loaders(one, shuffled, loading) for one in datasets]
+    shuffle = shuffled and not isinstance(datasets, IterableDataset)
+    return DataLoader(datasets, shuffle=shuffle, **loading)  # type: ignore[arg-type]
+
+
+class Callback(Events):
     """What hears of a run in Lightning's words: `on_train_start(trainer, pl_module)` and so on."""
+
+    setup = teardown = on_sanity_check_start = on_sanity_check_end = on_exception = nothing
+    on_save_checkpoint = on_load_checkpoint = load_state_dict = nothing
+
+    @property
+    def state_key(self) -> str:
+        """Under which its state is kept; other than that of others of its class where these differ."""
+        return type(self).__qualname__
+
+    def _generate_state_key(self, **values: Any) -> str:
+        return f"{type(self).__qualname__}{values!r}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is kept in a checkpoint."""
+        return {}

@@ -57,16 +57,3 @@ def hparams_of(thing: Any) -> dict[str, Any]:
     """Return the parameters that a module or a data module has saved, as plain data."""
     found = getattr(thing, "hparams", None) if thing is not None else None
     return plain(found, []) if isinstance(found, Mapping) else {}
-
-
-class AttributeDict(dict[str, Any]):
-    """Parameters, as items and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"hparams have no {name!r}; they have {', '.join(self)}") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value

@@ -10,13 +10,16 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl, instantiate, kept_rng, set_seed
-from hookline_lightning import early
+from hookline_lightning import early, early_bridge
 from hookline_lightning.answers import USUAL
 from hookline_lightning.bridge import WORDS, Bridge, call, is_metric, overridden
 from hookline_lightning.events import LONG_STEPS, listeners, refuse_unheard
 from hookline_lightning.following import Following, Steps
+from hookline_lightning.loaders import batch_size, joined
 from hookline_lightning.manual import Manual
+from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
+from hookline_lightning.needs import require_loaders, require_methods
 from hookline_lightning.overrides import OVERRIDES, TRANSFERS, OwnTransfer, Schedules, written
 from hookline_lightning.predicting import Predicted
 from hookline_lightning.run_logger import RunLogger
@@ -56,8 +59,13 @@ class Lightning(CallbackInterface):
         if isinstance(adapted, hookline.ModuleInterface) or not isinstance(adapted, torch.nn.Module):
             return adapted
         kind = type(adapted)
+        if kind.__name__ == "OptimizedModule" and hasattr(adapted, "training_step"):
+            raise TypeError(
+                "this module is one of torch.compile: give the module itself, and the plugin compile, "
+                "plugins={'compile': {}}"
+            )
         if early.is_mine(adapted):
-            self._bridge = early.Bridge(adapted)
+            self._bridge = early_bridge.Bridge(adapted)
         elif hasattr(kind, "training_step") and hasattr(kind, "configure_optimizers"):
             self._bridge = Bridge(adapted, trainer)
         else:
@@ -70,9 +78,9 @@ class Lightning(CallbackInterface):
         if bridge is None:
             return
         trainer.plugins.register(Life(self), "lightning.life")
-        if isinstance(bridge, early.Bridge):
-            early.refuse_unheard(bridge.module)
-            trainer.plugins.register(early.Following(bridge), "lightning.following")
+        if isinstance(bridge, early_bridge.Bridge):
+            early_bridge.refuse_unheard(bridge.module)
+            trainer.plugins.register(early_bridge.Following(bridge), "lightning.following")
             return
         module, view = bridge.module, bridge.view
         view.datamodule = instantiate(self.datamodule, "lightning.datamodule")  # a configuration names their classes
@@ -131,7 +139,7 @@ class Lightning(CallbackInterface):
         bridge = self._bridge
         if bridge is None:
             return {}
-        if isinstance(bridge, early.Bridge):
+        if isinstance(bridge, early_bridge.Bridge):
             return bridge.get_own_state()
         view, module = bridge.view, bridge.module
         place = {"epoch": view.current_epoch, "global_step": view.global_step}
@@ -151,7 +159,7 @@ class Lightning(CallbackInterface):
     def update_state(self, state: dict[str, Any]) -> None:
         """Give it back, to each a copy of its own."""
         bridge = self._bridge
-        if isinstance(bridge, early.Bridge):
+        if isinstance(bridge, early_bridge.Bridge):
             bridge.update_own_state(state)
             return
         view, module = bridge.view, bridge.module
@@ -170,7 +178,7 @@ class Lightning(CallbackInterface):
             yield "datamodule", view.datamodule
         seen: dict[str, int] = {}
         for callback in view.callbacks:
-            key = str(getattr(callback, "state_key", type(callback).__qualname__))
+            key = str(member(callback, "state_key", type(callback).__qualname__))
             seen[key] = seen.get(key, 0) + 1
             yield f"callback {key}" if seen[key] == 1 else f"callback {key} {seen[key]}", callback
 
@@ -187,6 +195,9 @@ class Life(CallbackInterface):
         today = isinstance(bridge, Bridge)
         if today:
             bridge.word = WORDS[stage]
+            require_methods(bridge, stage)
+        else:
+            bridge.connect()
         with kept_rng():
             set_seed(trainer.options.seed)  # data that are made at random are the same in each process and session
             if today:
@@ -199,10 +210,13 @@ class Life(CallbackInterface):
                     if hasattr(one, "_device"):  # what the real package answers as `self.device`
                         one._device = trainer.device
             loader = bridge.ask_for_loaders(stage)
+            if today:
+                require_loaders(bridge, stage)
             if stage is Stage.TRAIN:
                 bridge.ask_for_loaders(Stage.VAL)
                 parts = trainer.shares * trainer.hook.get_window_size(trainer=trainer)
-                trainer.options.train_batch_size = (getattr(loader, "batch_size", None) or 1) * parts
+                trainer.options.train_batch_size = batch_size(loader) * parts
+                loader = joined(loader)
                 if self.plugin.val_check_interval is not None:
                     self._set_interval(trainer, loader, self.plugin.val_check_interval)
         try:
@@ -210,6 +224,8 @@ class Life(CallbackInterface):
         finally:
             if today:
                 self._each(bridge, "teardown", bridge.word)
+            else:
+                bridge.disconnect()
 
     @staticmethod
     def _begin_files(bridge: Bridge) -> None:
@@ -223,15 +239,20 @@ class Life(CallbackInterface):
                 logger.tell_waiting()
 
     def _prepare(self, trainer: hookline.Trainer, bridge: Bridge) -> None:
-        """Have one process of each machine prepare the data, and the others wait; an error is one of all."""
-        asked = [overridden(one, "prepare_data") for one in (bridge.view.datamodule, bridge.module) if one is not None]
-        if not any(asked):
+        """Have one process of each machine (or of all) prepare the data, the others wait; an error is one of all."""
+        asked = [
+            (prepare, trainer.local_rank if member(one, "prepare_data_per_node", True) else trainer.rank)
+            for one in (bridge.view.datamodule, bridge.module)
+            if one is not None and (prepare := overridden(one, "prepare_data"))
+        ]
+        if not asked:
             return
         failure: Exception | None = None
-        if trainer.local_rank == 0:
+        if any(rank == 0 for _, rank in asked):
             try:
-                for prepare in filter(None, asked):
-                    prepare()
+                for prepare, rank in asked:
+                    if rank == 0:
+                        prepare()
             except Exception as error:
                 failure = error
         said = trainer.hook.all_gather(trainer=trainer, value=None if failure is None else repr(failure))
