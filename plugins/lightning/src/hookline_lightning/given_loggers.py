@@ -43,7 +43,8 @@ def _arguments_of(logger: Any) -> dict[str, Any] | None:
             **found, **logger._kwargs, "sub_dir": logger.sub_dir, "log_graph": logger._log_graph,
         }  # fmt: skip
     if kind == "WandbLogger":
-        init = {name: value for name, value in logger._wandb_init.items() if name not in ("id", "dir", "resume")}
+        own = ("id", "dir", "resume", "anonymous")
+        init = {name: value for name, value in logger._wandb_init.items() if name not in own}
         return {**init, "id": logger._wandb_init.get("id"), "offline": logger._offline, "prefix": logger._prefix,
                 "log_model": logger._log_model}  # fmt: skip
     if kind == "MLFlowLogger":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from hookline_lightning.plain import plain
 from hookline_lightning.run_logger import Logger, RunLogger
 
 __all__ = ["CSVLogger", "CometLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"]
+
+log = logging.getLogger("hookline.lightning")
 
 MODELS = "name plugin model_saving: what it writes goes to the trackers"
 
@@ -48,6 +51,7 @@ class CSVLogger(_InFolder):
         flush_logs_every_n_steps: int = 100,
     ) -> None:  # fmt: skip
         self._keep(save_dir, name, version, prefix)
+        _warn(self, {"flush_logs_every_n_steps": (flush_logs_every_n_steps, 100)})
 
 
 class TensorBoardLogger(_InFolder):
@@ -92,9 +96,17 @@ class WandbLogger(RunLogger):
                 "anonymous": (anonymous, "log in, or say offline=True"),
             },
         )  # fmt: skip
+        _warn(
+            self,
+            {
+                "save_dir": (save_dir, "."), "dir": (dir, None), "checkpoint_name": (checkpoint_name, None),
+                "add_file_policy": (add_file_policy, "mutable"), "resume": (init.pop("resume", None), None),
+            },
+        )  # fmt: skip
+        project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         kept = {name: init.pop(name) for name in ("entity", "group", "tags") if init.get(name) is not None}
         self.hparams.update(plain(init.pop("config", None) or {}, []))
-        init = {name: value for name, value in init.items() if value is not None and name not in ("resume", "dir")}
+        init = {name: value for name, value in init.items() if value is not None}
         self._given_name = project or name
         self._options = {
             "mode": "offline" if offline else "online",
@@ -128,6 +140,7 @@ class MLFlowLogger(RunLogger):
                 "run_id": (run_id, "a resumed run of hookline goes on with its own"),
             },
         )  # fmt: skip
+        _warn(self, {"save_dir": (save_dir, "./mlruns"), "synchronous": (synchronous, None)})
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         self._run_name_given = run_name
         self._options = {
@@ -176,6 +189,13 @@ class CometLogger(RunLogger):
     def options(self) -> dict[str, Any]:
         """Return the options of the plugin."""
         return self._options
+
+
+def _warn(logger: Any, given: Mapping[str, tuple[Any, Any]]) -> None:
+    """Warn of arguments that say where or when something is written, each with its default."""
+    if lost := [f"{name}={value!r}" for name, (value, usual) in given.items() if value != usual]:
+        log.warning("%s(%s) has no effect here: trackers write below the run's folder, in the background",
+                    type(logger).__name__, ", ".join(lost))  # fmt: skip
 
 
 def _refuse(logger: Any, asked: Mapping[str, tuple[Any, str]]) -> None:

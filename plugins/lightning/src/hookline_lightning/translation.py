@@ -84,6 +84,15 @@ def is_of(callback: Any, name: str) -> bool:
     return any(kind.__name__ == name and kind.__module__.startswith(HOMES) for kind in type(callback).__mro__)
 
 
+def _warn(callback: Any, *taken: str) -> None:
+    """Warn of arguments without a counterpart, which only say how something looks or when it comes."""
+    plain = vars(type(callback)())
+    changed = {name.lstrip("_"): value for name, value in vars(callback).items() if plain.get(name) != value}
+    if lost := [f"{name}={value!r}" for name, value in changed.items() if name not in taken]:
+        log.warning("%s(%s) has no effect here: it is a plugin, with options of its own",
+                    type(callback).__name__, ", ".join(lost))  # fmt: skip
+
+
 def _learning_rate(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
     for name in ("log_momentum", "log_weight_decay"):
         if getattr(callback, name):
@@ -91,6 +100,7 @@ def _learning_rate(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
                 f"LearningRateMonitor({name}=True) is not here: the plugin monitor logs learning rates; log the rest "
                 "by self.log in on_train_batch_start"
             )
+    _warn(callback)
     return {"monitor": {"learning_rate": True}}
 
 
@@ -99,16 +109,23 @@ def _device_stats(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
     return {"monitor": {"gpu_utilization": gpu, "cpu_utilization": asked is True or (asked is None and not gpu)}}
 
 
+def _throughput(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
+    log.warning("ThroughputMonitor(batch_size_fn=…) has no effect here: the plugin monitor counts samples itself")
+    return {"monitor": {"throughput": True}}
+
+
 def _progress(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
     if given.enable_progress_bar is False:
         raise ValueError(
             f"enable_progress_bar=False and callbacks=[{type(callback).__name__}(…)]: leave one of them out"
         )
+    _warn(callback, "refresh_rate", "enabled")
     given.enable_progress_bar = getattr(callback, "refresh_rate", 1) != 0
     return {}
 
 
 def _summary(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
+    _warn(callback, "max_depth")
     depth = callback._max_depth
     given.enable_model_summary = depth != 0
     return {"summary": {"depth": 1000 if depth == -1 else depth}} if depth else {}
@@ -179,7 +196,7 @@ def _ema(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
 TRANSLATED = {
     "LearningRateMonitor": _learning_rate,
     "DeviceStatsMonitor": _device_stats,
-    "ThroughputMonitor": lambda callback, given: {"monitor": {"throughput": True}},
+    "ThroughputMonitor": _throughput,
     **dict.fromkeys(PROGRESS, _progress),
     **dict.fromkeys(SUMMARY, _summary),
     "GradientAccumulationScheduler": _accumulation,
