@@ -76,7 +76,7 @@ def options_of(given: SimpleNamespace) -> dict[str, Any]:
         **length(given),
         "evaluate_every": cadence,
         "eval_when_finish": False,
-        "sanity_val_steps": _sanity(given) if cadence else 0,
+        "sanity_val_steps": 0 if _is_off(given.limit_val_batches) else _sanity(given),
         "log_every": f"{given.log_every_n_steps or NEVER} steps",
         "train_loss_metric_name": "loss",
         "device": _chosen_device(given),
@@ -226,7 +226,12 @@ def strategy_of(given: SimpleNamespace) -> dict[str, Any]:
             f"strategy={said} must be auto or one of {', '.join(STRATEGIES)}; others are plugins, with their options: "
             'plugins={"ddp": {"static_graph": True}}, {"deepspeed": {…}}'
         )
-    if given.sync_batchnorm and "ddp" in named and ranks > 1:
+    if given.sync_batchnorm and ranks > 1:
+        if "ddp" not in named:
+            raise ValueError(
+                f"sync_batchnorm=True and strategy={strategy!r}: only ddp has it; convert the module yourself, "
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)"
+            )
         named["ddp"] = {**named["ddp"], "sync_batchnorm": True}
     return named
 

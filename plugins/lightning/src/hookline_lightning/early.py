@@ -106,7 +106,8 @@ class View:
     @property
     def core(self) -> hookline.Trainer:
         """The `hookline.Trainer` itself."""
-        return self.bridge.trainer
+        core: hookline.Trainer = self.bridge.trainer
+        return core
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -116,7 +117,8 @@ class View:
     @property
     def batch_nb(self) -> int:
         """Index of the newest batch of training in its epoch."""
-        return self.bridge.newest
+        newest: int = self.bridge.newest
+        return newest
 
     @property
     def global_step(self) -> int:

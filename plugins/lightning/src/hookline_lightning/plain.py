@@ -55,7 +55,8 @@ LEFT_OUT = LeftOut()
 
 def hparams_of(thing: Any) -> dict[str, Any]:
     """Return the parameters that a module or a data module has saved, as plain data."""
-    found = getattr(thing, "hparams", None) if thing is not None else None
+    logged = getattr(thing, "_log_hyperparams", True)  # save_hyperparameters(logger=False)
+    found = getattr(thing, "hparams", None) if thing is not None and logged else None
     return plain(found, []) if isinstance(found, Mapping) else {}
 
 

@@ -17,16 +17,16 @@ from hookline_lightning.events import LONG_STEPS, OWN, listeners, refuse_unheard
 from hookline_lightning.following import Following, Steps
 from hookline_lightning.intervals import Intervals
 from hookline_lightning.loaders import batch_size, joined
-from hookline_lightning.loggers import RunLogger
 from hookline_lightning.manual import Manual
 from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
 from hookline_lightning.needs import require_loaders, require_methods
 from hookline_lightning.overrides import OVERRIDES, TRANSFERS, Closes, OwnTransfer, Schedules, needs_closure, written
 from hookline_lightning.predicting import Predicted
+from hookline_lightning.run_logger import RunLogger
 from hookline_lightning.running import AtLeast
 from hookline_lightning.saving import Files
-from hookline_lightning.translation import is_of, writes_checkpoints
+from hookline_lightning.translation import is_of, replaces, writes_checkpoints
 from hookline_lightning.values import is_metric
 
 
@@ -92,7 +92,8 @@ class Lightning(CallbackInterface):
         callbacks = instantiate(list(self.callbacks), "lightning.callbacks")
         configure = overridden(module, "configure_callbacks")
         more = configure() if configure else []
-        view.callbacks = [*callbacks, *(more if isinstance(more, (list, tuple)) else [more])]
+        more = list(more) if isinstance(more, (list, tuple)) else [more]
+        view.callbacks = [*(one for one in callbacks if not any(replaces(other, one) for other in more)), *more]
         view.callbacks.sort(key=writes_checkpoints)  # behind all others
         view.gradient_clip_val, view.gradient_clip_algorithm = self._clipping
         view.given, view.ckpt_path = self._given, self._ckpt_path

@@ -14,15 +14,14 @@ import torch
 import hookline
 from hookline import Stage, nearest
 from hookline_lightning.answers import Answers, Loop
-from hookline_lightning.loggers import RunLogger
-
-DIGITS = {Stage.VAL: "val", Stage.TEST: "test", Stage.PREDICT: "predict"}
+from hookline_lightning.lengths import Lengths
+from hookline_lightning.run_logger import RunLogger
 
 STAGES = {Stage.TRAIN: "train", Stage.VAL: "validate", Stage.TEST: "test", Stage.PREDICT: "predict"}
 STATUS = {"running": "running", "finished": "finished", "stopped": "finished"}  # others are interrupted
 
 
-class View(Answers):
+class View(Lengths, Answers):
     """What `self.trainer` is: the part of Lightning's trainer that has a meaning here.
 
     A copy or a pickle of it is with no run.
@@ -170,9 +169,12 @@ class View(Answers):
 
     @property
     def state(self) -> Any:
-        """With `fn` ("fit", "validate", "test", "predict"), what the run was begun for, `stage` and `status`."""
-        stage = "sanity_check" if self.core.sanity_checking else STAGES[self.core.stage]
-        return SimpleNamespace(fn=self.bridge.word, stage=stage, status=STATUS.get(self.core.status, "interrupted"))
+        """With `fn`: "fit", "validate", "test" or "predict", what the run was begun for; and how it is."""
+        word = STATUS.get(self.core.status, "interrupted")
+        stage = "sanity_check" if self.sanity_checking else STAGES[self.core.stage]
+        return SimpleNamespace(
+            fn=self.bridge.word, status=word, stage=stage, finished=word == "finished", stopped=word != "running"
+        )
 
     @property
     def should_stop(self) -> bool:
@@ -309,39 +311,6 @@ class View(Answers):
     def predict_dataloaders(self) -> Any:
         """The loaders of a prediction as the user gave them."""
         return self.bridge.loaders.get(Stage.PREDICT)
-
-    @property
-    def num_val_batches(self) -> list[float]:
-        """Batches of each validation loader on this rank."""
-        return self._lengths(Stage.VAL)
-
-    @property
-    def num_sanity_val_batches(self) -> list[float]:
-        """Batches of each validation loader in the sanity check."""
-        return [min(one, self.core.options.sanity_val_steps) for one in self._lengths(Stage.VAL)]
-
-    @property
-    def num_test_batches(self) -> list[float]:
-        """Batches of each test loader on this rank."""
-        return self._lengths(Stage.TEST)
-
-    @property
-    def num_predict_batches(self) -> list[float]:
-        """Batches of each loader of a prediction on this rank."""
-        return self._lengths(Stage.PREDICT)
-
-    def _lengths(self, stage: Stage) -> list[float]:
-        asked = self.bridge.loaders.get(stage)
-        named = list(asked.values()) if isinstance(asked, dict) else asked
-        limit = self.given.overfit_batches if stage is Stage.VAL and self.given.overfit_batches else None
-        limit = getattr(self.given, f"limit_{DIGITS[stage]}_batches") if limit is None else limit
-        limit = int(self.given.fast_dev_run) if self.given.fast_dev_run else limit
-        found = []
-        for loader in [] if named is None else named if isinstance(named, (list, tuple)) else [named]:
-            batches = -(-len(loader) // self.core.shares) if hasattr(loader, "__len__") else float("inf")
-            found.append(int(batches * limit) if isinstance(limit, float) and batches < float("inf") else batches)
-            found[-1] = min(found[-1], limit) if isinstance(limit, int) else found[-1]
-        return found
 
     @property
     def fit_loop(self) -> Loop:
