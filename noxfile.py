@@ -70,6 +70,14 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def kit(session: nox.Session) -> None:
+    """Do every check of the conformance kit on every plugin, the long ones too, and on all broken ones."""
+    session.install("-r", "requirements-dev.txt")
+    tests = ["tests/test_house.py", "tests/test_checks.py"]
+    session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
+
+
+@nox.session
 def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
@@ -123,7 +131,8 @@ def trackers(session: nox.Session) -> None:
 def lightning(session: nox.Session) -> None:
     """Train the demo modules of the real Lightning, here and by its own trainer, to the same losses."""
     session.install("lightning==2.6.6", "-r", "requirements-dev.txt")
-    tests = [f"plugins/lightning/tests/test_{name}.py" for name in ("package", "package_loaders", "bases")]
+    names = ("bases", "package", "package_loaders", "package_trainer")
+    tests = [f"plugins/lightning/tests/test_{name}.py" for name in names]
     session.run("pytest", "-n", "0", *tests, "-m", "slow", *session.posargs)
 
 

@@ -310,6 +310,11 @@ def test_new_plugin_is_whole(folder, hookline):
         cwd=folder, env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert checked.returncode == 0, checked.stdout
+    for words in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run(
+            ["ruff", *words], cwd=folder / "weight-noise", capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout
     assert "is there already" in hookline("new", "plugin", "weight-noise").stderr
     assert "cannot be a plugin's name" in hookline("new", "plugin", "Weight Noise").stderr
 

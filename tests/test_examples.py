@@ -66,7 +66,7 @@ class Losses(CallbackInterface):
         self.by_step = []
 
     def on_end_train_step(self, global_step, loss):
-        self.by_step.append(loss.tolist())
+        self.by_step.append(loss.reshape(-1).tolist())
 
 
 @dataclass(eq=False)

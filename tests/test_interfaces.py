@@ -37,11 +37,11 @@ def test_the_six_events_are_called_by_position_with_outputs_spread():
     assert calls == [
         ("begin", 0, 0),
         ("backward", 0, (), True),
-        ("step", 1, (1,), [(8, 1)]),
+        ("step", 1, (), [(8, 1)]),
         ("backward", 1, (), True),
-        ("step", 2, (1,), [(8, 1)]),
+        ("step", 2, (), [(8, 1)]),
         ("backward", 2, (), True),
-        ("step", 3, (1,), [(4, 1)]),
+        ("step", 3, (), [(4, 1)]),
         ("val", 3, [(3,), (20, 1), (20, 1)], "default"),
         ("epoch", 3, [(3,), (20, 1)]),
         ("end", 3),
@@ -56,7 +56,7 @@ def test_an_override_gets_as_many_outputs_as_it_has_room_for_and_others_are_not_
 
     class One(CallbackInterface):
         def on_end_train_step(self, gs, loss):
-            assert loss.shape == (1,)
+            assert loss.shape == ()
 
     assert tiny_trainer([None_()]).plugins.rooms == dict.fromkeys(
         ["on_end_train_step", "on_end_val_epoch", "on_end_train_epoch", "on_end_test_epoch"], 0
@@ -64,6 +64,83 @@ def test_an_override_gets_as_many_outputs_as_it_has_room_for_and_others_are_not_
     trainer = tiny_trainer([None_(), One()])
     assert trainer.plugins.rooms["on_end_train_step"] == 1
     trainer.train()
+
+
+WINDOWS = {
+    1: [("()", "(1,)", "(8, 1)", "[None]", "[{'a': 1}]")] * 3,
+    2: [
+        ("(2,)", "(2,)", "(16, 1)", "[None, None]", "[{'a': 1}, {'a': 1}]"),
+        ("(1,)", "(1,)", "(8, 1)", "[None]", "[{'a': 1}]"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("window", "expected"), WINDOWS.items())
+def test_the_loss_of_a_step_is_a_number_if_a_step_has_one_micro_batch(window, expected):
+    seen = []
+
+    class Outputs(TinyModule):
+        def train_step(self, global_step, batch, device):
+            loss, predictions = super().train_step(global_step, batch, device)
+            return loss, loss.reshape(1), predictions, None, {"a": 1}
+
+        @hookimpl
+        def get_window_size(self):
+            return window
+
+        def on_end_train_step(self, global_step, *outputs):
+            seen.append(tuple(str(tuple(one.shape) if isinstance(one, torch.Tensor) else one) for one in outputs))
+
+        def on_end_train_epoch(self, global_step, loss, *rest):
+            seen.append(loss.shape)
+
+    tiny_trainer(module=Outputs(samples=24), epochs=1, train_batch_size=8 * window, evaluate_every=None).train()
+    assert seen == [*expected, (3,)]  # the last window of two is one short, and its loss a vector all the same
+
+
+def test_a_plugin_may_change_the_outputs_of_an_epoch_for_the_others():
+    heard = []
+
+    class Doubles(CallbackInterface):
+        @hookimpl(tryfirst=True)
+        def on_end_train_epoch(self, trainer, train_step_collated_outputs):
+            gathered = trainer.hook.gather_outputs(
+                trainer=trainer, outputs=list(train_step_collated_outputs), stage=Stage.TRAIN, key="default"
+            )
+            train_step_collated_outputs[:] = [2 * len(column) for column in gathered]
+
+    class Hears(TinyModule):
+        def on_end_train_epoch(self, global_step, losses):
+            heard.append(losses)
+
+    tiny_trainer([Doubles()], module=Hears(samples=24), epochs=1).train()
+    assert heard == [6]
+
+
+def test_a_module_may_keep_a_function_under_the_name_of_a_hook():
+    class Keeps(TinyModule):
+        def __init__(self):
+            super().__init__()
+            self.save, self.evaluate = print, lambda predictions, references: 1.0
+
+    tiny_trainer(module=Keeps(), epochs=1).train()
+
+
+def test_a_count_is_no_loss_and_a_step_may_return_nothing():
+    class Wraps(CallbackInterface):
+        @hookimpl(wrapper=True)
+        def call_model(self):
+            return (yield)
+
+    class Counts(TinyModule):
+        def val_step(self, global_step, batch, device):
+            return (batch[0] > 0).sum(), batch[0]
+
+    class Silent(TinyModule):
+        def val_step(self, global_step, batch, device): ...
+
+    for module in (Counts(), Silent()):
+        assert tiny_trainer([Wraps()], module=module).validate() == {}
 
 
 def test_too_few_outputs_are_an_error_that_names_the_plugin():

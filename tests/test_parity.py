@@ -12,7 +12,7 @@ class Losses(CallbackInterface):
         self.losses = []
 
     def on_end_train_step(self, gs, losses):
-        self.losses += losses.tolist()
+        self.losses += losses.reshape(-1).tolist()
 
 
 def windows_of(size):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hookline.marks import verb as verb
     from hookline.monitored import Watched as Watched
     from hookline.outputs import named_rows as named_rows
+    from hookline.randomness import generator as generator
     from hookline.randomness import kept_rng as kept_rng
     from hookline.randomness import set_seed as set_seed
     from hookline.state import copy_state as copy_state
@@ -48,6 +49,7 @@ _HOMES = {  # public name: module; imported at the first access, so that `hookli
     "every": "cadence",
     "files": "files",
     "find_blocks": "blocks",
+    "generator": "randomness",
     "hookimpl": "marks",
     "hookspecs": "hookspecs",
     "instantiate": "config",

@@ -410,9 +410,10 @@ def prepare_batch(trainer: Trainer, batch: Any, stage: Stage) -> Any:
 
 @verb
 def call_model(trainer: Trainer, batch: Any, stage: Stage) -> Any:
-    """Return what the module's step for this stage returns for a batch."""
+    """Return what the module's step for this stage returns for a batch; `()` for None."""
     step = trainer.counters.global_step + (stage is TRAIN)
-    return trainer.built.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
+    outputs = trainer.built.model(stage=stage, global_step=step, batch=batch, device=trainer.device)
+    return () if outputs is None else outputs
 
 
 @verb
@@ -486,7 +487,10 @@ def step_schedulers(
 def on_end_train_step(
     trainer: Trainer, global_step: int, train_step_collated_outputs: list[Any], stepped: bool
 ) -> None:
-    """Run when one optimizer step is complete; `stepped` is False if it was skipped."""
+    """Run when one optimizer step is complete; `stepped` is False if it was skipped.
+
+    For the outputs see `CallbackInterface`: if a step has one micro-batch, the loss is a tensor of shape ().
+    """
 
 
 # Evaluation ---------------------------------------------------------------------------
@@ -596,7 +600,11 @@ def get_mode(trainer: Trainer, metric: str) -> str:
 
 @event
 def on_end_train_epoch(trainer: Trainer, global_step: int, train_step_collated_outputs: list[Any]) -> None:
-    """Run when an epoch and its validation are complete; see `CallbackInterface`."""
+    """Run when an epoch and its validation are complete; see `CallbackInterface`.
+
+    A plugin that is called first (tryfirst) may change the items of the list for the others, for example to those of
+    all ranks, by `gather_outputs`.
+    """
 
 
 @event

@@ -89,9 +89,11 @@ class CallbackInterface(ABC):
         Args:
             global_step: completed optimizer steps, including this one.
             train_step_collated_outputs: what `train_step` returned, each output collated over the
-                micro-batches of the step: tensors of one element per batch become a vector, others are
-                concatenated along their first dimension. Detached, on their own device, of this rank
-                only. The trainer collects only as many outputs as the override takes.
+                micro-batches of the step: tensors of shape () become a vector, others are concatenated
+                along their first dimension, values that are no tensors become a list. If a step has
+                one micro-batch, a tensor of shape () stays one: the loss is then a number. Detached,
+                on their own device, of this rank only. The trainer collects only as many outputs as
+                the override takes.
         """
 
     def on_end_val_epoch(self, global_step: int, *val_step_collated_outputs: Any, key: str = "default") -> None:
@@ -110,8 +112,9 @@ class CallbackInterface(ABC):
 
         Args:
             global_step: completed optimizer steps.
-            train_step_collated_outputs: as in `on_end_train_step`, over the whole epoch. After a
-                resume in mid-epoch they cover only the part since the resume.
+            train_step_collated_outputs: as in `on_end_train_step`, over the whole epoch, so tensors of
+                shape () become a vector, even of one element. After a resume in mid-epoch they cover
+                only the part since the resume.
         """
 
     def on_end_train(self, global_step: int) -> None:
@@ -215,8 +218,8 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     ) -> torch.Tensor | tuple[Any, ...]:
         """Return the outputs of one validation batch; gradients are off.
 
-        If the first output is a scalar tensor, it is taken as the mean loss of the batch,
-        and its mean over all samples is logged as `val_loss`.
+        If the first output is a floating-point scalar tensor, it is taken as the mean loss of the
+        batch, and its mean over all samples is logged as `val_loss`.
         """
         raise NotImplementedError(self._unwritten("val_step", "get_val_dataloaders"))
 

@@ -69,7 +69,7 @@ def words_of(name: str) -> set[str]:
             words |= {word, word.rstrip("0123456789")}
     pieces = re.split(r"[\W_]+", name.lower())
     words |= {one + other for one, other in itertools.pairwise(pieces)}  # cross_entropy
-    return words | ({"minus"} if re.match(r"\W*1 *-", name) else set())  # 1-accuracy
+    return words | ({"minus"} if re.search(r"(^|_)\W*1 *-", name) else set())  # 1-accuracy
 
 
 class Watched:

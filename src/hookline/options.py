@@ -65,7 +65,7 @@ class Options:
     place that was reached, or with the saved one ("as_saved").
     """
     resume: str | bool = False
-    """Resume the newest run of this name (true), or the run or checkpoint at a path."""
+    """Resume the newest run of this name that has a checkpoint (true), or the run or checkpoint at a path."""
     run_name: str = "run"
     runs_folder: str = "runs"
     """The parent of run folders: `<runs_folder>/<run_name>-<number>`."""
@@ -132,12 +132,19 @@ def run_folder(options: Options, training: bool) -> Path:
         if not training:
             raise ValueError(there)
         log.warning("%s: starting from scratch", there)
-    last = max(runs, default=0)
-    return runs[last] if resume and runs else Path(options.runs_folder) / f"{options.run_name}-{last + 1}"
+    if resume and runs:
+        saved = [number for number, run in runs.items() if any(name[0] != "." for name in _names(run / CHECKPOINTS))]
+        if saved and max(saved) < max(runs):
+            log.warning("%s has no checkpoint: going on with %s", runs[max(runs)], runs[max(saved)])
+        return runs[max(saved or runs)]
+    return Path(options.runs_folder) / f"{options.run_name}-{max(runs, default=0) + 1}"
 
 
 def _numbered_runs(options: Options) -> dict[int, Path]:
     pattern = re.compile(re.escape(options.run_name) + r"-(\d+)")
     folder = Path(options.runs_folder)
-    names = os.listdir(folder) if folder.is_dir() else []  # a glob would treat an unreadable folder as empty
-    return {int(match[1]): folder / match[0] for match in map(pattern.fullmatch, names) if match}
+    return {int(match[1]): folder / match[0] for match in map(pattern.fullmatch, _names(folder)) if match}
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []  # a glob would treat an unreadable folder as empty

@@ -82,15 +82,19 @@ class Collector:
         return collate(rows)
 
 
-def collate(rows: Sequence[Outputs]) -> list[Any]:
+def collate(rows: Sequence[Outputs], alone: bool = False) -> list[Any]:
     """Combine rows of outputs, column by column.
 
     Scalar tensors become a vector; other tensors are concatenated along their first dimension. Other values, and
     tensors whose other dimensions differ, become a list.
+
+    Args:
+        rows: the outputs of each batch.
+        alone: there is never more than one row, so scalar tensors stay what they are.
     """
     if len(rows) == 1:  # the common case, one micro-batch: no copy
         return [
-            [value] if not isinstance(value, torch.Tensor) else value if value.ndim else value.reshape(1)
+            [value] if not isinstance(value, torch.Tensor) else value if value.ndim or alone else value.reshape(1)
             for value in rows[0]
         ]
     return [_column(values) for values in zip(*rows, strict=True)]

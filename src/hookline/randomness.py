@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from hookline.run import Run
 
 
 def set_seed(seed: int) -> None:
@@ -17,6 +21,22 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def generator(trainer: Run, name: str, *, of_rank: bool = False) -> torch.Generator:
+    """Return a generator on the CPU for random numbers of this step.
+
+    It depends on the run's seed, the name and the step, so nothing has to be saved for a resume, and other random
+    numbers stay what they are. A second one of the same name gives the same numbers in the same step.
+
+    Args:
+        trainer: the trainer.
+        name: what tells the numbers from others, such as `"mine.noise"`.
+        of_rank: other numbers on each rank; else all ranks get the same.
+    """
+    told = (trainer.options.seed, name, trainer.counters.global_step, trainer.rank if of_rank else None)
+    digest = hashlib.blake2b(repr(told).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def get_rng_state() -> dict[str, Any]:

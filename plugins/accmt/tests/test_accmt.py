@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 import re
 import shutil
 import signal
@@ -29,6 +30,7 @@ from hookline_accmt import (
     DVCLive,
     Handler,
     HyperParameters,
+    Metric,
     MLFlow,
     Monitor,
     Optimizer,
@@ -36,6 +38,7 @@ from hookline_accmt import (
     TensorBoard,
     Trainer,
     WandB,
+    accelerator,
     set_seed,
 )
 from hookline_runs import read_run
@@ -201,8 +204,12 @@ def test_the_example_of_the_seed_trains(caplog):
     trainer.fit(module, points(), points(12, 2))
     assert trainer.core.global_step == 20
     assert trainer.status_dict["evaluations_done"] == 2
-    assert caplog.text.count("no metric has this name") == 1
-    assert set(trainer.status_dict["additional_metrics"]) == {"sure"}
+    inputs, references = points(12, 2).tensors
+    module.model.eval()
+    right = (module(inputs).argmax(dim=1) == references).double().mean().item()
+    assert set(trainer.status_dict["additional_metrics"]) == {"accuracy", "sure"}
+    assert trainer.status_dict["additional_metrics"]["accuracy"] == right
+    assert "no metric has this name" not in caplog.text
     assert module(torch.zeros(1, 6)).shape == (1, 2)
     assert "<" in repr(module)
     assert Path("out/model/best_valid_loss/pytorch_model.pt").is_file()
@@ -414,7 +421,7 @@ def test_the_status_is_live_and_changes_when_the_seed_says():
     assert steps[10]["best_train_loss"] == rows(core, "train_loss_epoch")[0]
     assert [row["evaluations_done"] for row in steps] == [0] * 10 + [1] * 10
     assert steps[9]["additional_metrics"] == {}
-    assert set(steps[10]["additional_metrics"]) == {"sure"}
+    assert set(steps[10]["additional_metrics"]) == {"accuracy", "sure"}
     validations = [row for row in module.seen if not row["train"]]
     assert [row["eval_global_step"] for row in validations] == [*range(6)]
     assert {(row["epoch_step"], row["global_step"]) for row in validations} == {(9, 10), (9, 20)}
@@ -424,7 +431,45 @@ def test_the_status_is_live_and_changes_when_the_seed_says():
     assert "skip_batches" not in status
     with pytest.raises(KeyError, match="'skip_batches'; there are best_train_loss"):
         status["skip_batches"]
-    assert repr(status) == repr(dict(status))
+
+
+class Counting(ExampleModule):
+    """Keeps a number of its own in the status."""
+
+    def training_step(self, batch, status_dict):
+        status_dict["mine"] = status_dict.get("mine", 0) + 1
+        return super().training_step(batch, status_dict)
+
+
+def test_the_status_is_a_dictionary_with_room_for_keys_of_ones_own():
+    module = Counting()
+    trainer = made(hps={**HPS, "epochs": 1}, checkpoint_every="3 steps")
+    with pytest.raises(AttributeError, match="Counting has no status_dict before fit"):
+        module.status_dict  # noqa: B018
+    trainer.fit(module, points(), points(12, 2))
+    status = trainer.status_dict
+    assert isinstance(status, dict)
+    assert status is module.status_dict
+    plain = dict(status)
+    assert json.loads(json.dumps(status)) == plain
+    assert copy.copy(status) == copy.deepcopy(status) == pickle.loads(pickle.dumps(status)) == status.copy() == plain
+    assert (status | {"a": 1})["a"] == 1
+    assert {**status, **{}} == plain
+    assert (plain["mine"], plain["global_step"], "skip_batches" in plain) == (10, 10, True)
+    resumed = Counting()
+    made(resume=True, checkpoint_every="3 steps").fit(resumed, points(), points(12, 2))
+    assert resumed.status_dict["mine"] == 20
+
+
+def test_a_module_that_was_trained_is_pickled_and_copied():
+    module = ExampleModule()
+    before = copy.deepcopy(module)
+    made(hps={**HPS, "epochs": 1}).fit(module, points(), points(12, 2))
+    for other in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert digest(other.model.state_dict()) == digest(module.model.state_dict())
+        assert other.status_dict == module.status_dict
+        made(checkpoint="again").fit(other, points())
+    assert digest(before.model.state_dict()) != digest(module.model.state_dict())
 
 
 def test_the_batches_that_a_checkpoint_has_are_in_the_status():
@@ -561,6 +606,20 @@ def test_the_grammar_of_checkpoint_every(given, cadence):
 def test_a_cadence_that_is_none_is_an_error(given):
     with pytest.raises(ValueError, match=f"checkpoint_every={re.escape(repr(given))}: .* is not a cadence"):
         made(checkpoint_every=given)
+    with pytest.raises(ValueError, match=r"checkpoint_every='2.5 epochs': ACCMT has whole epochs alone"):
+        made(checkpoint_every="2.5 epochs")
+
+
+class NoValidation(Regressor):
+    def get_validation_dataloader(self):
+        return None
+
+
+@pytest.mark.parametrize("module", [Regressor(), NoValidation()])
+def test_checkpoints_of_evaluations_need_validation_data(module):
+    with pytest.raises(ValueError, match="checkpoint_every='2 evals' saves after evaluations, and there are no valid"):
+        trained(module, train=points(), val=None, checkpoint_every="2 evals")
+    assert module.collated == 0
 
 
 def saves(core):
@@ -624,8 +683,101 @@ def test_the_monitor_says_what_is_logged():
     assert not {"val_loss", "val_sure"} & logged
     assert made(monitor={"cpu_utilization": True, "gpu_utilization": True})._plugins["monitor"]["gpu_utilization"]
     assert made(monitor=Monitor(throughput=True))._plugins["monitor"] == {"throughput": True}
+    assert made(monitor=Monitor(val_equal_train=True))._plugins["monitor"] == {}
+    with pytest.raises(ValueError, match="val_equal_train=False: values of validation lie at the steps of training"):
+        Monitor(val_equal_train=False)
     with pytest.raises(TypeError, match="monitor has no 'grad_nrom', did you mean 'grad_norm'"):
         Monitor(grad_nrom=True)
+
+
+class Hit(Metric):
+    """ACCMT's kind of metric: of all predictions and references at once."""
+
+    def compute(self, predictions, references):
+        right = (predictions == references).float()
+        return {"hit": right.mean(), "batches": torch.tensor(float(len(predictions)))}
+
+
+class Miss(Metric):
+    def compute(self, predictions, references, weights):
+        return {"rate": float((predictions != references).sum() / weights.sum())}
+
+
+class Told(ExampleModule):
+    """Returns tuples of classes for metrics, and a list of words."""
+
+    def validation_step(self, batch):
+        x, y = batch
+        scores = self(x)
+        classes = scores.argmax(dim=1)
+        return {
+            "loss": torch.nn.functional.cross_entropy(scores, y),
+            "hit": (classes, y),
+            "miss": (classes, y, torch.ones_like(y)),
+            "words": (["a"] * len(y), ["b"] * len(y)),
+            "unused": (scores, y.float()),
+        }
+
+
+class Words(Metric):
+    def compute(self, predictions, references):
+        return {"words": sum(a == b for a, b in zip(predictions, references, strict=True))}
+
+
+def test_metrics_are_computed_over_the_whole_evaluation(caplog):
+    module = Told()
+    metrics = [Hit("hit"), Miss("miss", comparator="<", main_metric="rate"), Words("words", greater_is_better=False)]
+    core = trained(module, metrics=metrics, hps={"batch_size": (4, 5)}, model_saving=["hit", "best_rate"])
+    inputs, references = points(12, 2).tensors
+    module.model.eval()
+    hit = (module(inputs).argmax(dim=1) == references).float().mean().item()
+    values = module.status_dict["additional_metrics"]
+    assert values == {"hit": hit, "batches": 12.0, "rate": pytest.approx(1 - hit), "words": 0.0}
+    assert caplog.text.count("for 'unused', and no metric has this name, so they are dropped") == 1
+    assert caplog.text.count("so they are dropped") == 1
+    saved = {name: json.loads(Path(f"out/model/best_{name}/model.json").read_text()) for name in ("hit", "rate")}
+    assert saved["hit"]["metric"] == "val_hit"
+    assert [core.plugins.get_plugin("model_saving")._modes[f"best_{name}"] for name in saved] == ["max", "min"]
+
+
+class Broken(Metric):
+    def compute(self, predictions, references):
+        return {"other": 1.0} if self.comparator == ">" else {"hit": "high"}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error", "said"),
+    [
+        ([3], TypeError, "metrics: 3 is no Metric; give objects of subclasses of hookline_accmt.Metric"),
+        ({"a": Hit("hit")}, TypeError, "metrics: .* is no Metric"),
+        ([Hit("hit"), Hit("hit")], ValueError, "metrics: hit, hit: two have one name"),
+        (Metric("hit"), NotImplementedError, r"Metric needs a method compute\(self, predictions, references\)"),
+        (Broken("hit"), TypeError, "Broken.compute must return a dictionary with 'hit' in it; it returned .*other"),
+        (Broken("hit", "<"), TypeError, "Broken.compute returned a str for 'hit', and no number"),
+    ],
+)
+def test_metrics_that_cannot_be(metrics, error, said):
+    with pytest.raises(error, match=said):
+        trained(Told(), metrics=metrics, hps={"batch_size": 40})
+    with pytest.raises(ValueError, match=r"Metric\('hit'\): comparator='==' must be \">\" or \"<\""):
+        Metric("hit", "==")
+
+
+@pytest.mark.parametrize(
+    ("name", "best", "warned"), [("accuracy", "max", False), ("val_wer", "min", False), ("sure", "max", True)]
+)
+def test_a_model_is_saved_by_the_name_that_the_module_gives_a_value(name, best, warned, caplog):
+    values = iter([0.2, 0.9, 0.4])
+
+    class Scripted(ExampleModule):
+        def validation_step(self, batch):
+            return {"loss": self(batch[0]).mean(), name: next(values)}
+
+    trained(Scripted(), model_saving=f"best_{name}", hps={"batch_size": 12, "epochs": 3})
+    about = json.loads(Path(f"out/model/best_{name}/model.json").read_text())
+    assert (about["metric"], about["step"]) == (f"val_{name}", {"max": 8, "min": 4}[best])
+    said = f"nobody knows whether the largest or the smallest '{name}' is the best: the largest is taken, as ACCMT does"
+    assert caplog.text.count(said) == warned
 
 
 def models():
@@ -669,10 +821,22 @@ def test_a_model_whose_replacement_was_cut_is_there_after_the_resume():
     assert [path.name for path in Path("out/model").iterdir()] == ["always"]
 
 
-def test_what_is_not_a_model_of_before_is_not_replaced():
-    Path("out/model/best_valid_loss").mkdir(parents=True)
-    with pytest.raises(ValueError, match="holds something else than a model of a run before; move it away"):
-        trained()
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("out/model/best_valid_loss", "holds something else than a model that was saved here, such as one of ACCMT"),
+        ("out", "cannot hold a model: .*/out stands there, and it is no folder"),
+    ],
+)
+def test_where_no_model_can_be_saved_is_known_before_the_first_step(path, said):
+    if path == "out":
+        Path(path).touch()
+    else:
+        Path(path).mkdir(parents=True)
+    module = Regressor()
+    with pytest.raises(ValueError, match=said):
+        trained(module, train=points())
+    assert module.collated == 0
 
 
 def orders(**given):
@@ -781,6 +945,7 @@ def test_gradients_may_be_cleared_to_zero():
         (Handler.CUDA_OUT_OF_MEMORY, RuntimeError("CUDA out of memory"), True),
         (Handler.CUDA_OUT_OF_MEMORY, ValueError("other"), False),
         ([Handler.ANY], ValueError("other"), True),
+        (Handler.ANY, KeyboardInterrupt(), False),
         (Handler.ALL, KeyboardInterrupt(), True),
         (None, ValueError("other"), False),
     ],
@@ -805,6 +970,49 @@ def test_where_a_run_goes_on():
     assert again.module.user.seen[0]["global_step"] == 20
 
 
+@pytest.mark.parametrize("named", ["", "checkpoints", "checkpoints/step-000000000010"])
+def test_a_run_goes_on_from_a_path(named):
+    hps = {"batch_size": 4, "optim": {"type": "AdamW", "lr": 0.01}}
+    whole = trained(checkpoint="whole", hps={**hps, "epochs": 2})
+    run_dir = trained(hps=hps).run_dir
+    trained(hps=hps)  # a newer run, which True would take
+    again = trained(resume=run_dir / named, hps={**hps, "epochs": 2})
+    assert (again.run_dir, again.module.user.seen[0]["global_step"]) == (run_dir, 10)
+    assert digest(again.module.state_dict()) == digest(whole.module.state_dict())
+    assert yaml.safe_load(made(resume=str(run_dir)).to_yaml(Regressor))["trainer"]["resume"] == str(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("resume", "error", "said"),
+    [
+        (1, TypeError, "resume=1 is a int: give True to go on with the newest run of out/checkpoint-model-1, "),
+        ("yes", ValueError, "resume='yes' is no folder: give True to go on with"),
+        (Path("empty"), ValueError, r"resume='empty' holds no checkpoint: give True .* None to do so where there is"),
+        ("theirs", ValueError, "resume='theirs' is a checkpoint of ACCMT, whose files are pickles .* load its weights"),
+    ],
+)
+def test_what_no_run_goes_on_from_is_refused(resume, error, said):
+    Path("empty/checkpoints").mkdir(parents=True)
+    Path("theirs/checkpoint").mkdir(parents=True)
+    Path("theirs/status.json").touch()
+    trained(hps={**HPS, "epochs": 1})
+    with pytest.raises(error, match=said):
+        made(resume=resume)
+
+
+def test_a_run_that_died_before_its_first_checkpoint_hides_no_other():
+    first = trained(hps={**HPS, "epochs": 1})
+    with pytest.raises(RuntimeError, match="died"):
+        trained(faults=[at_hook("on_end_backward", failing(RuntimeError("died")), nth=3)])
+    Path("out/checkpoint-model-other-1/checkpoints/step-000000000001").mkdir(parents=True)  # of another name
+    again = trained(resume=True)
+    assert (again.run_dir, again.module.user.seen[0]["global_step"]) == (first.run_dir, 10)
+    shutil.rmtree("out/checkpoint-model-1")
+    with pytest.raises(FileNotFoundError, match=r"-2 … with a checkpoint to go on with"):
+        trained(resume=True)
+    assert trained(resume=None).module.user.seen[0]["global_step"] == 0
+
+
 def test_fits_of_one_process_do_not_mix():
     trainer = made()
     one, other = ExampleModule(), Regressor()
@@ -821,25 +1029,40 @@ def test_fits_of_one_process_do_not_mix():
 
 
 @pytest.mark.parametrize(
-    ("tracker", "plugin", "options"),
+    ("tracker", "plugin", "options", "unused"),
     [
-        (TensorBoard, "tensorboard", {"folder": "logs", "init": {"flush_secs": 3}}),
-        (WandB, "wandb", {"project": "model", "name": "mine", "tags": ["a"]}),
-        (CometML, "comet", {"project": "model", "name": "mine", "tags": ["a"]}),
-        (Aim, "aim", {"experiment": "model", "name": "mine", "tags": ["a"]}),
-        (MLFlow, "mlflow", {"experiment": "model", "tags": {"a": "b"}}),
-        (ClearML, "clearml", {"project_name": "model", "task_name": "mine", "tags": ["a"]}),
-        (DVCLive, "dvclive", {"exp_name": "mine", "save_dvc_exp": True}),
+        (TensorBoard, "tensorboard", {"folder": "logs/mine", "init": {"flush_secs": 3}}, "tags='a'"),
+        (WandB, "wandb", {"project": "model", "name": "mine", "tags": ["a"]}, ""),
+        (CometML, "comet", {"project": "model", "name": "mine", "tags": ["a"]}, ""),
+        (Aim, "aim", {"experiment": "model", "name": "mine", "tags": ["a"]}, ""),
+        (MLFlow, "mlflow", {"experiment": "model", "name": "mine", "tags": {"a": "true"}}, ""),
+        (ClearML, "clearml", {"project_name": "model", "task_name": "mine", "tags": ["a"]}, ""),
+        (DVCLive, "dvclive", {"exp_name": "mine", "save_dvc_exp": True}, "tags='a'"),
     ],
 )
-def test_trackers_are_plugins_with_their_arguments(tracker, plugin, options):
-    given = {"run_name": "mine"} if tracker.run else {}
-    given |= {"tags": options["tags"]} if "tags" in options else {}
+def test_trackers_are_plugins_with_their_arguments(tracker, plugin, options, unused, caplog):
+    given = {"run_name": "mine", "tags": "a"}
     given |= {"flush_secs": 3} if tracker is TensorBoard else {}
     given |= {"save_dvc_exp": True} if tracker is DVCLive else {}
     trainer = made(log_with=tracker, **given)
     assert trainer._plugins[plugin] == {"axis": "batches", **options}
-    assert plugin in plan(log_with=[tracker], **given)
+    assert caplog.messages == (
+        [f"log_with={tracker.__name__} has no place for {unused}, which is not used"] * bool(unused)
+    )
+    assert plugin in plan(log_with=[tracker.__name__.lower()], **given)
+
+
+def test_what_no_tracker_uses_is_said(caplog):
+    assert "dvclive" in made(log_with=DVCLive, run_name="mine")._plugins
+    made(log_with=WandB, logging_dir="mine")
+    made(run_name="mine", tags=["a"])
+    assert caplog.messages == [
+        "log_with=DVCLive has no place for run_name without save_dvc_exp=True='mine', which is not used",
+        "log_with=WandB: logging_dir='mine' is not used, since its files lie in the folder of the run, in 'wandb'",
+        "run_name='mine' is of a tracker, and log_with names none, so it is not used",
+        "tags=['a'] is of a tracker, and log_with names none, so it is not used",
+    ]
+    assert made(log_with=MLFlow, tags={"a": 1})._plugins["mlflow"]["tags"] == {"a": 1}
 
 
 @pytest.mark.slow
@@ -864,21 +1087,40 @@ def test_trackers_keep_a_run(tracker, own, caplog, monkeypatch, tmp_path):
     assert any((trainer.core.run_dir / tracker.plugin).iterdir())
 
 
-def test_values_lie_at_batches_in_tensorboard():
-    core = trained(log_with=TensorBoard, logging_dir="boards", grad_accumulation_steps=2)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_values_lie_at_batches_in_tensorboard(absolute, tmp_path):
+    folder = str(tmp_path / "boards") if absolute else "boards"
+    core = trained(log_with=TensorBoard, logging_dir=folder, run_name="mine", grad_accumulation_steps=2)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    board = EventAccumulator(str(core.run_dir / "boards")).Reload()
+    home = tmp_path / "boards" / "mine" / "checkpoint-model-1" if absolute else core.run_dir / "boards" / "mine"
+    board = EventAccumulator(str(home)).Reload()
     assert [event.step for event in board.Scalars("train_loss")] == [*range(2, 21, 2)]
 
 
-def test_trackers_are_led_to_servers():
-    assert made(log_with=MLFlow(), logging_dir="http://a:1")._plugins["mlflow"]["tracking_uri"] == "http://a:1"
-    assert made(log_with=Aim, logging_dir="aim://a:1")._plugins["aim"]["repo"] == "aim://a:1"
-    wandb = made(log_with=WandB, logging_dir="http://a:1", track_name="t")._plugins["wandb"]
-    assert (wandb["mode"], wandb["init"], wandb["project"]) == ("online", {"settings": {"base_url": "http://a:1"}}, "t")
-    with pytest.raises(ValueError, match="DVCLive: logging_dir='http://a' is a URL, which it cannot be led to"):
-        made(log_with=DVCLive, logging_dir="http://a")
+@pytest.mark.parametrize("given", ["http://localhost:5075", "localhost:5075"])
+def test_trackers_are_led_to_servers(given):
+    assert made(log_with=MLFlow(), logging_dir=given)._plugins["mlflow"]["tracking_uri"] == "http://localhost:5075"
+    wandb = made(log_with=WandB, logging_dir=given, track_name="t")._plugins["wandb"]
+    assert (wandb["mode"], wandb["project"]) == ("online", "t")
+    assert wandb["init"] == {"settings": {"base_url": "http://localhost:5075"}}
+    for tracker, said in [
+        (DVCLive, "it has no server"),
+        (TensorBoard, "it has no server"),
+        (CometML, "Comet's server is said by the variable COMET_URL_OVERRIDE"),
+        (ClearML, "ClearML's server is said by the variable CLEARML_API_HOST"),
+    ]:
+        with pytest.raises(
+            ValueError, match=f"{tracker.__name__}: logging_dir='http://localhost:5075' is a URL, and {said}"
+        ):
+            made(log_with=tracker, logging_dir=given)
+    with pytest.raises(ValueError, match="is a URL, and log_with names no tracker to lead there"):
+        made(logging_dir=given)
+
+
+def test_aim_is_led_to_a_server_and_a_repository(tmp_path):
+    for given, repo in [("aim://a:1", "aim://a:1"), ("a:1", "aim://a:1"), (tmp_path / "aim", str(tmp_path / "aim"))]:
+        assert made(log_with=Aim, logging_dir=given)._plugins["aim"]["repo"] == repo
 
 
 def test_a_slip_in_an_argument_names_the_nearest():
@@ -888,8 +1130,10 @@ def test_a_slip_in_an_argument_names_the_nearest():
         made(log_with=TensorBoard, flush_sec=1)
     with pytest.raises(TypeError, match=r"Trainer has no 'tag', did you mean 'tags'"):
         made(log_with=[TensorBoard, MLFlow], tag={})
-    with pytest.raises(TypeError, match="log_with='wandb' is no tracker; there are TensorBoard, WandB"):
-        made(log_with="wandb")
+    with pytest.raises(TypeError, match=r"Trainer has no 'grad_acumulation_steps', did you mean 'grad_accumulation"):
+        made(grad_acumulation_steps=2)
+    with pytest.raises(TypeError, match="log_with='wand' is no tracker; there are TensorBoard, WandB"):
+        made(log_with="wand")
     with pytest.raises(TypeError, match="log_with names Aim twice"):
         made(log_with=[Aim, Aim])
 
@@ -914,7 +1158,15 @@ def test_hyperparameters_are_read_from_everywhere():
     kwargs = {"lr": "1e-3"}
     HyperParameters(optim_kwargs=kwargs)
     assert kwargs == {"lr": "1e-3"}  # left as it was
+    theirs = {"epochs": 3, "batch_size": 8, "optimizer": {"type": "AdamW", "lr": "1e-3"}}
+    assert HyperParameters.read(theirs).as_config() == same
+    assert HyperParameters(3, 8, optimizer=Optimizer.AdamW, optim_kwargs={"lr": 0.001}).as_config() == same
     assert (HyperParameters(batch_size=(4, 2)).batch_size, HyperParameters(batch_size=(4, 2)).val_batch_size) == (4, 2)
+
+
+def test_a_third_size_of_batches_is_not_used(caplog):
+    assert HyperParameters(batch_size=(4, 2, 1)).as_config()["batch_size"] == [4, 2]
+    assert "batch_size=(4, 2, 1): the third is of a test set, which fit is not given, so it is not used" in caplog.text
 
 
 ARGUMENTS = {
@@ -1041,7 +1293,9 @@ def test_optimizers_by_name(name):
         ({"epoch": 3}, TypeError, r"hps_config has no 'epoch', did you mean 'epochs'"),
         ({"epochs": 0}, ValueError, "epochs=0 must be a whole number, at least 1"),
         ({"epochs": "two"}, ValueError, "epochs='two' must be a whole number"),
-        ({"batch_size": [1, 2, 3]}, ValueError, "must be one number, or two"),
+        ({"batch_size": [1, 2, 3, 4]}, ValueError, "must be one number, or two"),
+        ({"optimizer": "Adamw"}, ValueError, r"optim has no 'Adamw', did you mean 'AdamW'"),
+        ({"optimizer": "Adam", "optim": "SGD"}, TypeError, r"hps_config has no 'optimizer', did you mean 'optim'"),
         ({"optim": {"lr": 1}}, ValueError, "optim needs a type, as in"),
         ({"optim": "Adamw"}, ValueError, r"optim has no 'Adamw', did you mean 'AdamW'"),
         ({"optim": "LBFGS"}, ValueError, "optim has no 'LBFGS'"),
@@ -1103,10 +1357,43 @@ def loss_of(module, batch):
         lambda self, batch, status: loss_of(self, batch) * (1 + status["epoch"]),
         lambda self, batch, status_dict=None: loss_of(self, batch) * (1 + status_dict["epoch"]),
         lambda self, batch, scale=1.0: loss_of(self, batch) * scale,
+        lambda self, *args: loss_of(self, *args),
+        lambda self, *args, **kw: loss_of(self, *args, **kw),
+        lambda self, batch, *, status_dict: loss_of(self, batch) * (1 + status_dict["epoch"]),
+        lambda self, batch, scale=1.0, status_dict=None: loss_of(self, batch) * (scale + status_dict["epoch"]),
+        torch.autocast("cpu", enabled=False)(lambda self, batch, status: loss_of(self, batch) * (1 + status["epoch"])),
     ],
 )
 def test_steps_are_given_what_they_take(step):
     assert trained(with_steps(step=step), train=points(8)).global_step == 4
+
+
+def logged(function):
+    def call(*args, **kwargs):  # without functools.wraps
+        return function(*args, **kwargs)
+
+    return call
+
+
+class Decorated(Nothing):
+    @logged
+    @logged
+    def training_step(self, batch, status_dict):
+        return loss_of(self, batch) * (1 + status_dict["epoch"])
+
+    @logged
+    def validation_step(self, batch):
+        return loss_of(self, batch)
+
+
+class Overriding(Decorated):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Decorated, Overriding])
+def test_what_a_step_wraps_says_what_it_takes(kind):
+    assert trained(kind(torch.nn.Linear(6, 1)), train=points(8)).global_step == 4
 
 
 @pytest.mark.parametrize(
@@ -1124,6 +1411,26 @@ def test_steps_are_given_what_they_take(step):
             with_steps(step=lambda self, key, batch: 0),
             TypeError,
             r"Own.step\(key, batch\) must take batch, or",
+        ),
+        (
+            with_steps(step=lambda self, status_dict, batch: 0),
+            TypeError,
+            r"Own.step\(status_dict, batch\) must take batch, or",
+        ),
+        (
+            with_steps(training_step=lambda self, batch: None, validation_step=loss_of),
+            TypeError,
+            "Own.training_step must return the loss, a tensor of one element that was computed with gradients; it .*No",
+        ),
+        (
+            with_steps(step=lambda self, batch: self.model(batch[0])),
+            TypeError,
+            r"Own.step must return the loss, .* it returned a tensor of shape \(4, 1\)",
+        ),
+        (
+            with_steps(step=lambda self, batch: loss_of(self, batch).detach()),
+            TypeError,
+            r"Own.step must return the loss, .* it returned a tensor of shape \(\)",
         ),
         (with_steps(step=loss_of, teacher=3), TypeError, "Own.teacher is a int"),
         (
@@ -1146,6 +1453,21 @@ def test_steps_are_given_what_they_take(step):
 def test_modules_that_cannot_be_trained(module, error, said):
     with pytest.raises(error, match=said):
         made().fit(module, points(), points())
+
+
+def test_what_a_module_logs_is_logged():
+    class Logs(Regressor):
+        def step(self, batch):
+            self.log({"size": float(len(batch[0]))})
+            return super().step(batch)
+
+    module = Logs()
+    with pytest.raises(RuntimeError, match="Logs.log is for within fit"):
+        module.log({"size": 1.0})
+    core = trained(module, val=None, hps={"batch_size": 8})
+    assert rows(core, "size") == [8.0] * 5
+    with pytest.raises(ValueError, match="log: log_kwargs=.* are of one tracker"):
+        module.log({"size": 1.0}, {"mlflow": {}})
 
 
 def test_calls_that_cannot_be():
@@ -1175,14 +1497,66 @@ def test_calls_that_cannot_be():
         ({"monitor": {"grad_nrom": True}}, TypeError, r"monitor has no 'grad_nrom', did you mean 'grad_norm'"),
         ({"monitor": {"grad_norm": 1}}, TypeError, "monitor: grad_norm=1 must be true or false"),
         ({"collate_fn": 3}, TypeError, "collate_fn: 3 is no function"),
-        ({"model_saving": "best"}, ValueError, "'best' is no policy"),
-        ({"dataloader_num_workers": -1}, ValueError, "accmt.dataloader_num_workers=-1 must be at least 0"),
-        ({"clip_grad": 0}, ValueError, "clip.max_norm=0.0 must be above 0"),
+        ({"model_saving": "best"}, ValueError, "^model_saving='best': 'best' is no policy"),
+        ({"model_saving_below": math.nan}, ValueError, "^model_saving_below=nan: nan is no finite number"),
+        ({"max_shard_size": "ten"}, ValueError, "^max_shard_size='ten' is no size"),
+        ({"dataloader_num_workers": -1}, ValueError, "^dataloader_num_workers=-1 must be a whole number, at"),
+        ({"dataloader_num_workers": None}, ValueError, "^dataloader_num_workers=None must be a whole number, at"),
+        ({"clip_grad": "1"}, TypeError, "^clip_grad='1' must be a number, or None"),
+        ({"clip_grad": 0}, ValueError, "^clip_grad=0.0 must be above 0"),
     ],
 )
 def test_arguments_that_cannot_be(arguments, error, said):
     with pytest.raises(error, match=said):
-        made(**arguments).fit(Regressor(), points())
+        made(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "error", "said"),
+    [
+        (
+            DataLoader(points()),
+            None,
+            TypeError,
+            "train_dataset is a DataLoader: give the dataset itself, or .*get_train_",
+        ),
+        (points(), DataLoader(points()), TypeError, "val_dataset is a DataLoader: .* get_validation_dataloader"),
+        (3, None, TypeError, "train_dataset is a int, and no dataset: it needs __getitem__ and __len__"),
+        (points(), {"a": points()}, TypeError, "val_dataset is a dict, and no dataset"),
+        (points(0), None, ValueError, "train_dataset is empty"),
+        (points(), points(0), ValueError, "val_dataset is empty"),
+    ],
+)
+def test_datasets_that_cannot_be(train, val, error, said):
+    with pytest.raises(error, match=said):
+        made().fit(Regressor(), train, val)
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"get_optimizer": lambda self: [1]}, r"Own.get_optimizer\(\) must return one optimizer; it returned a list"),
+        ({"get_scheduler": lambda self, *_: 3}, r"Own.get_scheduler\(\) must return one scheduler; it returned a int"),
+    ],
+)
+def test_optimizers_and_schedulers_that_cannot_be(methods, said):
+    with pytest.raises(TypeError, match=said):
+        made().fit(with_steps(step=loss_of, **methods), points())
+
+
+def test_the_accelerator_says_which_process_this_is(monkeypatch, capsys):
+    assert (accelerator.num_processes, accelerator.process_index, accelerator.is_main_process) == (1, 0, True)
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert (accelerator.num_processes, accelerator.process_index, accelerator.local_process_index) == (4, 3, 1)
+    assert (accelerator.is_main_process, accelerator.is_local_main_process, accelerator.is_last_process) == (0, 0, 1)
+    accelerator.print("not seen")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    accelerator.print("seen")
+    assert capsys.readouterr().out == "seen\n"
+    assert accelerator.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(AttributeError, match="accelerator has no 'backward' here, .*; it has device, is_last_process"):
+        accelerator.backward  # noqa: B018
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -1243,18 +1617,39 @@ def test_a_foreign_module_is_left_alone():
 # Models of transformers ---------------------------------------------------------------
 
 
-def test_a_model_of_transformers_trains_from_its_folder():
+@pytest.mark.parametrize(
+    ("options", "files"),
+    [
+        ({"safe_serialization": True}, ["model.safetensors"]),
+        ({}, ["pytorch_model.bin"]),
+        ({"max_shard_size": "2KB"}, ["pytorch_model-00001-of-0000", "pytorch_model.bin.index.json"]),
+    ],
+)
+def test_a_model_of_transformers_trains_from_its_folder(options, files):
     transformers = pytest.importorskip("transformers", reason="a model of it is trained")
     config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained("start")
     data = [{"input_ids": torch.tensor([n, 1, 2]), "labels": torch.tensor([n, 1, 2])} for n in range(8)]
-    trainer = made(safe_serialization=True)
+    trainer = made(**options)
     trainer.fit("start", data, data, attn_implementation="eager")
     assert trainer.core.global_step == 4
     module = trainer.core.module.user
     assert len(module) == sum(p.numel() for p in module.model.parameters())
-    saved = transformers.AutoModelForCausalLM.from_pretrained("out/model/best_valid_loss")
-    assert digest(saved.state_dict()) == digest(module.model.state_dict())
+    saved = "out/model/best_valid_loss"
+    there = [path.name for path in Path(saved).iterdir()]
+    assert all(
+        any(name.startswith(file) for name in there) for file in [*files, "config.json", "generation_config.json"]
+    )
+    for kind in (transformers.AutoModelForCausalLM, transformers.GPT2LMHeadModel):
+        assert digest(kind.from_pretrained(saved).state_dict()) == digest(module.model.state_dict())
+    assert json.loads(Path(saved, "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+
+
+def test_a_model_of_transformers_by_its_class():
+    transformers = pytest.importorskip("transformers", reason="a model of it is trained")
+    config = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained("start")
+    data = [{"input_ids": torch.tensor([n, 1, 2]), "labels": torch.tensor([n, 1, 2])} for n in range(8)]
     made().fit(("start", transformers.GPT2LMHeadModel), data)
     with pytest.raises(ValueError, match="transformers has no class 'AutoModelFor'"):
         AcceleratorModule.from_hf("start", "AutoModelFor")

@@ -285,6 +285,19 @@ def test_no_checkpoint_yet(tmp_path, caplog):
         make(tmp_path / "empty", resume=True).validate()
 
 
+def test_the_newest_run_that_has_a_checkpoint_is_gone_on_with(tmp_path, caplog):
+    trained(tmp_path, max_steps=2)
+    died = tmp_path / "runs" / "run-2" / "checkpoints" / ".tmp-step-000000000001"  # of a writer that was killed
+    died.mkdir(parents=True)
+    again = trained(tmp_path, resume=True)
+    assert (again.run_dir.name, again.global_step, steps(tmp_path)) == ("run-1", 4, [4, 3, 2, 1])
+    runs = tmp_path / "runs"
+    assert f"{runs}/run-2 has no checkpoint: going on with {runs}/run-1" in caplog.text
+    trainer = make(tmp_path, resume=True)
+    trainer.validate()
+    assert trainer.run_dir.name == "run-1"
+
+
 def test_without_resume_a_new_run_begins(tmp_path):
     trained(tmp_path)
     assert trained(tmp_path).run_dir.name == "run-2"
@@ -479,6 +492,26 @@ def test_what_appears_later_is_refused_and_leaves_nothing(tmp_path):
 def test_options_that_cannot_be(options, said):
     with pytest.raises(ValueError, match=said):
         Checkpoint(**options)
+
+
+class Blind(Line):
+    get_val_dataloaders = ModuleInterface.get_val_dataloaders
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "why"),
+    [
+        (Blind(), {}, "Blind has no get_val_dataloaders"),
+        (Line(), {"evaluate_every": None}, "trainer.evaluate_every is null"),
+    ],
+)
+def test_a_cadence_of_evaluations_where_there_are_none_is_refused_before_any_step(tmp_path, module, options, why):
+    said = f"checkpoint.every='2 evals' saves after evaluations, and {why}, so nothing would be saved before the end"
+    trainer = make(tmp_path, Checkpoint("2 evals"), module=module, **options)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        trainer.train()
+    assert trainer.global_step == 0
+    trained(tmp_path, Checkpoint(["2 evals", "epoch"]), module=module, **options)  # which saves at epochs
 
 
 def test_options_from_a_configuration(tmp_path):

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from hookline import CallbackInterface, Stage, hookimpl, instantiate, kept_rng, nearest
 
 if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
     from hookline import Trainer
 
 __version__ = "0.1.0"
@@ -62,7 +64,11 @@ class Distill(CallbackInterface):
         if not self._weights:
             raise ValueError("distill has nothing to compare: weight is 0, and no hidden layers have a weight")
         self._expected = ""
+        self._fingerprint = ""
         self._teacher: torch.nn.Module | None = None
+        self._student: torch.nn.Module | None = None
+        self._layers: dict[str, torch.nn.Module] = {}
+        self._handles: list[RemovableHandle] = []
         self._active = False
         self._taught: dict[str, Any] = {}
         self._parts: dict[str, list[torch.Tensor]] = {}
@@ -81,12 +87,33 @@ class Distill(CallbackInterface):
         for theirs in hidden.values():
             find(self._teacher, theirs, "distill.hidden").register_forward_hook(self._keep(theirs))
         model = yield
-        student = find(model, name, "distill.student")
-        student.register_forward_pre_hook(self._teach, with_kwargs=True)
-        for ours, theirs in hidden.items():
-            find(student, ours, "distill.hidden").register_forward_hook(self._compare_hidden(theirs))
-        student.register_forward_hook(self._compare_outputs)
+        self._student = find(model, name, "distill.student")
+        self._layers = {theirs: find(self._student, ours, "distill.hidden") for ours, theirs in hidden.items()}
+        self._listen()
         return model
+
+    def _listen(self) -> None:
+        """Put hooks on the student and its layers."""
+        student = self._student
+        assert student is not None
+        self._handles = [
+            student.register_forward_pre_hook(self._teach, with_kwargs=True),
+            *(layer.register_forward_hook(self._compare_hidden(name)) for name, layer in self._layers.items()),
+            student.register_forward_hook(self._compare_outputs),
+        ]
+
+    @hookimpl
+    def on_begin_run(self) -> None:
+        """Listen again to a model that an earlier run of this trainer has made."""
+        if self._student is not None:
+            self._listen()
+
+    @hookimpl
+    def on_end_run(self) -> None:
+        """Leave the module without hooks: the user may copy or save it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def _make(self, model: torch.nn.Module, name: str) -> torch.nn.Module:
         """Return the teacher's part, frozen and in eval mode."""
@@ -174,7 +201,7 @@ class Distill(CallbackInterface):
 
     def get_state(self) -> dict[str, Any]:
         """Return what tells the teacher from others; its weights are where it was made from."""
-        return {"teacher": self._fingerprint}
+        return {"teacher": self._fingerprint} if self._fingerprint else {}
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take it, to compare it when training begins."""

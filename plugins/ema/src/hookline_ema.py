@@ -230,8 +230,12 @@ class Ema(CallbackInterface):
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        averages = state["average"].items()  # names with what torch.compile put into them are of an older version
-        self._average, self._parameters = {name.replace("_orig_mod.", ""): average for name, average in averages}, None
+        self._average, self._parameters = {}, None
+        for name, average in state["average"].items():
+            plain = name.replace(
+                "_orig_mod.", ""
+            )  # names with what torch.compile put into them are of an older version
+            self._average[plain] = average.clone()
         self._updates = state.get("updates", 0)
 
 

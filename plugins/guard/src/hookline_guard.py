@@ -31,6 +31,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 KINDS: dict[str, Callable[[BaseException], bool]] = {
     "keyboard": lambda error: isinstance(error, KeyboardInterrupt),
     "out_of_memory": is_out_of_memory,
+    "error": lambda error: isinstance(error, Exception),
     "any": lambda error: True,
 }
 
@@ -44,7 +45,7 @@ class Guard(CallbackInterface):
     """
 
     errors: list[str] = field(default_factory=lambda: ["any"])
-    """Which errors lead to a save: "keyboard", "out_of_memory" or "any"."""
+    """Which errors lead to a save: "keyboard", "out_of_memory", "error" (all but an interrupt or exit) or "any"."""
     every: str = "10 min"
     """Cadence of the copy: how much work an error may cost."""
 

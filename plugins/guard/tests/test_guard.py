@@ -104,6 +104,8 @@ def test_it_changes_no_bit_of_the_run(whole):
     ("errors", "error", "saves"),
     [
         (["any"], ZeroDivisionError(), True),
+        (["error"], ZeroDivisionError(), True),
+        (["error"], KeyboardInterrupt(), False),
         (["any"], SystemExit(3), True),
         (["keyboard"], KeyboardInterrupt(), True),
         (["keyboard"], MemoryError(), False),
@@ -248,7 +250,7 @@ def test_contract():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"errors": ["oom"]}, r"guard\.errors=\['oom'\] must name at least one of keyboard, out_of_memory, any, and"),
+        ({"errors": ["oom"]}, r"guard\.errors=\['oom'\] must name at least one of keyboard, out_of_memory, error, any"),
         ({"errors": []}, r"guard\.errors=\[\] must name at least one of"),
         ({"every": "100"}, r"guard\.every='100': .* is not a cadence"),
     ],

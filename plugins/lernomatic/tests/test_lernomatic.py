@@ -1,6 +1,6 @@
 """Models and trainers of LERNOMATIC run on the core's loop: what they override, their history, files and schedules."""
 
-import math
+import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ import hookline
 from hookline import CallbackInterface, ModuleInterface, hookimpl
 from hookline.testing import check_plugin, digest, hand_written_loop, run_ranks
 from hookline.testing.faults import PRELOADED, at_hook, kill, run
-from hookline_lernomatic import Inferrer, Lernomatic, LernomaticModel, LogFinder, allow_import
+from hookline_lernomatic import Inferrer, Lernomatic, LernomaticModel, allow_import
 from hookline_lernomatic.model import common
 from hookline_lernomatic.train import schedule, trainer
 from hookline_runs import read_run
@@ -201,6 +201,51 @@ def test_an_epoch_of_the_users_own_keeps_events_tracker_and_checkpoints():
     assert ours.core.counters.samples == 80
 
 
+class More(trainer.Trainer):
+    """Does more around the epochs of the base."""
+
+    def train_epoch(self):
+        super().train_epoch()
+
+    def val_epoch(self):
+        super().val_epoch()
+
+
+def test_an_epoch_that_calls_that_of_the_base_tells_and_counts_what_the_base_does():
+    runs = []
+    for kind in (trainer.Trainer, More):
+        hears = Hears()
+        ours = make(kind, num_epochs=2, plugins={"hears": hears}, checkpoint_name=kind.__name__, save_best=True)
+        ours.train()
+        counters = dataclasses.asdict(ours.core.counters) | {"seconds": 0}
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_run(ours.core.run_dir).rows]
+        files = sorted(
+            path.name.replace(kind.__name__, "") for path in Path("checkpoint").glob(f"*{kind.__name__}*.pkl")
+        )
+        runs.append((hears.heard, counters, [sorted(row) for row in rows], rows[-1], ours.best_acc, files))
+    assert runs[1] == runs[0]
+    assert runs[0][1]["samples"] == 80
+
+
+def test_a_stop_within_an_epoch_of_the_base_lets_the_users_own_end():
+    class Stops(CallbackInterface):
+        @hookimpl
+        def on_boundary(self, trainer):
+            if trainer.global_step == 3:
+                trainer.stop("enough")
+
+    class New(trainer.Trainer):
+        ended = 0
+
+        def train_epoch(self):
+            super().train_epoch()
+            self.ended += 1
+
+    ours = make(New, plugins={"stops": Stops()})
+    ours.train()
+    assert (ours.loss_iter, ours.ended, ours.core.global_step, ours.core.status) == (3, 1, 3, "stopped")
+
+
 def test_an_epoch_of_the_users_own_ends_where_a_stop_is_asked_for():
     class Stops(CallbackInterface):
         @hookimpl
@@ -338,9 +383,10 @@ class OwnLoop(trainer.Trainer):
     """A `train` of its own, with what the base has for one epoch."""
 
     def train(self):
-        while self.cur_epoch < self.num_epochs:
+        for _ in range(self.cur_epoch, self.num_epochs):
             self.train_epoch()
             self.val_epoch()
+            self.cur_epoch += 1
 
 
 def test_a_train_of_the_users_own_has_the_same_bits():
@@ -380,23 +426,28 @@ def test_the_losses_are_those_of_a_loop_by_hand():
     assert digest(ours.model.get_net_state_dict()) == digest(by_hand.net.state_dict())
 
 
-def fit(name, *faults, resume=False, **options):
+def fit(name, *faults, resume=False, kind=trainer.Trainer, **options):
     given = {f"fault{number}": fault for number, fault in enumerate(faults)}
-    cycle = schedule.TriangularDecayWhenAccScheduler([0.6, 0.9], lr_min=0.001, lr_max=0.02, stepsize=4)
+    cycle = schedule.TriangularDecayWhenAcc(lr_decay=0.5, acc_thresh=0.01, lr_min=0.001, lr_max=0.02, stepsize=4)
     options = {"lr_scheduler": cycle, "save_every": 4} | options
-    ours = make(checkpoint_name=name, plugins={**options.pop("plugins", {}), **given}, resume=resume, **options)
+    ours = make(kind, checkpoint_name=name, plugins={**options.pop("plugins", {}), **given}, resume=resume, **options)
     ours.train()
     history = ours.get_history()
     return digest(ours.model.get_net_state_dict()), {k: digest(v) for k, v in history.items()}
 
 
-def fit_until_killed():
-    fit("cut", at_hook("on_end_backward", kill, nth=8))
+def fit_until_killed(kind=trainer.Trainer):
+    fit("cut", at_hook("on_end_backward", kill, nth=8), kind=kind)
 
 
-def test_a_run_that_is_killed_goes_on_with_the_same_bits_and_history():
-    assert run(fit_until_killed).code == -signal.SIGKILL
-    assert fit("cut", resume=True) == fit("whole")
+def more_until_killed():
+    fit_until_killed(More)
+
+
+@pytest.mark.parametrize(("kind", "until_killed"), [(trainer.Trainer, fit_until_killed), (More, more_until_killed)])
+def test_a_run_that_is_killed_goes_on_with_the_same_bits_and_history(kind, until_killed):
+    assert run(until_killed).code == -signal.SIGKILL
+    assert fit("cut", resume=True, kind=kind) == fit("whole")
 
 
 def two_ranks(resume=False):
@@ -541,85 +592,6 @@ def test_arguments_of_a_network_are_in_its_checkpoint():
         common._allowed.update(before)
 
 
-# Schedules ------------------------------------------------------------------------------
-
-LIMITS = {"lr_min": 0.1, "lr_max": 0.9, "stepsize": 4}
-
-
-@pytest.mark.parametrize(
-    ("made", "at", "values"),
-    [
-        (schedule.StepScheduler(0.5, **LIMITS), [0, 3, 4, 8, 40], [0.9, 0.9, 0.45, 0.225, 0.1]),
-        (schedule.LinearDecayScheduler(**LIMITS), [0, 2, 4, 9], [0.9, 0.5, 0.1, 0.1]),
-        (schedule.LogDecayScheduler(**LIMITS), [0, 2, 4, 9], [0.9, 0.3, 0.1, 0.1]),
-        (schedule.ExponentialDecayScheduler(0.5, **LIMITS), [0, 2, 40], [0.9, 0.9 * math.exp(-1), 0.1]),
-        (schedule.WarmRestartScheduler(**LIMITS), [0, 2, 4, 6], [0.9, 0.5, 0.9, 0.5]),
-        (schedule.TriangularScheduler(**LIMITS), [0, 2, 4, 6, 8], [0.1, 0.5, 0.9, 0.5, 0.1]),
-        (schedule.InvTriangularScheduler(**LIMITS), [0, 2, 4, 6, 8], [0.9, 0.5, 0.1, 0.5, 0.9]),
-        (schedule.Triangular2Scheduler(**LIMITS), [4, 8, 12, 20], [0.9, 0.1, 0.5, 0.3]),
-        (schedule.TriangularExpScheduler(0.5, **LIMITS), [0, 4], [0.1, 0.1 + 0.8 / 16]),
-        (schedule.EpochSetScheduler({2: 0.3, 5: 0.2}, **LIMITS), [0, 1, 2, 4, 5, 9], [0.9, 0.9, 0.3, 0.3, 0.2, 0.2]),
-        (schedule.DecayWhenEpochScheduler(2, 0.5, **LIMITS), [0, 1, 2, 3, 9], [0.9, 0.9, 0.45, 0.225, 0.1]),
-        (schedule.DecayToEpochScheduler(4, **LIMITS), [0, 2, 4, 9], [0.9, 0.5, 0.1, 0.1]),
-        (schedule.DecayWhenAccScheduler([0.5, 0.8], 0.5, **LIMITS), [0.1, 0.6, 0.4, 0.9], [0.9, 0.45, 0.45, 0.225]),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, schedule.Scheduler) else "",
-)
-def test_schedules(made, at, values):
-    assert [made.get_lr(one) for one in at] == pytest.approx(values)
-
-
-def test_a_triangle_that_falls_when_accuracies_are_reached():
-    made = schedule.TriangularDecayWhenAccScheduler([0.5, 0.8], **LIMITS)
-    assert made.get_lr(4) == pytest.approx(0.9)
-    made.see_acc(0.6)
-    assert made.get_lr(4) == pytest.approx(0.5)
-
-
-class Rates(CallbackInterface):
-    def __init__(self):
-        self.rates = []
-
-    @hookimpl
-    def on_begin_optimizer_step(self, trainer):
-        group = trainer.optimizers[0].param_groups[0]
-        self.rates.append((group["lr"], group.get("momentum", group.get("betas", [None])[0])))
-
-
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
-def test_rate_and_momentum_follow_their_schedules_from_the_first_step(optimizer):
-    rates = Rates()
-    triangle, inverse = schedule.TriangularScheduler(**LIMITS), schedule.InvTriangularScheduler(**LIMITS)
-    given = {"lr_scheduler": triangle, "mtm_scheduler": inverse, "optim_function": optimizer, "num_epochs": 1}
-    make(plugins={"rates": rates}, **given).train()
-    for made, values in zip((triangle, inverse), zip(*rates.rates, strict=True), strict=True):
-        assert values == pytest.approx([made.get_lr(number) for number in range(5)])
-
-
-# The finder ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["min_loss", "max_range", "sobel", "laplace", "max_acc"])
-def test_the_finder_reads_a_range_and_leaves_no_trace(method):
-    ours = make()
-    before = digest([ours.model.get_net_state_dict(), ours.optimizer.state_dict(), torch.get_rng_state()])
-    finder = LogFinder(ours, lr_min=1e-4, lr_max=10.0, num_iters=40, method=method)
-    low, high = finder.find()
-    assert 1e-4 <= low < high <= 10.0
-    assert digest([ours.model.get_net_state_dict(), ours.optimizer.state_dict(), torch.get_rng_state()]) == before
-    assert ours.model.net.training
-    if method == "min_loss":
-        assert 1e-3 < high < 1.0
-    ours.train()
-    assert digest(ours.model.get_net_state_dict()) == digest(trained().get_net_state_dict())
-
-
-def trained():
-    ours = make(checkpoint_name="untouched")
-    ours.train()
-    return ours.model
-
-
 # Bad input ----------------------------------------------------------------------------------
 
 
@@ -639,46 +611,13 @@ def test_values_that_cannot_be(given, words):
         make(**given)
 
 
-def test_arguments_models_and_schedules_that_cannot_be():
+def test_arguments_and_models_that_cannot_be():
     with pytest.raises(TypeError, match=r"Trainer has no argument 'num_epoch', did you mean 'num_epochs'"):
         make(num_epoch=3)
     with pytest.raises(ValueError, match="Trainer has no LernomaticModel: give it one, load_checkpoint"):
         trainer.Trainer(None, train_dataset=points()).train()
     with pytest.raises(RuntimeError, match="Inferrer has no model yet: call load_model"):
         Inferrer().forward(torch.zeros(1, 6))
-    with pytest.raises(ValueError, match="TriangularScheduler: lr_min=2 and lr_max=1 must be above 0, and in order"):
-        schedule.TriangularScheduler(lr_min=2, lr_max=1)
-    with pytest.raises(ValueError, match="StepScheduler: stepsize=0 must be at least 1"):
-        schedule.StepScheduler(stepsize=0)
-    with pytest.raises(ValueError, match="DecayToEpochScheduler: epoch=0 must be at least 1"):
-        schedule.DecayToEpochScheduler(0)
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"method": "best"}, "method='best' must be one of min_loss, max_range"),
-        ({"lr_min": 2.0}, "lr_min=2.0 and lr_max=1.0 must be above 0, and in order"),
-        ({"num_iters": 3}, "num_iters=3 must be at least 4"),
-        ({"smooth": 1.0}, "smooth=1.0 must be from 0 to below 1"),
-    ],
-)
-def test_searches_that_cannot_be(given, words):
-    with pytest.raises(ValueError, match=words):
-        LogFinder(make(), **given)
-
-
-def test_a_search_that_finds_nothing():
-    with pytest.raises(ValueError, match="the loss left after . of 20 iterations: begin lower than 1e\\+06"):
-        LogFinder(make(optim_function="SGD"), lr_min=1e6, lr_max=1e9, num_iters=20).find()
-
-    class Squares(trainer.Trainer):
-        def batch_loss(self, batch):
-            output = self.model.forward(batch[0])
-            return output.square().mean(), output, output
-
-    with pytest.raises(ValueError, match='method="max_acc" needs targets that are classes'):
-        LogFinder(make(Squares), method="max_acc", num_iters=5).find()
 
 
 def test_contract_and_others_modules():

@@ -257,7 +257,7 @@ def test_several_loaders_of_an_evaluation_come_one_after_the_other(name):
     trainer.fit(module, loader(2, 2), make())
     assert module.evaluated == steps
     assert {key: value for key, value in trainer.callback_metrics.items() if key.startswith("index")} == named
-    assert {key: value for one in trainer.test(module, make()) for key, value in one.items()} == named
+    assert trainer.test(module, make()) == [{name: value} for name, value in named.items()]  # of each loader
     if name != "together":
         predicted = trainer.predict(module, make())
         expected = [[(batch, number) for batch in batches] for number, batches in enumerate(expected)]

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("lightning", reason="the real package is in an environment of its own: nox -s lightning")
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
+    from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
     from lightning.pytorch.demos.boring_classes import (
         BoringDataModule,
         BoringModel,
@@ -30,7 +30,6 @@ with warnings.catch_warnings():
         RandomDataset,
     )
     from lightning.pytorch.demos.transformer import LightningTransformer
-    from lightning.pytorch.loggers import CSVLogger
 
 QUIET = {"enable_progress_bar": False, "logger": False, "num_sanity_val_steps": 0, "enable_checkpointing": False}
 REAL = {**QUIET, "enable_model_summary": False, "accelerator": "cpu", "devices": 1}
@@ -254,17 +253,8 @@ def test_weights_of_its_checkpoint_are_read_without_running_code():
     ours = BoringModel()
     ours.load_state_dict(load_foreign("its.ckpt")["state_dict"])
     assert digest(ours.state_dict()) == digest(module.state_dict())
-    with pytest.raises(ValueError, match='is a file: say "last", .* read by hookline_checkpoint.load_foreign'):
+    with pytest.raises(ValueError, match='has weights and no state that a run goes on with: say "last"'):
         hookline_lightning.Trainer(**QUIET).fit(ours, ckpt_path="its.ckpt")
-
-
-def test_what_of_it_is_not_here_says_what_is():
-    with pytest.raises(ValueError, match="callback ModelCheckpoint reaches into .*here it is the plugin checkpoint"):
-        hookline_lightning.Trainer(callbacks=[ModelCheckpoint()], **QUIET).fit(BoringModel())
-    with pytest.raises(ValueError, match="LearningRateMonitor reaches .* the plugin monitor with learning_rate: true"):
-        hookline_lightning.Trainer(callbacks=[LearningRateMonitor()], **QUIET).fit(BoringModel())
-    with pytest.raises(ValueError, match=r"logger=CSVLogger\(…\): loggers are plugins .*; here it is 'csv'"):
-        hookline_lightning.Trainer(logger=CSVLogger("."))
 
 
 class Means(BoringModel):

@@ -252,7 +252,7 @@ def test_a_classifier_with_a_data_module_and_callbacks():
     assert torch.cat(trainer.predict(module, DataLoader(points(20, 5), 8))).tolist() == (
         module(points(20, 5).tensors[0]).argmax(dim=1).tolist()
     )
-    (validated,) = trainer.validate(module, datamodule=data)
+    (validated, _) = trainer.validate(module, datamodule=data)
     assert validated["val_all"] == pytest.approx(values["val_all"].item())
     assert data.heard[-6:] == ["prepare", "test", "no test", "prepare", "validate", "no validate"]
 
@@ -271,7 +271,7 @@ def loss_of(module, data):
 def test_another_trainer_validates_what_a_run_has_saved():
     trainer = Trainer(max_epochs=1, **QUIET)
     trainer.fit(Classifier(), datamodule=Data())
-    (validated,) = Trainer(**QUIET).validate(Classifier(), datamodule=Data(), ckpt_path="runs/lightning-1")
+    (validated, _) = Trainer(**QUIET).validate(Classifier(), datamodule=Data(), ckpt_path="runs/lightning-1")
     assert validated["val_all"] == pytest.approx(trainer.callback_metrics["val_all"].item())
 
 
@@ -341,7 +341,7 @@ class Losses(CallbackInterface):
         self.losses = []
 
     def on_end_train_step(self, global_step, loss):
-        self.losses += loss.tolist()
+        self.losses += loss.reshape(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -858,7 +858,7 @@ def test_the_view_of_the_trainer():
             self.logger.log_metrics({"by_logger": 2.0})
             self.print("only once")
 
-    trainer = Trainer(max_epochs=3, accumulate_grad_batches=2, **QUIET)
+    trainer = Trainer(max_epochs=3, accumulate_grad_batches=2, **QUIET | {"logger": True})
     trainer.fit(module := Looks(), DataLoader(points(), batch_size=8))
     assert seen == {
         "steps": 9, "max_epochs": 3, "max_steps": -1, "num_training_batches": 6, "accumulate_grad_batches": 2,
@@ -872,10 +872,8 @@ def test_the_view_of_the_trainer():
         AttributeError, match=r"hookline gives to .* has no 'current_epochs', did you mean 'current_epo"
     ):
         _ = module.trainer.current_epochs
-    with pytest.raises(
-        AttributeError, match="the logger that hookline gives to .* has no 'experiment', only log_metri"
-    ):
-        _ = module.logger.experiment
+    with pytest.raises(AttributeError, match="the logger that hookline gives to .* has no 'upload'; texts, images"):
+        module.logger.upload()
 
 
 def test_a_module_that_is_with_no_trainer_says_so():
@@ -908,7 +906,7 @@ def test_a_module_that_is_with_no_trainer_says_so():
             {},
             {"limits": {"train_batches": 0.5, "val_batches": 3}},
         ),
-        ({"overfit_batches": 2}, {}, {"limits": {"overfit_batches": 2}}),
+        ({"overfit_batches": 2}, {}, {"limits": {"train_batches": 2, "val_batches": 2}}),
         ({"fast_dev_run": True}, {}, {"limits": {"fast_dev_run": True}}),
         ({"logger": ["wandb", "csv"]}, {}, {"wandb": {}, "csv": {}}),
         ({"logger": {"csv": {"every": 2}}}, {}, {"csv": {"every": 2}}),
@@ -927,7 +925,7 @@ def test_arguments_become_options_and_plugins(given, options, plugins):
 
 
 def test_arguments_that_turn_things_off():
-    assert set(Trainer(**QUIET, enable_checkpointing=False).plugins) == {"jsonl"}
+    assert set(Trainer(**QUIET, enable_checkpointing=False, enable_model_summary=False).plugins) == {"jsonl"}
 
 
 def test_clipping_and_the_fraction_of_an_epoch():
@@ -962,16 +960,10 @@ def test_clipping_and_the_fraction_of_an_epoch():
         (
             {"max_epoch": 3},
             TypeError,
-            r"Trainer has no argument 'max_epoch', did you mean 'max_epochs'\?; it has max_",
+            r"Trainer has no argument 'max_epoch', did you mean 'max_epochs'\?; it has accelerator",
         ),
-        (
-            {"sync_batchnorm": True},
-            TypeError,
-            r"Trainer\(sync_batchnorm=…\) is not honoured here: call torch.nn.SyncBat",
-        ),
-        ({"max_epochs": -1}, ValueError, "max_epochs=-1 never ends: say max_steps or max_time"),
         ({"max_time": "soon"}, ValueError, "max_time='soon' is not a "),
-        ({"precision": "64-true"}, ValueError, "precision='64-true' must be one of 32-true, bf16-mixed, 16-mixed"),
+        ({"precision": "8-true"}, ValueError, "precision='8-true' must be one of 32-true, 32, bf16-mixed"),
         ({"gradient_clip_algorithm": "sum"}, ValueError, "gradient_clip_algorithm='sum' must be norm or value"),
         ({"accelerator": "tpu"}, ValueError, "accelerator='tpu' must be one of auto, cpu, gpu"),
         ({"devices": 2}, ValueError, r"devices=2: this is one process; .* `torchrun --nproc-per-node 2 script.py`"),
@@ -984,7 +976,7 @@ def test_clipping_and_the_fraction_of_an_epoch():
         (
             {"logger": object()},
             ValueError,
-            r"logger=object\(…\): loggers are plugins and are named, such as logger='csv'",
+            r"logger=object\(…\) is no logger: it has no log_metrics; name a tracker, such as logger='csv'",
         ),
     ],
 )

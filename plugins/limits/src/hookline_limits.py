@@ -55,9 +55,13 @@ class Limits(CallbackInterface):
     overfit_batches: int | float | None = None
     """Train on the same first batches every epoch, in the data set's order, and validate on the very same."""
     train_batches: int | float | None = None
+    """Amount of each training epoch."""
     val_batches: int | float | None = None
+    """Amount of each validation loader."""
     test_batches: int | float | None = None
+    """Amount of each test loader."""
     predict_batches: int | float | None = None
+    """Amount of each prediction loader."""
 
     def __post_init__(self) -> None:
         if self.fast_dev_run < 0:

@@ -40,6 +40,8 @@ class Mlflow(Tracker):
     """Of a server, or of a store for several runs; none is an SQLite store below the folder of the run."""
     experiment: str = "hookline"
     """Under which name MLflow shows the run; it is made where it does not exist."""
+    name: str | None = None
+    """Name of the run; null for that of its folder."""
     tags: dict[str, Any] = field(default_factory=dict)
     """Of the run, shown as texts."""
 
@@ -86,7 +88,9 @@ class Mlflow(Tracker):
         else:
             experiment = self._experiment(None if self.tracking_uri else (home / "artifacts").as_uri())
             tags = {"hookline.stage": run.stage.value, **{name: str(value) for name, value in self.tags.items()}}
-            self._run_id: str = self._client.create_run(experiment, tags=tags, run_name=run.name).info.run_id
+            self._run_id: str = self._client.create_run(
+                experiment, tags=tags, run_name=self.name or run.name
+            ).info.run_id
         self._log_config(run.config)
         return self._run_id
 

@@ -143,12 +143,12 @@ def test_it_keeps_the_contract_with_a_store_for_several_runs(empty, tmp_path, mo
 
 
 def test_values_and_configuration_are_those_of_the_run(empty, tmp_path, told):
-    trainer = train(empty, tmp_path, told, tracker=Mlflow(experiment="first try", tags={"team": 7}))
+    trainer = train(empty, tmp_path, told, tracker=Mlflow(experiment="first try", name="mine", tags={"team": 7}))
     kept = Kept(trainer.run_dir, "first try")
     assert kept.history("train_loss") == told.of("train_loss")
     assert len(told.of("train_loss")) == 7
     assert kept.history("val_loss") == told.of("val_loss")
-    assert (kept.run.info.run_name, kept.run.info.status) == ("run-1", "FINISHED")
+    assert (kept.run.info.run_name, kept.run.info.status) == ("mine", "FINISHED")
     assert kept.run.data.tags.items() >= {"team": "7", "hookline.stage": "train"}.items()
     assert kept.params["trainer.epochs"] == "1"
     assert kept.params["trainer.log_every"] == "1 steps"

@@ -325,7 +325,7 @@ def test_a_metric_of_which_nobody_knows_asks_for_the_mode_before_any_step(tmp_pa
 
 @pytest.mark.parametrize(
     ("policy", "has"),
-    [("best_valid_loss", "'val_loss'; it has val_iou"), ("best_acc", "'acc'; it has val_acc")],
+    [("best_valid_loss", "'val_loss'; it has val_iou"), ("best_acc", "'acc'; it has val_iou")],
 )
 def test_what_no_evaluation_has_ends_the_run_when_its_state_is_saved(tmp_path, policy, has):
     module, memory = Logs(**{has.split("has ")[1]: [1.0, 2.0, 3.0]}), Memory()
@@ -349,6 +349,36 @@ def test_what_no_evaluation_has_ends_the_run_before_any_step_where_that_is_known
     assert module.weight.item() == 0
     trained(tmp_path / "right", Before(), ModelSaving("best_val_loss"), **options)
     assert about(tmp_path / "right", "best_val_loss")["step"] == 1
+
+
+class Prefixed(Scripted):
+    """Logs a metric with the prefix that the plugin metrics gives, and from the third evaluation one without."""
+
+    logged = 0
+
+    def val_step(self, global_step, batch, device):
+        self.logged += 1
+        self.log(val_acc=[0.2, 0.9, 0.4][self.logged - 1], **({"acc": 5.0} if self.logged > 2 else {}))
+        return torch.tensor(1.0)
+
+
+def test_a_metric_may_be_named_without_its_val(tmp_path):
+    assert steps(tmp_path, Prefixed(), ModelSaving("best_acc"), epochs=3) == {"best_acc": [1, 2]}
+    assert about(tmp_path, "best_acc")["metric"] == "val_acc"
+    trained(tmp_path / "sanity", Prefixed(), ModelSaving("best_acc"), epochs=1, sanity_val_steps=1)
+
+
+class Differs(CallbackInterface):
+    @hookimpl(wrapper=True)
+    def get_mode(self, metric):
+        known = yield
+        return "min" if metric == "val_acc" else known
+
+
+def test_two_names_that_say_different_things_ask_for_the_mode(tmp_path):
+    said = "model_saving.policy='best_acc': the best is the max of 'acc' and min of 'val_acc', and the policy may"
+    with pytest.raises(ValueError, match=said):
+        trained(tmp_path, Prefixed(), ModelSaving("best_acc"), Differs())
 
 
 # Resume -------------------------------------------------------------------------------
@@ -493,6 +523,21 @@ def test_shards_and_their_index(tmp_path):
     assert {"model.json", "model.safetensors.index.json", *files} == {path.name for path in folder.iterdir()}
     loaded = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert digest({name: loaded[name] for name in state}) == digest(dict(state))
+
+
+def test_shards_of_pt(tmp_path):
+    trained(tmp_path, module := Tied(), ModelSaving(safe_serialization=False, max_shard_size="150B"), epochs=1)
+    index = json.loads((at(tmp_path) / "pytorch_model.pt.index.json").read_text())
+    files = sorted(path.name for path in at(tmp_path).glob("*.pt"))
+    assert files == [f"pytorch_model-{number:05d}-of-{len(files):05d}.pt" for number in range(1, len(files) + 1)]
+    assert len(files) > 2
+    parts = {file: torch.load(at(tmp_path) / file, weights_only=True) for file in files}
+    assert index["weight_map"] == {name: file for file, part in parts.items() for name in part}
+    other = Tied()
+    other.load_state_dict({name: tensor for part in parts.values() for name, tensor in part.items()})
+    assert digest(other.state_dict()) == digest(module.state_dict())
+    tied = parts[index["weight_map"]["second.weight"]]
+    assert tied["first.weight"].data_ptr() == tied["second.weight"].data_ptr()
 
 
 def test_another_number_of_shards_leaves_none_of_the_old(tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.utils.data import DataLoader, TensorDataset
 
 import hookline
@@ -16,7 +15,6 @@ from hookline_pymarlin import (
     AbstractCheckpointer,
     CallbackInterface,
     Checkpoint,
-    CustomArgParser,
     DataInterface,
     DataProcessor,
     DefaultCheckpointerArguments,
@@ -26,7 +24,6 @@ from hookline_pymarlin import (
     StatInitArguments,
     Trainer,
     TrainerArguments,
-    Writer,
     WriterInitArguments,
     global_stats,
     rank_zero_only,
@@ -62,7 +59,7 @@ class Points(DataProcessor):
 
 class Data(DataInterface):
     def __init__(self, number=48):
-        self.train, self.val = self.process_data(Points(number, 1), Points(20, 2))
+        self.train, self.val = Points(number, 1).process_data(), Points(20, 2).process_data()
 
     def get_train_dataset(self):
         return TensorDataset(*self.train)
@@ -115,7 +112,7 @@ class Classifier(ModuleInterface):
         _, logits, labels = collated
         self.heard.append((key, len(labels)))
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        global_stats.update_multi({"accuracy": accuracy.item()})
+        global_stats.update(f"accuracy_{key}", accuracy.item())
 
 
 def arguments(**given):
@@ -136,13 +133,12 @@ def test_a_program_for_pymarlin_trains_and_writes():
     run = read_run("checkpoints/model-1")
     assert run.status == "finished"
     assert [row["step"] for row in run.rows] == list(range(1, 13))
-    assert all({"loss", "logit"} <= set(row) for row in run.rows)
-    assert {"accuracy/first", "accuracy/second", "val_loss"} <= set(run.rows[-1])
+    assert all({"loss", "epoch", "logit"} <= set(row) for row in run.rows)
+    assert {"accuracy_first", "accuracy_second", "val_loss/first"} <= set(run.rows[-1])
     assert list(Path("checkpoints/model-1/logs").glob("events*"))
     losses, logits, labels = trainer.validate()
     assert (len(losses), logits.shape, labels.shape) == (3, (20, 2), (20,))
-    with pytest.raises(RuntimeError, match="stats are logged in a run: there is none under way in this process"):
-        global_stats.update("late", 1.0)
+    assert [path.name for path in Path("checkpoints").glob("*.pt")] == ["model_model_2.pt"]
 
 
 class Regression(TinyModule):
@@ -188,7 +184,7 @@ class Watching(CallbackInterface):
 
 def test_a_callback_is_a_plugin_and_the_stages_are_the_cores():
     module, watching = TinyModule(), Watching()
-    trainer = Trainer(module, arguments(epochs=1, clip_grads=False, train_batch_size=8))
+    trainer = Trainer(module, arguments(epochs=1, clip_grads=False, train_batch_size=8, seed=0))
     trainer.core.plugins.register(watching)
     trainer.train()
     assert watching.losses == hand_written_loop(TinyModule(), epochs=1)
@@ -200,7 +196,7 @@ def test_a_callback_is_a_plugin_and_the_stages_are_the_cores():
 
 def test_the_bits_are_those_of_the_plugins_that_it_means():
     facade = Classifier(Data())
-    Trainer(facade, arguments(gpu_batch_size_limit=5)).train()
+    Trainer(facade, arguments(gpu_batch_size_limit=5, seed=0)).train()
     ours = Classifier(Data())
     plugins = {"pymarlin": {}, "clip": {"max_norm": 1.0}, "accumulate": {"steps": 3}}
     hookline.Trainer(ours, plugins, epochs=3, train_batch_size=12, val_batch_size=8, device="cpu").train()
@@ -286,43 +282,69 @@ def alone():
             except ValueError as error:
                 seen.append(str(error))
 
-    trainer = Trainer(TinyModule(samples=16), arguments(epochs=1, train_batch_size=16), "ddp")
+    class Hears(TinyModule):
+        def on_end_train_step(self, global_step, loss, predictions):
+            self.own = loss.shape, predictions.shape
+
+        def on_end_train_epoch(self, global_step, losses, predictions):
+            self.whole = losses.shape, predictions.shape
+
+        @rank_zero_only
+        def on_end_val_epoch(self, global_step, *outputs, key="default"):
+            global_stats.update("only_here", 0.25)
+
+    module = Hears(samples=16)
+    trainer = Trainer(module, arguments(epochs=1, train_batch_size=16), "ddp")
     trainer.core.plugins.register(Looks())
     trainer.train()
-    return seen
+    return seen, [tuple(map(tuple, shapes)) for shapes in (module.own, module.whole)], trainer.core.metrics["only_here"]
 
 
 @pytest.mark.xdist_group("ranks")
 def test_what_rank_zero_does_alone_may_raise_and_nobody_waits_for_ever():
     outcomes = run_ranks(alone, 2)
-    assert [outcome.value for outcome in outcomes] == [[1, 2, "only on rank 0"], [1]], outcomes[1].output
+    seen = [outcome.value and outcome.value[0] for outcome in outcomes]
+    assert seen == [[1, 2, "only on rank 0"], [1]], outcomes[1].output
+    own, whole = outcomes[1].value[1]
+    assert own == ((), (8, 1))
+    assert whole == ((2,), (16, 1))  # of both ranks, as PyMarlin gathers them
+    assert [outcome.value[2] for outcome in outcomes] == [0.25, 0.25]  # ranks that decide by a value agree on it
 
 
 # Arguments ----------------------------------------------------------------------------
 
 
+ALWAYS = {"core", "module", "pymarlin", "auto_stats", "gpu_batch_size_limit", "jsonl", "kept_seed", "on_host"}
+
+
 def plan(**given):
     rows = Trainer(TinyModule(), arguments(**given)).plan()
-    return {name for row in rows for name in (*row["done_by"], *row["wrapped_by"])} - {"core", "module", "pymarlin"}
+    return {name for row in rows for name in (*row["done_by"], *row["wrapped_by"])} - ALWAYS
 
 
-def test_arguments_become_options_and_plugins():
-    assert plan() == {"checkpoint", "clip", "gpu_batch_size_limit", "jsonl", "progress", "tensorboard"}
+def test_arguments_become_options_and_plugins(caplog):
+    assert plan() == {"checkpoint", "clip", "model_file", "period", "progress", "tensorboard"}
     bare = {"clip_grads": False, "writers": [], "checkpointer_args": {"checkpoint": False}}
-    assert plan(**bare) == {"gpu_batch_size_limit", "jsonl"}
-    assert plan(**bare | {"writers": ["stdout"]}) == {"gpu_batch_size_limit", "jsonl", "progress"}
+    assert plan(**bare) == set()
+    assert plan(**bare | {"writers": ["stdout"]}) == {"progress"}
     assert "progress" not in plan(disable_tqdm=True)
-    assert "amp" in plan(backend="sp-amp") & plan(amp_backend_native=True)
-    assert "model_saving" in plan(checkpointer_args={"model_state_save_dir": "models"})
+    assert "model_file" not in plan(checkpointer_args={"model_state_save_dir": None})
     assert "monitor" in plan(stats_args={"log_steps": 5, "update_system_stats": True})
-    args = arguments(max_train_steps_per_epoch=2, max_val_steps_per_epoch=1, log_level="WARNING", seed=5)
+    args = arguments(max_train_steps_per_epoch="2", max_val_steps_per_epoch=0, log_level="WARNING", seed=5)
     options = Trainer(TinyModule(), args).core.options
-    assert (options.max_train_steps_per_epoch, options.max_val_steps_per_epoch, options.seed) == (2, 1, 5)
-    trainer = Trainer(TinyModule(), arguments(max_grad_norm=0.25, writer_args=WriterInitArguments("boards")))
+    assert (options.max_train_steps_per_epoch, options.max_val_steps_per_epoch, options.seed) == (2, None, 5)
+    trainer = Trainer(TinyModule(), arguments(max_grad_norm="0.25", writer_args=WriterInitArguments("boards")))
     plugins = dict(trainer.core.plugins.listed())
     assert plugins["clip"].max_norm == 0.25
     assert plugins["tensorboard"].folder == "boards"
-    assert plugins["checkpoint"].every == "1 epochs"
+
+
+def test_fp16_is_off_on_a_cpu_and_said(caplog):
+    assert "amp" not in plan(backend="sp-amp")
+    assert "backend='sp-amp' trains in full precision on a CPU, as in PyMarlin" in caplog.text
+    caplog.clear()
+    arguments(amp_backend_native=True)
+    assert "amp_backend_native=True has no effect, as in PyMarlin: backend='sp' trains in full pre" in caplog.text
 
 
 def test_optimizers_may_begin_anew_from_a_checkpoint():
@@ -333,50 +355,6 @@ def test_optimizers_may_begin_anew_from_a_checkpoint():
     trainer.train()
     assert trainer.global_steps_finished == 16
     assert trainer.core.schedulers[0].scheduler.last_epoch == 4
-
-
-def test_the_writer_of_azure_is_told_of(caplog):
-    Trainer(TinyModule(), arguments(writers=["stdout", "aml"]))
-    assert "the writer 'aml' is not here; in Azure ML the plugin mlflow does its work" in caplog.text
-
-
-class Lines(Writer):
-    def __init__(self):
-        self.scalars, self.images, self.histograms, self.over = [], [], [], 0
-
-    def log_scalar(self, k, v, step):
-        self.scalars.append((k, step))
-
-    def log_image(self, k, v, step):
-        self.images.append((k, v.shape, step))
-
-    def log_histogram(self, k, v, step):
-        self.histograms.append((k, v.shape, step))
-
-    def finalize(self):
-        self.over += 1
-
-
-class Showing(CallbackInterface):
-    def on_end_train_step(self, global_step, *outputs):
-        if global_step == 2:
-            global_stats.image("picture", torch.zeros(4, 5))
-            global_stats.histogram("weights", torch.ones(7))
-            global_stats.pr("curve", [0.1, 0.9], [0, 1])
-            global_stats.embedding("points", [[1.0, 2.0]], ["a"])
-
-
-def test_stats_reach_writers_of_the_users_own():
-    writer = Lines()
-    trainer = Trainer(TinyModule(), arguments(epochs=1, writers=[writer], stats_args={"log_steps": 2}))
-    trainer.core.plugins.register(Showing())
-    trainer.train()
-    assert {("loss", 2), ("loss", 4), ("val_loss", 5)} <= set(writer.scalars)
-    assert writer.images == [("picture", (4, 5, 3), 2)]
-    assert writer.histograms == [("weights", (7,), 2)]
-    assert writer.over == 1
-    kept = {one["name"]: one["type"] for one in read_run("checkpoints/model-1").objects}
-    assert {name for name, kind in kept.items() if kind.endswith("Table")} == {"curve", "points"}
 
 
 class Shelf(AbstractCheckpointer):
@@ -412,12 +390,12 @@ def shelved_until_killed():
 
 def test_a_checkpointer_of_the_users_own_saves_and_restores():
     shelf, whole = shelved()
-    assert shelf.saved == [(0, False), (1, False), (2, True)]
-    assert shelf.models[-1] == (2, "net.0.bias")
+    assert shelf.saved == [(0, False), (1, False), (2, False), (2, True)]
+    assert shelf.models == [(2, "net.0.bias")]
     os.remove("shelf.pt")
     assert run(shelved_until_killed).code == -signal.SIGKILL
     shelf, end = shelved()
-    assert shelf.saved == [(1, False), (2, True)]
+    assert shelf.saved == [(1, False), (2, False), (2, True)]
     assert end == whole
 
 
@@ -427,14 +405,20 @@ def test_a_checkpointer_of_the_users_own_saves_and_restores():
         ({"backend": "sq"}, "backend='sq' must be one of sp, sp-amp, ddp, ddp-amp"),
         ({"backend": "sp-amp-apex"}, "backend='sp-amp-apex' is not here: apex is given up; take sp-amp"),
         ({"backend": "ddp-dp"}, "backend='ddp-dp' is not here: differential privacy needs opacus"),
-        ({"amp_backend_apex": True}, "amp_backend_apex=True is not here"),
+        ({"amp_backend_apex": True, "amp_backend_native": True}, "amp_backend_native and amp_backend_apex ex"),
         ({"differential_privacy_args": {}}, "differential_privacy_args is not here"),
-        ({"distributed_training_args": {}}, "distributed_training_args is not here: ranks are what the launcher says"),
+        ({"distributed_training_args": {}}, r"distributed_training_args={} is not here: this is rank 0 of 1"),
+        ({"epochs": "many"}, "epochs='many' is no number"),
+        ({"stats_args": {"log_steps": 0}}, "log_steps=0 must be at least 1 step"),
+        ({"checkpointer_args": {"file_prefix": "my run"}}, "file_prefix='my run' names a run: give letters, digits"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm=0.0 must be above 0; clip_grads=False does not clip"),
+        ({"max_train_steps_per_epoch": -1}, "max_train_steps_per_epoch=-1 must be at least 1"),
+        ({"writer_args": {"tb_log_multi": True}}, "tb_log_multi=True is not done here"),
+        ({"writer_args": {"tb_log_dir": "/logs"}}, "tb_log_dir='/logs': TensorBoard's folder lies in"),
         ({"gpu_batch_size_limit": 0}, "gpu_batch_size_limit=0 must be at least 1"),
         ({"checkpointer_args": {"perod": 2}}, r"checkpointer_args has no 'perod', did you mean 'period'"),
         ({"checkpointer_args": {"period": 0}}, "period=0 must be at least 1 epoch"),
         ({"checkpointer_args": {"delete_existing_checkpoints": True}}, "is not done here: a run has a folder of its"),
-        ({"checkpointer_args": {"file_ext": "bin"}}, "file_ext='bin' has no meaning here"),
         ({"checkpointer_args": {"load_filename": "x"}}, "load_filename='x' is looked for in load_dir, which is not"),
         (
             {"checkpointer_args": {"load_dir": "gone"}},
@@ -456,95 +440,7 @@ def test_a_checkpoint_that_is_not_there_and_a_writer_that_is_none():
         Trainer(TinyModule(), arguments(writers=[object()]))
 
 
-# Data and the parser ------------------------------------------------------------------
-
-
-def test_processors_work_one_after_the_other_or_in_processes():
-    processors = [Points(4, 1), Points(5, 2)]
-    one_by_one = DataInterface().process_data(*processors)
-    assert [processor.positive for processor in processors] == [True, True]
-    assert [len(labels) for _, labels in one_by_one] == [4, 5]
-    with pytest.raises(NotImplementedError, match="DataInterface has no get_train_dataset"):
-        DataInterface().get_train_dataset()
-
-
-@pytest.mark.slow
-def test_processors_in_processes_of_their_own():
-    processors = [Repeated("a", 2), Repeated("b", 3)]
-    assert DataInterface().multi_process_data(processors, process_count=2) == ["aa", "bbb"]
-    assert all(processor.looked for processor in processors)
-
-
-class Repeated(DataProcessor):
-    looked = False
-
-    def __init__(self, word, times):
-        self.word, self.times = word, times
-
-    def process(self):
-        return self.word * self.times
-
-    def analyze(self):
-        self.looked = True
-
-
-CONFIG = {"trainer": {"epochs": 1, "lr": 0.1, "amp": False, "name": "a", "dirs": [1], "none": None}, "top": 3}
-
-
-@pytest.fixture
-def parse():
-    Path("config.yaml").write_text(yaml.safe_dump(CONFIG))
-    return CustomArgParser().parse
-
-
-def test_the_command_line_overrides_a_yaml(parse):
-    assert parse([]) == CONFIG
-    words = [
-        "--trainer.epochs",
-        "4",
-        "--trainer.lr=1",
-        "--trainer.amp",
-        "yes",
-        "--trainer.dirs",
-        "[1, -2]",
-        "--top",
-        "5",
-    ]
-    changed = parse([*words, "--trainer.name", "7", "--trainer.none", "x", "--params", '{"top": 9}'])
-    trainer = {"epochs": 4, "lr": 1.0, "amp": True, "name": "7", "dirs": [1, -2], "none": "x"}
-    assert changed == {"trainer": trainer, "top": 9}
-    Path("more").mkdir()
-    Path("more/b.yaml").write_text("top: 1")
-    assert parse(["--config_path", "more"]) == {"top": 1}
-    assert CustomArgParser("settings", "more/b.yaml").parse(["--top", "2"]) == {"top": 2}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--trainer.epoch", "4"], r"--trainer.epoch is in no part of the YAML, did you mean 'trainer.epochs'"),
-        (["--top.deep", "4"], "--top.deep is in no part of the YAML"),
-        (["--trainer", "4"], "--trainer is a section; name one of its keys: trainer.amp, trainer.dirs"),
-        (["--trainer.epochs", "many"], "--trainer.epochs 'many' is a str; the YAML has 1 there"),
-        (["--trainer.amp", "maybe"], "--trainer.amp 'maybe' is a str; the YAML has False there"),
-        (["--top"], "--top is without a value"),
-        (["top", "4"], "'top' is no argument: write --section.key value"),
-        (["--params", "[1]"], r"--params '\[1\]' is not a mapping"),
-        (["--config_path", "gone.yaml"], "there is no 'gone.yaml'; --config_path names the YAML"),
-    ],
-)
-def test_words_that_cannot_be(parse, words, message):
-    with pytest.raises(ValueError, match=message):
-        parse(words)
-
-
-def test_a_yaml_that_cannot_be(parse):
-    Path("empty").mkdir()
-    with pytest.raises(ValueError, match="the folder 'empty' holds no .yaml"):
-        parse(["--config_path", "empty"])
-    Path("list.yaml").write_text("[1]")
-    with pytest.raises(ValueError, match="'list.yaml' must hold keys and values"):
-        parse(["--config_path", "list.yaml"])
+# Modes --------------------------------------------------------------------------------
 
 
 class Frozen(Classifier):

@@ -98,7 +98,7 @@ class OnList(TinyModule):
 
     @hookimpl
     def on_end_train_step(self, train_step_collated_outputs):
-        self.heard += train_step_collated_outputs[0].tolist()
+        self.heard += train_step_collated_outputs[0].reshape(-1).tolist()
 
 
 # The bits -----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Tensorboard(Tracker):
     """Write numbers, texts, images, histograms, tables and the configuration for TensorBoard."""
 
     folder: str = "tensorboard"
-    """Where to, below the folder of the run."""
+    """Where to, below the folder of the run; or an absolute path, below which each run has a folder of its name."""
     init: dict[str, Any] = field(default_factory=dict)
     """Other arguments of torch's `SummaryWriter`: `max_queue`, `flush_secs`, `filename_suffix`."""
 
@@ -35,10 +35,10 @@ class Tensorboard(Tracker):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if Path(self.folder).is_absolute() or ".." in Path(self.folder).parts:
+        if ".." in Path(self.folder).parts:
             raise ValueError(
-                f"tensorboard.folder={self.folder!r} must lie below the folder of the run, as 'tensorboard' does; "
-                "trainer.runs_folder says where runs are"
+                f"tensorboard.folder={self.folder!r} must lie below the folder of the run, as 'tensorboard' does, or "
+                "be an absolute path; trainer.runs_folder says where runs are"
             )
         self.refuse_set(self.init, SET_BY)
         if self.init:
@@ -58,7 +58,9 @@ class Tensorboard(Tracker):
         self._run, self._place_reached = run.folder, run.place
         self._within: Any = None  # the writer of validations under way
         self._batch_reached = run.batch
-        folder = run.folder / self.folder
+        folder = self._home = run.folder / self.folder
+        if Path(self.folder).is_absolute():
+            folder = self._home = folder / run.folder.name
         purge = None
         if run.stage is Stage.TRAIN:
             purge = int(run.place) + 1 if run.place else 0
@@ -85,7 +87,7 @@ class Tensorboard(Tracker):
     def log_batch(self, metrics: Mapping[str, float], batch: int) -> None:
         """Write a point for each value beside the others, because these steps are not theirs."""
         if self._within is None:
-            folder = self._run / self.folder / "batches"
+            folder = self._home / "batches"
             self._wait_for_a_later_name(folder)
             purge = self._batch_reached + 1 if self._batch_reached else 0
             self._within = self._writer_class()(str(folder), purge_step=purge, **self.init)

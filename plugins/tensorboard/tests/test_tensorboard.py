@@ -95,10 +95,14 @@ def test_without_tensorboard_a_run_goes_on_and_says_what_to_install(tmp_path, ca
     assert "`pip install 'tensorboard>=2.18'`" in caplog.text
 
 
-@pytest.mark.parametrize("folder", ["/tmp/elsewhere", "../elsewhere"])
-def test_a_folder_that_is_not_the_runs(folder):
-    with pytest.raises(ValueError, match=rf"tensorboard.folder='{folder}' must lie below the folder of the run"):
-        Tensorboard(folder=folder)
+def test_a_folder_that_is_not_the_runs(tmp_path):
+    with pytest.raises(ValueError, match=r"tensorboard.folder='\.\./elsewhere' must lie below the folder of the run"):
+        Tensorboard(folder="../elsewhere")
+    trainer = train(tmp_path / "runs", Tensorboard(folder=str(tmp_path / "boards")), report_loss_after_eval=False)
+    home = tmp_path / "boards" / trainer.run_dir.name
+    assert points(read(home), "train_loss")
+    assert points(read(home / "batches"), "val_loss_batch")
+    assert not list(trainer.run_dir.glob("**/events*"))
 
 
 @pytest.mark.parametrize(

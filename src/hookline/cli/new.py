@@ -65,6 +65,9 @@ def _write(target: Path, files: Mapping[str, str], names: Mapping[str, str]) -> 
 PLUGIN = {  # file of the new plugin: file of the template
     "pyproject.toml": "pyproject.toml.txt",
     "README.md": "README.md.txt",
+    "PUBLISHING.md": "PUBLISHING.md.txt",
+    "noxfile.py": "noxfile.py.txt",
+    ".github/workflows/tests.yml": "ci.yml.txt",
     "src/PLUGIN_MODULE.py": "plugin.py.txt",
     "tests/test_PLUGIN_WORD.py": "test.py.txt",
 }

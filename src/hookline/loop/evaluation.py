@@ -197,12 +197,13 @@ class Evaluation:
             ended(trainer=run, global_step=run.global_step, key=key, **collated)
 
     def _take_loss(self, stage: Stage, outputs: Outputs, weight: float) -> None:
-        """Log the loss of an evaluation batch: its first output, if that is one number.
+        """Log the loss of an evaluation batch: its first output, if that is one number and no count.
 
         The mean so far covers only this rank, as others may have fewer batches. It is computed from a copy, because
         folding the values here would round them differently.
         """
-        if not outputs or not is_number(outputs[0]):
+        first = outputs[0] if outputs else None
+        if not is_number(first) or (isinstance(first, torch.Tensor) and not first.is_floating_point()):
             return
         run = self.run
         name = run.options.val_loss_metric_name if stage is Stage.VAL else f"{stage.value}_loss"

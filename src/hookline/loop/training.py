@@ -225,7 +225,7 @@ class Training:
                 self._epoch_outputs.add(row)
         if not room:
             return []
-        collated = collate([detached(row[:room]) for row in real or outputs])
+        collated = collate([detached(row[:room]) for row in real or outputs], bool(real) and self.window.size == 1)
         return collated if real else [column[:0] for column in collated]  # the usual number of outputs, without samples
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:

@@ -109,7 +109,7 @@ def _check_unmarked(hooks: HookRelay, plugin: Any, where: str, attribute: str, s
         return
     if isinstance(plugin, ModuleInterface):
         # A module may have any methods, but one that looks like a hook and is never called deserves a warning.
-        if specified and (attribute.startswith("on_") or _fits(hooks, attribute, getattr(type(plugin), attribute))):
+        if specified and (attribute.startswith("on_") or _fits(hooks, attribute, getattr(plugin, attribute))):
             warnings.warn(
                 f"{where} has the name of a hook and is not marked @hookimpl: it will not be called", stacklevel=4
             )
@@ -124,7 +124,7 @@ def _check_unmarked(hooks: HookRelay, plugin: Any, where: str, attribute: str, s
 
 def _fits(hooks: HookRelay, hook: str, method: Any) -> bool:
     """Tell whether all parameters of a method, at least one, are arguments of a hook."""
-    asked = list(inspect.signature(method).parameters)[1:]
+    asked = list(inspect.signature(method).parameters)
     return bool(asked) and set(asked) <= set(_arguments(hooks, hook))
 
 

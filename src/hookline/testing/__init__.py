@@ -1,7 +1,7 @@
 """Helpers for tests of plugins: a tiny trainer, hand-written loops, budgets, checks of the contract."""
 
 from hookline.testing.budgets import Budget, calls_per_step, count_syncs
-from hookline.testing.check import check_plugin
+from hookline.testing.checks import CHECKS, check_plugin
 from hookline.testing.digest import digest
 from hookline.testing.memory import Memory
 from hookline.testing.ranks import on_ranks, run_ranks
@@ -10,6 +10,7 @@ from hookline.testing.trackers import Told, check_killed_tracker, check_quiet_tr
 from hookline.testing.trained import Trained, assert_one_model, train_tiny
 
 __all__ = [
+    "CHECKS",
     "Budget",
     "Memory",
     "PlainModule",

@@ -1,10 +1,12 @@
 """ACCMT's names: its module, its trainer with all arguments, hyperparameters, trackers."""
 
+from hookline_accmt.accelerator import accelerator
 from hookline_accmt.hyperparameters import HyperParameters, Optimizer, Scheduler
+from hookline_accmt.metrics import Metric
 from hookline_accmt.module import AcceleratorModule
 from hookline_accmt.names import Handler, Monitor, set_seed
 from hookline_accmt.plugin import Accmt
-from hookline_accmt.trackers import Aim, ClearML, CometML, DVCLive, MLFlow, TensorBoard, WandB
+from hookline_accmt.tracker import Aim, ClearML, CometML, DVCLive, MLFlow, TensorBoard, WandB
 from hookline_accmt.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -19,11 +21,13 @@ __all__ = [
     "Handler",
     "HyperParameters",
     "MLFlow",
+    "Metric",
     "Monitor",
     "Optimizer",
     "Scheduler",
     "TensorBoard",
     "Trainer",
     "WandB",
+    "accelerator",
     "set_seed",
 ]

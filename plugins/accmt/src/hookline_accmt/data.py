@@ -37,6 +37,28 @@ def collate_of(given: Any) -> Callable[[Any], Any] | None:
     return None if given is None else Chain(functions) if len(functions) > 1 else functions[0]
 
 
+def check_dataset(name: str, dataset: Any) -> None:
+    """Refuse what is no dataset, or an empty one.
+
+    Raises:
+        TypeError, ValueError: what it is.
+    """
+    kind = type(dataset).__name__
+    if isinstance(dataset, DataLoader):
+        method = {"train_dataset": "get_train_dataloader", "val_dataset": "get_validation_dataloader"}[name]
+        raise TypeError(
+            f"{name} is a {kind}: give the dataset itself, or return the loader from the module's {method}()"
+        )
+    if isinstance(dataset, (dict, str)) or not (
+        isinstance(dataset, IterableDataset) or (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
+    ):
+        raise TypeError(
+            f"{name} is a {kind}, and no dataset: it needs __getitem__ and __len__, or is an IterableDataset"
+        )
+    if not isinstance(dataset, IterableDataset) and not len(dataset):
+        raise ValueError(f"{name} is empty")
+
+
 def loader(
     dataset: Any,
     batch_size: int,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class Scheduler(enum.StrEnum):
     PolynomialDecayWithWarmup = "PolynomialDecayWithWarmup"
 
 
+log = logging.getLogger("hookline.accmt")
+
 KEYS = ("epochs", "batch_size", "optim", "scheduler")
 WARMUP = "warmup_ratio"
 FUSED = ("Adam", "AdamW", "SGD")  # which have a form of one kernel for all parameters
@@ -62,12 +65,14 @@ class HyperParameters:
 
     Args:
         epochs: to train.
-        batch_size: samples of one batch of one process; or two numbers, of training and of validation.
+        batch_size: samples of one batch of one process; or two numbers, of training and of validation; a third, of a
+            test set, is not used.
         optim: name of an optimizer, see `Optimizer`.
         optim_kwargs: its arguments; texts that are numbers ("1e-3") are read as such.
         scheduler: name of a schedule, see `Scheduler`; None for a constant learning rate.
         scheduler_kwargs: its arguments, and `warmup_ratio`, the part of all steps that `num_warmup_steps` shall be.
             `num_training_steps` and `total_steps` are filled in where they are left out.
+        optimizer: what later versions of ACCMT call `optim`.
 
     Raises:
         TypeError: an argument that is none, with the nearest that is.
@@ -82,12 +87,24 @@ class HyperParameters:
         optim_kwargs: Mapping[str, Any] | None = None,
         scheduler: str | None = None,
         scheduler_kwargs: Mapping[str, Any] | None = None,
+        *,
+        optimizer: str | None = None,
     ) -> None:
         self.epochs = count("epochs", epochs)
         sizes = list(batch_size) if isinstance(batch_size, (list, tuple)) else [batch_size, batch_size]
-        if len(sizes) != 2:
-            raise ValueError(f"batch_size={batch_size!r} must be one number, or two: of training and of validation")
-        self.batch_size, self.val_batch_size = (count("batch_size", size) for size in sizes)
+        if len(sizes) not in (2, 3):
+            raise ValueError(
+                f"batch_size={batch_size!r} must be one number, or two: of training and of validation; or a third, of "
+                "a test set, which is not used"
+            )
+        self.batch_size, self.val_batch_size = (count("batch_size", size) for size in sizes[:2])
+        if len(sizes) == 3:
+            count("batch_size", sizes[2])
+            log.warning(
+                "batch_size=%r: the third is of a test set, which fit is not given, so it is not used", batch_size
+            )
+        if optimizer is not None:
+            optim = optimizer
         self.optim = known("optim", optim, Optimizer)
         self.optim_kwargs = numbers(optim_kwargs or {})
         refuse_unknown(f"optim {self.optim}", self.optim_kwargs, arguments_of(getattr(torch.optim, self.optim)))
@@ -127,6 +144,8 @@ class HyperParameters:
             )
         if [*given] == ["hps"]:
             return cls.read(given["hps"])
+        if "optimizer" in given and "optim" not in given:  # as later versions of ACCMT call it
+            given = {"optim" if name == "optimizer" else name: value for name, value in given.items()}
         refuse_unknown("hps_config", given, KEYS)
         named = {name: value for name, value in given.items() if name in ("epochs", "batch_size")}
         for name in ("optim", "scheduler"):

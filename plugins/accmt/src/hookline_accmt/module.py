@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ class AcceleratorModule:
     training is, `self.device` where the model is.
     """
 
-    status_dict: Mapping[str, Any]
     device: torch.device
     teacher: torch.nn.Module | None = None
     _owner: torch.nn.Module | None = None  # who has the model as its own, from `fit` on
@@ -42,6 +40,39 @@ class AcceleratorModule:
             self._owner.model = model
         else:
             vars(self)["model"] = model
+
+    @property
+    def status_dict(self) -> dict[str, Any]:
+        """How far training is: the one dictionary of a run, which the trainer writes, to add keys of your own to."""
+        if self._owner is not None:
+            return self._owner.status  # type: ignore[return-value]
+        if "status_dict" not in vars(self):
+            raise AttributeError(f"{type(self).__name__} has no status_dict before fit")
+        return vars(self)["status_dict"]  # type: ignore[no-any-return]
+
+    @status_dict.setter
+    def status_dict(self, status: dict[str, Any]) -> None:
+        vars(self)["status_dict"] = status
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what `pickle` and `copy` take: the module without the run that it was in."""
+        state = dict(vars(self))
+        if state.pop("_owner", None) is not None:
+            state |= {"model": self.model, "status_dict": dict(self.status_dict)}
+        return state
+
+    def log(self, values: Mapping[str, Any], log_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Log numbers by name, as the trainer logs its losses.
+
+        Raises:
+            ValueError: arguments of one tracker, which several are not given.
+            RuntimeError: there is no run.
+        """
+        if log_kwargs:
+            raise ValueError(f"log: log_kwargs={log_kwargs!r} are of one tracker, and values go to all of them")
+        if self._owner is None:
+            raise RuntimeError(f"{type(self).__name__}.log is for within fit")
+        self._owner.trainer.log(**values)  # type: ignore[operator]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Do `forward`."""
@@ -122,28 +153,3 @@ def check(module: AcceleratorModule) -> None:
             f"{name}.teacher has parameters of self.model ({shared[0]}), and a teacher is never trained; "
             "give it a copy of its own (copy.deepcopy)"
         )
-
-
-def step_of(module: AcceleratorModule, name: str) -> Callable[[Any], Any] | None:
-    """Return a function that takes a batch through a step of the module, or through `step`; None where it has neither.
-
-    Raises:
-        TypeError: it wants something else than a batch and `status_dict`.
-    """
-    name = name if hasattr(module, name) else "step"
-    step = getattr(module, name, None)
-    if step is None:
-        return None
-    parameters = [p for p in inspect.signature(step).parameters.values() if p.default is p.empty]
-    asked = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    with_status = "status_dict" in inspect.signature(step).parameters
-    if with_status and asked[:1] != ["status_dict"] and len(asked) <= 2:
-        return lambda batch: step(batch, status_dict=module.status_dict)
-    if len(asked) == 2 and "key" not in asked and not with_status:
-        return lambda batch: step(batch, module.status_dict)
-    if len(asked) == 1 and not with_status:
-        return step  # type: ignore[no-any-return]
-    raise TypeError(
-        f"{type(module).__name__}.{name}({', '.join(asked)}) must take batch, or batch and status_dict; "
-        "several validation loaders by key came later than what is followed here"
-    )

@@ -35,13 +35,23 @@ class Handler(enum.Enum):
     @property
     def kind(self) -> str:
         """What the plugin guard calls it."""
-        return {"KEYBOARD": "keyboard", "CUDA_OUT_OF_MEMORY": "out_of_memory"}.get(self.name, "any")
+        kinds = {"KEYBOARD": "keyboard", "CUDA_OUT_OF_MEMORY": "out_of_memory", "ANY": "error", "ALL": "any"}
+        return kinds[self.name]
 
 
 class Monitor:
-    """What is logged: the options of the plugin monitor, by their names."""
+    """What is logged: the options of the plugin monitor, by their names.
+
+    Raises:
+        TypeError: a name that is none, or a value that is neither true nor false.
+        ValueError: `val_equal_train=False`, values of validation at steps of their own.
+    """
 
     def __init__(self, **wanted: bool) -> None:
+        if wanted.pop("val_equal_train", True) is not True:
+            raise ValueError(
+                "monitor: val_equal_train=False: values of validation lie at the steps of training; leave it out"
+            )
         vars(self).update(wanted)
         self.options()
 
@@ -71,8 +81,8 @@ class Monitor:
         return {**vars(self)}
 
 
-def options_of(plugin: str, argument: str) -> list[str]:
-    """Return the options of an installed plugin.
+def plugin_class(plugin: str, argument: str) -> Any:
+    """Return the class of an installed plugin.
 
     Args:
         plugin: its name.
@@ -84,7 +94,12 @@ def options_of(plugin: str, argument: str) -> list[str]:
     found = [*metadata.entry_points(group="hookline.plugins", name=plugin)]
     if not found:
         raise ValueError(f"{argument}: there is no plugin {plugin!r}: `pip install hookline-{plugin}`")
-    return [field.name for field in fields(found[0].load()) if field.init]
+    return found[0].load()
+
+
+def options_of(plugin: str, argument: str) -> list[str]:
+    """Return the options of an installed plugin; arguments and errors are those of `plugin_class`."""
+    return [field.name for field in fields(plugin_class(plugin, argument)) if field.init]
 
 
 def refuse_unknown(where: str, given: Iterable[str], known: Iterable[str]) -> None:

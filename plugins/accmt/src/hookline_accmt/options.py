@@ -9,7 +9,8 @@ from typing import Any
 from hookline import CallbackInterface, instantiate
 from hookline_accmt import data
 from hookline_accmt.hyperparameters import HyperParameters
-from hookline_accmt.status import Place
+from hookline_accmt.metrics import Metric
+from hookline_accmt.status import Place, StatusDict
 
 
 @dataclass(eq=False)
@@ -44,11 +45,15 @@ class Options(CallbackInterface):
 
     def __post_init__(self) -> None:
         self.hyperparameters = None if self.hps is None else HyperParameters.read(self.hps)
-        if self.dataloader_num_workers < 0:
-            raise ValueError(f"accmt.dataloader_num_workers={self.dataloader_num_workers} must be at least 0")
+        if type(self.dataloader_num_workers) is not int or self.dataloader_num_workers < 0:
+            raise ValueError(
+                f"accmt.dataloader_num_workers={self.dataloader_num_workers!r} must be a whole number, at least 0"
+            )
         self.made: dict[str, Any] = {"train_dataset": None, "val_dataset": None}
         self.use(sampler=_found("sampler", self.sampler), collate_fn=_found("collate_fn", self.collate_fn))
         self.place = Place()
+        self.status = StatusDict()
+        self.metrics: list[Metric] = []
         self.zeroed: list[str] = []  # parameters whose gradient stays when it is cleared
 
     def use(self, **objects: Any) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,10 @@ from typing import Any
 
 import hookline
 from hookline import Trainer, hookimpl, instantiate
-from hookline.files import clear, replacing
 from hookline_accmt.bridge import Bridge
 from hookline_accmt.module import AcceleratorModule
 from hookline_accmt.options import Options
+from hookline_accmt.saving import put_model, refuse_taken
 
 
 @dataclass(eq=False)
@@ -33,7 +31,9 @@ class Accmt(Options):
     def adapt_module(self, trainer: Trainer) -> Generator[None, Any, Any]:
         module = yield
         if isinstance(module, AcceleratorModule):
-            module = self._bridge = Bridge(module, self, trainer)
+            names = {"__module__": type(module).__module__, "__qualname__": type(module).__qualname__}
+            kind = type(type(module).__name__, (Bridge,), names)  # so that all who name it name the user's class
+            module = self._bridge = kind(module, self, trainer)
         return module
 
     @hookimpl(tryfirst=True)
@@ -46,6 +46,9 @@ class Accmt(Options):
                 hookline.set_seed(trainer.options.seed)
                 self.made[name] = instantiate(described, f"accmt.{name}")
         self._bridge.set_up(trainer)
+        policy = getattr(trainer.plugins.get_plugin("model_saving"), "policy", None)
+        if self.model_path is not None and policy is not None:
+            refuse_taken(self.model_path, policy)
         hps, options = self.hyperparameters, trainer.options
         if hps is not None:
             if options.epochs is None and options.max_steps is None and options.max_time is None:
@@ -56,20 +59,29 @@ class Accmt(Options):
 
     @hookimpl
     def on_checkpoint(self, path: Path, kind: str) -> None:
-        """Have the model that was saved in `model_path`, too; without room for a copy, where the disk is the same."""
-        if self.model_path is None or kind != "model" or self._bridge is None:
-            return
-        folder = Path(self.model_path)
-        folder.mkdir(parents=True, exist_ok=True)
-        there = folder / path.name
-        if there.exists() and not (there / "model.json").is_file():
-            raise ValueError(f"{there} holds something else than a model of a run before; move it away")
-        clear(folder)
-        with replacing(there) as new:
-            shutil.copytree(path, new, copy_function=_link)
-            configuration: Any = getattr(self._bridge.model, "config", None)
-            if hasattr(configuration, "save_pretrained"):
-                configuration.save_pretrained(new)
+        """Have the model that was saved in `model_path`, too."""
+        if self.model_path is not None and kind == "model" and self._bridge is not None:
+            put_model(path, Path(self.model_path), self._bridge.model)
+
+    @hookimpl(wrapper=True)
+    def get_mode(self, trainer: Trainer, metric: str) -> Generator[None, str, str]:
+        """Return what a Metric says of its values, then what others know, and else that the largest is the best."""
+        own = {one.main_metric: one.mode for one in self.metrics}
+        name = metric.removeprefix("val_")
+        said = own.get(metric, own.get(name))
+        try:
+            known = yield
+        except ValueError:
+            if said is None and (self._bridge is None or name == metric):
+                raise
+            known = "max"
+            if said is None:
+                trainer.say_once(
+                    f"nobody knows whether the largest or the smallest {name!r} is the best: the largest is taken, as "
+                    f'ACCMT does; metrics=[Metric({name!r}, comparator="<")] says otherwise',
+                    about=f"the best {name.removeprefix('val_')}",
+                )
+        return known if said is None else said
 
     # State ----------------------------------------------------------------------------
 
@@ -80,6 +92,7 @@ class Accmt(Options):
         named = self._bridge.named_parameters() if not self.set_to_none else ()
         return {
             "place": dataclasses.asdict(self.place),
+            "own": self.status.own(),
             "zeroed": [name for name, parameter in named if parameter.grad is not None],
         }
 
@@ -88,10 +101,4 @@ class Accmt(Options):
         for name, value in state["place"].items():
             setattr(self.place, name, value)
         self.zeroed = list(state["zeroed"])
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another disk, or one that has no links
-        shutil.copy2(source, target)
+        self.status.update(state.get("own", {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ import hookline
 
 KEYS = (
     "best_train_loss", "best_valid_loss", "epoch", "epoch_step", "global_step", "eval_global_step", "evaluations_done",
-    "additional_metrics",
+    "additional_metrics", "skip_batches",
 )  # fmt: skip
 
 
@@ -30,46 +29,39 @@ class Place:
     """Batches of this epoch that the last checkpoint has."""
 
 
-class StatusDict(Mapping[str, Any]):
-    """A live view of a run; it changes by itself, and is not for anybody to change.
+class StatusDict(dict[str, Any]):
+    """A dictionary that `refresh` writes the place of a run into; keys of the user's own stay, and are in checkpoints.
 
     `skip_batches` is among it where checkpoints are saved every so many steps.
     """
 
-    def __init__(self, trainer: hookline.Trainer, place: Place) -> None:
-        self._trainer = trainer
-        self._place = place
-
-    def __getitem__(self, name: str) -> Any:
-        trainer = self._trainer
-        if name in ("best_train_loss", "best_valid_loss"):
-            return getattr(trainer.best, name.removeprefix("best_"))
-        if name == "evaluations_done":
-            return trainer.counters.evaluations
-        if name == "additional_metrics":
-            loss = trainer.options.val_loss_metric_name
-            return {key.removeprefix("val_"): value for key, value in trainer.metrics.items() if key != loss}
-        if name in self:
-            return getattr(self._place, name)
+    def __missing__(self, name: str) -> Any:
         raise KeyError(f"{name!r}; there are {', '.join(self)}")
 
-    def __contains__(self, name: object) -> bool:
-        return any(name == key for key in self)
+    def refresh(self, trainer: hookline.Trainer, place: Place) -> None:
+        """Write how far a run is."""
+        best, counters = trainer.best, trainer.counters
+        self["best_train_loss"], self["best_valid_loss"] = best.train_loss, best.valid_loss
+        self["epoch"], self["epoch_step"], self["global_step"] = place.epoch, place.epoch_step, place.global_step
+        self["eval_global_step"], self["evaluations_done"] = place.eval_global_step, counters.evaluations
+        loss = trainer.options.val_loss_metric_name
+        self["additional_metrics"] = {
+            name.removeprefix("val_"): value for name, value in trainer.metrics.items() if name != loss
+        }
+        if saves_by_steps(trainer):
+            self["skip_batches"] = place.skip_batches
 
-    def __iter__(self) -> Iterator[str]:
-        yield from KEYS
-        checkpoint = self._trainer.plugins.get_plugin("checkpoint")
-        if any(hookline.every(one).unit in ("steps", "batches") for one in cadences(checkpoint)):
-            yield "skip_batches"
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
+    def own(self) -> dict[str, Any]:
+        """Return what the user has added."""
+        return {name: value for name, value in self.items() if name not in KEYS}
 
 
-def cadences(checkpoint: Any) -> list[str]:
-    """Return when a plugin saves."""
-    given = getattr(checkpoint, "every", None)
+def saves_by_steps(trainer: hookline.Trainer) -> bool:
+    """Tell whether checkpoints are saved every so many steps."""
+    return any(hookline.every(one).unit in ("steps", "batches") for one in cadences(trainer))
+
+
+def cadences(trainer: hookline.Trainer) -> list[str]:
+    """Return when the plugin checkpoint saves; nothing where there is none."""
+    given = getattr(trainer.plugins.get_plugin("checkpoint"), "every", None)
     return [] if given is None else [given] if isinstance(given, str) else list(given)

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,17 @@ import torch
 import yaml
 
 import hookline
+from hookline_accmt.cadences import batches, handlers_of
 from hookline_accmt.data import collate_of
+from hookline_accmt.describing import described_by, paths
 from hookline_accmt.hyperparameters import HyperParameters, count
+from hookline_accmt.metrics import Metric, metrics_of
 from hookline_accmt.module import AcceleratorModule
-from hookline_accmt.names import Handler, Monitor, current_seed
+from hookline_accmt.names import Monitor, current_seed
 from hookline_accmt.plugin import Accmt
-from hookline_accmt.trackers import plugins_of
+from hookline_accmt.resuming import check_resume, choose_resume
+from hookline_accmt.tracker import plugins_of
+from hookline_accmt.words import check_options, own_words
 
 log = logging.getLogger("hookline.accmt")
 
@@ -33,13 +38,15 @@ class Trainer:
         track_name: what trackers call it; the name of the model's folder unless given.
         checkpoint: where runs are kept, `<checkpoint>-<number>` each with its checkpoints; unless given, beside the
             model's folder, and called after it with "checkpoint-" before.
-        resume: go on with the newest of these; None does where there is one.
-        model_saving: "best_valid_loss", "best_train_loss", "best_<metric>", "always", a list of them, or None. Without
-            validation data the first is the second.
+        resume: go on with the newest of these that has a checkpoint; None does where there is one; or the path of a
+            run or of one of its checkpoints.
+        model_saving: "best_valid_loss", "best_train_loss", "best_<metric>" with a name of `additional_metrics`,
+            "always", a list of them, or None. Without validation data the first is the second. "best_" may be left out
+            before the name of one of `metrics`.
         evaluate_every_n_steps: steps from one evaluation to the next; None for each epoch's end.
         checkpoint_every: "epoch", "2 epochs", "50 steps", "eval", "3 evaluations" …, or None.
-        logging_dir: of TensorBoard, in the run's folder; or the URL of a tracker's server.
-        log_with: TensorBoard, WandB, CometML, Aim, MLFlow, ClearML, DVCLive, or a list of them.
+        logging_dir: of TensorBoard, in the run's folder or an absolute path; or the URL of a tracker's server.
+        log_with: TensorBoard, WandB, CometML, Aim, MLFlow, ClearML, DVCLive, by class or name, or a list of them.
         log_every: updates of the weights from one value in the log to the next.
         grad_accumulation_steps: batches of one update of the weights.
         clip_grad: norm of all gradients above which they are scaled down to it.
@@ -64,6 +71,7 @@ class Trainer:
         eval_when_start: evaluate before training.
         verbose: show progress.
         monitor: what is logged, a `Monitor` or a mapping of its fields.
+        metrics: a `Metric`, or a list of them, for what `validation_step` returns under their names.
         kwargs: of the tracker, such as `run_name` and `tags`.
 
     Raises:
@@ -76,7 +84,7 @@ class Trainer:
         model_path: str | Path,
         track_name: str | None = None,
         checkpoint: str | Path | None = None,
-        resume: bool | None = False,
+        resume: bool | str | Path | None = False,
         model_saving: Any = "best_valid_loss",
         evaluate_every_n_steps: int | None = None,
         checkpoint_every: str | None = "epoch",
@@ -106,6 +114,7 @@ class Trainer:
         verbose: bool = True,
         monitor: Monitor | Mapping[str, Any] | None = None,
         model_saving_aboce: float | None = None,
+        metrics: Metric | Sequence[Metric] | None = None,
         **kwargs: Any,
     ) -> None:
         self.hps = HyperParameters.read(hps_config)
@@ -114,7 +123,7 @@ class Trainer:
             raise ValueError(f"model_path={str(model_path)!r} has no name")
         named = self.model_path.with_name(f"checkpoint-{self.model_path.name}")
         self.checkpoint = named if checkpoint is None else Path(checkpoint)
-        self.resume = resume
+        self.resume = check_resume(resume, self.checkpoint)
         self.core: hookline.Trainer | None = None
         """The trainer behind the last `fit`."""
         if model_saving_above is not None and model_saving_aboce is not None:
@@ -123,8 +132,9 @@ class Trainer:
         for name, given in (("evaluate_every_n_steps", evaluate_every_n_steps), ("log_every", log_every)):
             if given is not None:
                 count(name, given)
+        self.metrics = metrics_of(metrics)
         self._model_saving = {
-            "policy": model_saving,
+            "policy": self._policy(model_saving),
             "below": model_saving_below,
             "above": above,
             "safe_serialization": safe_serialization,
@@ -162,6 +172,8 @@ class Trainer:
         if grad_accumulation_steps not in (None, 1):
             self._plugins["accumulate"] = {"steps": count("grad_accumulation_steps", grad_accumulation_steps)}
         if clip_grad is not None:
+            if isinstance(clip_grad, bool) or not isinstance(clip_grad, (int, float)):
+                raise TypeError(f"clip_grad={clip_grad!r} must be a number, or None")
             self._plugins["clip"] = {"max_norm": float(clip_grad)}
         self._plugins["checkpoint"] = {"every": batches(checkpoint_every)}
         errors = list(dict.fromkeys(handler.kind for handler in handlers_of(handlers)))
@@ -176,7 +188,8 @@ class Trainer:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self._plugins["ddp"] = {}
         known = [name for name in inspect.signature(Trainer).parameters if name != "kwargs"]
-        self._plugins |= plugins_of(log_with, track_name or self.model_path.name, logging_dir, kwargs, known)
+        self._plugins |= plugins_of(log_with, track_name or self.model_path.name, str(logging_dir), kwargs, known)
+        check_options({"accmt": self._accmt, **self._all_plugins(True, False)})
 
     def fit(
         self,
@@ -206,11 +219,13 @@ class Trainer:
         elif not isinstance(module, AcceleratorModule):
             kind = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
             raise TypeError(f"fit() got {kind}; give it an object of a subclass of AcceleratorModule")
-        self.core = self._build(module, {"train_dataset": train_dataset, "val_dataset": val_dataset}, self._resume())
-        self.core.train()
+        data = {"train_dataset": train_dataset, "val_dataset": val_dataset}
+        with own_words():
+            self.core = self._build(module, data, self._resume())
+            self.core.train()
 
     @property
-    def status_dict(self) -> Mapping[str, Any]:
+    def status_dict(self) -> dict[str, Any]:
         """How far the last `fit` is or was.
 
         Raises:
@@ -219,7 +234,7 @@ class Trainer:
         if self.core is None:
             raise RuntimeError("there has been no fit yet, so there is no status")
         bridge: Any = self.core.module
-        status: Mapping[str, Any] = bridge.user.status_dict
+        status: dict[str, Any] = bridge.user.status_dict
         return status
 
     def plan(self) -> list[dict[str, Any]]:
@@ -245,15 +260,28 @@ class Trainer:
         kind = pkgutil.resolve_name(node["_target_"])
         validates = "val_dataset" in described or hasattr(kind, "get_validation_dataloader")
         plugins = self._all_plugins(validates, hasattr(kind, "get_metrics"))
+        resume = self.resume if isinstance(self.resume, str) else self.resume is not False
         tree = {
             "module": node,
-            "trainer": {**self._options, "resume": self.resume is not False},
+            "trainer": {**self._options, "resume": resume},
             "plugins": {"accmt": {**self._accmt, **described, **functions}, **plugins},
         }
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
-    def _build(self, module: AcceleratorModule, datasets: dict[str, Any], resume: bool = False) -> hookline.Trainer:
+    def _policy(self, given: Any) -> Any:
+        """Return what the plugin model_saving calls it."""
+        if isinstance(given, (list, tuple)):
+            return [self._policy(name) for name in given]
+        return f"best_{given}" if given in [metric.main_metric for metric in self.metrics] else given
+
+    def _resume(self) -> bool | str:
+        return choose_resume(self.resume, self.checkpoint)
+
+    def _build(
+        self, module: AcceleratorModule, datasets: dict[str, Any], resume: bool | str = False
+    ) -> hookline.Trainer:
         accmt = Accmt(**self._accmt)
+        accmt.metrics = self.metrics
         accmt.use(**{name: given for name, given in {**self._objects, **datasets}.items() if given is not None})
         validates = datasets["val_dataset"] is not None or hasattr(module, "get_validation_dataloader")
         plugins = self._all_plugins(validates, hasattr(module, "get_metrics"))
@@ -264,23 +292,10 @@ class Trainer:
         if saving["policy"] == "best_valid_loss" and not validates:
             log.info("there are no validation data, so the model is saved by its best loss of training")
             saving["policy"] = "best_train_loss"
-        given = saving["policy"]
-        names = given if isinstance(given, (list, tuple)) else [given]
-        grow = [name for name in names if isinstance(name, str) and name.startswith("best_") and "loss" not in name]
-        saving["mode"] = dict.fromkeys(grow, "max") or None  # as in ACCMT, whatever the metric
         plugins = {**self._plugins, "model_saving": saving}
         if has_metrics:
             plugins["metrics"] = {}
         return plugins
-
-    def _resume(self) -> bool:
-        runs = [*self.checkpoint.parent.glob(f"{self.checkpoint.name}-*/checkpoints")]
-        if self.resume and not runs:
-            raise FileNotFoundError(
-                f"resume=True, and there is no run {self.checkpoint}-1, -2 … to go on with; "
-                "resume=None begins where there is none"
-            )
-        return self.resume is True or (self.resume is None and bool(runs))
 
 
 class _Blank(AcceleratorModule):
@@ -291,64 +306,3 @@ class _Blank(AcceleratorModule):
 
     def step(self, batch: Any) -> Any:
         """Never called."""
-
-
-def batches(every: str | None) -> str | None:
-    """Return a cadence in which steps are batches.
-
-    Raises:
-        ValueError: it is none, with examples.
-    """
-    if every is None:
-        return None
-    try:
-        number, unit = hookline.every(every)
-    except ValueError as error:
-        raise ValueError(f"checkpoint_every={every!r}: {error}") from None
-    return f"{number} batches" if unit == "steps" else every
-
-
-def handlers_of(given: Any) -> list[Handler]:
-    """Return the handlers of one or a list.
-
-    Raises:
-        TypeError: something else.
-    """
-    handlers = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    for handler in handlers:
-        if not isinstance(handler, Handler):
-            raise TypeError(f"handlers: {handler!r} is none of {', '.join(map(str, Handler))}")
-    return handlers
-
-
-def path_of(name: str, given: Callable[..., Any]) -> str:
-    """Return by which path something can be imported.
-
-    Raises:
-        TypeError: by none.
-    """
-    home, own = getattr(given, "__module__", None), getattr(given, "__qualname__", "<locals>")
-    if home in (None, "__main__") or "<" in own:
-        raise TypeError(f"{name}: {given!r} cannot be imported from a file; move it into one, at its top level")
-    return f"{home}.{own}"
-
-
-def described_by(name: str, given: Any) -> dict[str, Any]:
-    """Return `_target_` and arguments of what makes an object."""
-    if isinstance(given, Mapping) and "_target_" in given:
-        return dict(given)
-    if isinstance(given, type) or inspect.isroutine(given):
-        return {"_target_": path_of(name, given)}
-    raise TypeError(
-        f"to_yaml: {name} is a {type(given).__name__}, and nobody can know how it was made; give its class, a function "
-        "that makes it, or a mapping of _target_ and arguments"
-    )
-
-
-def paths(name: str, given: Any) -> Any:
-    """Return the path of a function, or of several."""
-    if isinstance(given, (list, tuple)):
-        return [paths(name, one) for one in given]
-    if isinstance(given, type) or inspect.isroutine(given):
-        return path_of(name, given)
-    raise TypeError(f"to_yaml: {name} is a {type(given).__name__}; give a function or a class, which has a path")

@@ -23,7 +23,7 @@ from hookline_checkpoint.fingerprint import describe
 from hookline_checkpoint.layout import contents, own, pack, shares
 from hookline_checkpoint.lock import Lock, refuse_locked
 from hookline_checkpoint.resuming import find_state, restore
-from hookline_checkpoint.retention import cadences, retain, rules_of
+from hookline_checkpoint.retention import cadences, refuse_no_evaluations, retain, rules_of
 from hookline_checkpoint.storage import FOLDER
 
 if TYPE_CHECKING:
@@ -98,8 +98,10 @@ class Checkpoint(CallbackInterface):
 
         Raises:
             LockedError: another job saves into this run folder.
-            ValueError: nobody knows which value of `monitor` is the best.
+            ValueError: nobody knows which value of `monitor` is the best; or `every` counts evaluations, and there
+                are none.
         """
+        refuse_no_evaluations(trainer, self._cadences)
         if self.keep_best and self.mode is None and self._retention is not None:
             try:
                 mode = trainer.hook.get_mode(trainer=trainer, metric=self.monitor)

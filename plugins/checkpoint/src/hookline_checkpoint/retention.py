@@ -8,11 +8,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hookline import ModuleInterface
 from hookline import every as cadence
 from hookline_checkpoint.storage import CheckpointError, is_good, listed, read_manifest
 from hookline_checkpoint.writing import remove
+
+if TYPE_CHECKING:
+    from hookline import Trainer
 
 log = logging.getLogger("hookline.checkpoint")
 
@@ -53,6 +57,27 @@ def cadences(given: Any) -> list[str]:
         except ValueError as error:
             raise ValueError(f"checkpoint.every={given!r}: {error}") from None
     return texts
+
+
+def refuse_no_evaluations(trainer: Trainer, texts: Sequence[str]) -> None:
+    """Refuse cadences that all count evaluations in a training that has none.
+
+    Raises:
+        ValueError: nothing would be saved before the end.
+    """
+    if not texts or any(cadence(text).unit != "evaluations" for text in texts):
+        return
+    name, options = type(trainer.module).__name__, trainer.options
+    why = ""
+    if type(trainer.module).get_val_dataloaders is ModuleInterface.get_val_dataloaders:
+        why = f"{name} has no get_val_dataloaders"
+    elif options.evaluate_every is None:
+        why = "trainer.evaluate_every is null"
+    if why:
+        raise ValueError(
+            f"checkpoint.every={', '.join(texts)!r} saves after evaluations, and {why}, so nothing would be saved "
+            'before the end: write another cadence, such as "epoch"'
+        )
 
 
 def rules_of(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import hookline
-from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl, hookspecs
+from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl
+from hookline_lernomatic.following import Following
+from hookline_lernomatic.model.common import LernomaticModel, networks, networks_of, put_networks
+from hookline_lernomatic.own import Drawn, OneOptimizer, OwnEpoch, OwnValidation
 from hookline_lernomatic.train.trainer import Trainer
-
-
-class _Stop(BaseException):
-    """Leaves a `train_epoch` of the user's between two steps; no `except Exception` of his takes it."""
 
 
 class Bridge(ModuleInterface):
@@ -35,15 +31,64 @@ class Bridge(ModuleInterface):
                 f"{type(facade).__name__} has no LernomaticModel: give it one, load_checkpoint(file), or set those of "
                 "a subclass before super().__init__()"
             )
-        self.facade = facade
-        self.nets: Any = torch.nn.ModuleDict({name: model.net for name, model in models.items()})
+        self.facade, self.models = facade, models
+        self.nets: Any = torch.nn.ModuleDict({name: _module(name, model) for name, model in models.items()})
+        if not facade.optimizers():
+            raise ValueError(
+                f"{type(facade).__name__} has no optimizer: have _init_optimizer set some torch.optim.Optimizer as "
+                "attributes"
+            )
+        self._check_parameters()
+        self._networks, self._optimizers = networks_of(models), facade.optimizers()
+
+    def _check_parameters(self) -> None:
+        """Require that what the optimizers step is in the module, which is what is moved, saved and exported."""
+        here = {id(parameter) for parameter in self.parameters()}
+        for name, optimizer in self.facade.optimizers().items():
+            count = sum(id(one) not in here for group in optimizer.param_groups for one in group["params"])
+            if count:
+                raise ValueError(
+                    f"{count} parameters of {type(self.facade).__name__}.{name} are in no torch.nn.Module that is an "
+                    f"attribute of {' or '.join(self.models)}, or in a list or dictionary there: keep them in one"
+                )
+
+    def give_back(self) -> None:
+        """Give the models their networks, in whose place plugins may have put others."""
+        for name, model in self.models.items():
+            parts, kept = networks(model), self.nets[name]
+            put_networks(model, dict.fromkeys(parts, kept) if len(parts) == 1 else dict(kept.items()))
+        self._networks, self._optimizers = networks_of(self.models), self.facade.optimizers()
+
+    def serves(self, facade: Any) -> bool:
+        """Tell whether models, networks and optimizers of a trainer are still those that this was made of."""
+        return networks_of(facade.models()) == self._networks and facade.optimizers() == self._optimizers
+
+    def require_same(self) -> None:
+        """Require that no epoch has put others in their place, which would not be trained.
+
+        Raises:
+            RuntimeError: one has.
+        """
+        if not self.serves(self.facade):
+            raise RuntimeError(
+                f"{type(self.facade).__name__} has got other models or optimizers within a training, which goes on "
+                "with those it began with: change what they are (set_learning_rate, param_groups, load_state_dict), or "
+                "do it between two trainings: set_num_epochs(more) and train() once more"
+            )
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> torch.Tensor:
         """Return the loss of a batch."""
         facade = self.facade
+        if self.trainer.idle:
+            return facade.batch_loss(batch)[0]  # type: ignore[no-any-return]
+        if facade.lr_scheduler is not None:
+            facade.apply_lr_schedule()
+        if facade.mtm_scheduler is not None:
+            facade.apply_mtm_schedule()
         loss: torch.Tensor = facade.batch_loss(batch)[0]
-        if facade.loss_iter < len(facade.loss_history):
-            facade.loss_history[facade.loss_iter] = loss.detach()
+        if facade.loss_iter >= len(facade.loss_history):
+            facade.make_room("loss_history", 1)
+        facade.loss_history[facade.loss_iter] = loss.detach()
         facade.loss_iter += 1
         return loss
 
@@ -59,7 +104,8 @@ class Bridge(ModuleInterface):
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
         """Return the trainer's loader."""
-        return self.facade.train_loader
+        loader = self.facade.train_loader
+        return loader.loader if isinstance(loader, Drawn) else loader
 
     def get_val_dataloaders(self, sampler: type, batch_size: int) -> Any:
         """Return the trainer's loader."""
@@ -76,98 +122,12 @@ class Bridge(ModuleInterface):
         return list(self.facade.optimizers().values()), []
 
 
-class _Drawn:
-    """A loader that gives the batches of this epoch that are left, and knows how large they were."""
-
-    def __init__(self, loader: Any, batches: Iterator[Any], trainer: hookline.Trainer, stage: Stage) -> None:
-        self._loader, self._batches = loader, batches
-        self._count = functools.partial(trainer.hook.count_samples, trainer=trainer, stage=stage)
-        self.samples: list[int] = []
-        """Of each batch that was drawn."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            self.samples.append(self._count(batch=batch))
-            yield batch
-
-    def mean(self, losses: torch.Tensor) -> tuple[Any, int]:
-        """Return the mean of a history over samples, and how many; over its entries where these are not the batches."""
-        counts = self.samples[: len(losses)]  # a stop may come behind a step whose loss is not kept yet
-        if not len(counts) == len(losses) >= len(self.samples) - 1:
-            return losses.mean(), sum(self.samples)
-        samples = torch.tensor(counts, dtype=losses.dtype, device=losses.device)
-        return (losses * samples).sum() / samples.sum(), sum(counts)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
-
-class OwnEpoch(CallbackInterface):
-    """Has a `train_epoch` of the user's train; each step of the first optimizer is one of the run."""
-
-    def __init__(self, facade: Any, plugin: Lernomatic) -> None:
-        self.facade, self.plugin = facade, plugin
-
-    @hookimpl
-    def train_epoch(self, trainer: hookline.Trainer, batches: Iterator[Any]) -> bool:
-        facade, counters = self.facade, trainer.counters
-        loader, before = facade.train_loader, facade.loss_iter
-        facade.train_loader = drawn = _Drawn(loader, batches, trainer, Stage.TRAIN)
-
-        def step(*_: Any) -> None:
-            counters.global_step += 1
-            counters.batches += 1
-            counters.samples += drawn.samples[-1] * trainer.shares
-            trainer.position += 1
-            self.plugin.schedule(trainer)
-            if not trainer.settle(counted=True):
-                raise _Stop
-
-        handle = next(iter(facade.optimizers().values())).register_step_post_hook(step)
-        try:
-            facade.train_epoch()
-        except _Stop:
-            return False
-        finally:
-            handle.remove()
-            facade.train_loader = loader
-            if facade.loss_iter > before:
-                mean, samples = drawn.mean(facade.loss_history[before : facade.loss_iter])
-                name = f"{trainer.options.train_loss_metric_name}_epoch"
-                trainer.log(over="epoch", weighted_by=samples, **{name: mean})
-        return True
-
-
-class OwnValidation(CallbackInterface):
-    """Has a `val_epoch` of the user's validate."""
-
-    def __init__(self, facade: Any) -> None:
-        self.facade = facade
-
-    @hookimpl
-    def evaluate(
-        self, trainer: hookline.Trainer, stage: Stage, loaders: Mapping[str, Any], limit: int | None
-    ) -> dict[str, float]:
-        if stage is not Stage.VAL:
-            return hookspecs.evaluate(trainer, stage, loaders, limit)
-        facade = self.facade
-        loader, losses, accuracies = facade.val_loader, facade.val_loss_iter, facade.acc_iter
-        facade.val_loader = drawn = _Drawn(loader, itertools.islice(loaders["default"], limit), trainer, stage)
-        try:
-            with trainer.evaluation.under_way(stage):
-                facade.val_epoch()
-                if facade.val_loss_iter > losses:
-                    mean, samples = drawn.mean(facade.val_loss_history[losses : facade.val_loss_iter])
-                    trainer.log(weighted_by=samples, **{trainer.options.val_loss_metric_name: mean})
-                if facade.acc_iter > accuracies:
-                    accuracy = facade.acc_history[facade.acc_iter - 1]
-                    trainer.log(weighted_by=sum(drawn.samples), val_acc=accuracy)
-                return trainer.logs.collect()
-        finally:
-            facade.val_loader = loader
+def _module(name: str, model: LernomaticModel) -> torch.nn.Module:
+    """Return the networks of a model as one module: the network itself where there is one."""
+    parts = networks(model)
+    if not parts:
+        raise ValueError(f"{type(model).__name__}, the `{name}` of a trainer, has no network: set `net` in __init__")
+    return next(iter(parts.values())) if len(parts) == 1 else torch.nn.ModuleDict(parts)
 
 
 @dataclass(eq=False)
@@ -176,6 +136,7 @@ class Lernomatic(CallbackInterface):
 
     def __post_init__(self) -> None:
         self._facade: Any = None
+        self._trainer: Any = None
 
     @hookimpl(wrapper=True)
     def adapt_module(self, trainer: hookline.Trainer, module: Any) -> Generator[None, Any, Any]:
@@ -187,130 +148,42 @@ class Lernomatic(CallbackInterface):
 
     @hookimpl
     def on_setup(self, trainer: hookline.Trainer) -> None:
-        facade = self._facade
+        self._trainer, facade = trainer, self._facade
         if facade is None:
             return
         if facade.train_loader is not None:
             parts = trainer.shares * trainer.hook.get_window_size(trainer=trainer)
-            trainer.options.train_batch_size = (facade.train_loader.batch_size or 1) * parts
-        if type(facade).train_epoch is not Trainer.train_epoch:
-            trainer.plugins.register(OwnEpoch(facade, self), "lernomatic.train_epoch")
-        if type(facade).val_epoch is not Trainer.val_epoch:
+            trainer.options.train_batch_size = (getattr(facade.train_loader, "batch_size", None) or 1) * parts
+        if facade._owns("train_epoch"):
+            trainer.plugins.register(OwnEpoch(facade), "lernomatic.train_epoch")
+        if facade._owns("val_epoch"):
             trainer.plugins.register(OwnValidation(facade), "lernomatic.val_epoch")
-        trainer.plugins.register(Following(facade, self), "lernomatic.following")
-
-    def schedule(self, trainer: hookline.Trainer) -> None:
-        """Set the learning rate and the momentum of the next step."""
-        facade = self._facade
-        for schedule, names in ((facade.lr_scheduler, ("lr",)), (facade.mtm_scheduler, ("momentum", "betas"))):
-            if schedule is None:
-                continue
-            at = {"iter": trainer.global_step, "epoch": trainer.epoch, "acc": facade.get_cur_acc() or 0.0}[schedule.by]
-            value = schedule.get_lr(at)
-            for optimizer in facade.optimizers().values():
-                for group in optimizer.param_groups:
-                    for name in names:
-                        if name in group:  # the first of Adam's betas is its momentum
-                            group[name] = (value, *group[name][1:]) if name == "betas" else value
+        if len(facade.optimizers()) > 1 and "optimizer" in facade.optimizers():
+            trainer.plugins.register(OneOptimizer(facade), "lernomatic.step_optimizer")
+        trainer.plugins.register(Following(facade), "lernomatic.following")
 
     def get_state(self) -> dict[str, Any]:
-        """Return the history, and what the schedules have seen."""
-        if self._facade is None:
+        """Return the history, what the schedules have seen, and where the training had begun."""
+        facade = self._facade
+        if facade is None:
             return {}
-        schedules = [schedule and schedule.get_state() for schedule in self._schedules()]
-        return {"history": self._facade.get_history(), "schedules": schedules}
+        schedules = [state_of(schedule) for schedule in (facade.lr_scheduler, facade.mtm_scheduler)]
+        return {"history": facade.get_history(), "schedules": schedules, "ahead": facade._ahead}
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take them back."""
-        self._facade.set_history(state["history"])
-        for schedule, kept in zip(self._schedules(), state["schedules"], strict=True):
-            if schedule is not None and kept is not None:
+        facade = self._facade
+        if self._trainer.stage is Stage.TRAIN and state["ahead"] != facade._ahead:
+            raise ValueError(
+                f"the run that goes on had start_epoch={state['ahead']}, and now it is {facade._ahead}: set "
+                "start_epoch as it was before train()"
+            )
+        facade.set_history(state["history"])
+        for schedule, kept in zip((facade.lr_scheduler, facade.mtm_scheduler), state["schedules"], strict=True):
+            if kept is not None and hasattr(schedule, "update_state"):
                 schedule.update_state(kept)
 
-    def _schedules(self) -> tuple[Any, Any]:
-        return self._facade.lr_scheduler, self._facade.mtm_scheduler
 
-
-class Following(CallbackInterface):
-    """Keeps a trainer's attributes and files in step with the run."""
-
-    def __init__(self, facade: Any, plugin: Lernomatic) -> None:
-        self.facade, self.plugin = facade, plugin
-
-    @hookimpl
-    def on_begin_train(self, trainer: hookline.Trainer) -> None:
-        facade, module = self.facade, trainer.module
-        assert isinstance(module, Bridge)
-        for name, net in module.nets.items():  # plugins may have put others in their place
-            getattr(facade, name).net = net
-        facade.start_epoch = facade.cur_epoch = trainer.epoch
-        self.plugin.schedule(trainer)
-        Path(facade.checkpoint_dir).mkdir(parents=True, exist_ok=True)
-
-    @hookimpl
-    def on_begin_run(self, trainer: hookline.Trainer, stage: Stage) -> None:
-        if stage is Stage.TRAIN:
-            self._set_train(trainer)
-
-    @hookimpl
-    def on_begin_train_epoch(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
-        self.facade.cur_epoch = trainer.epoch
-        self._set_train(trainer)
-
-    def _set_train(self, trainer: hookline.Trainer) -> None:
-        """Do what the original does at the beginning of its `train_epoch`; one of the user's does it itself."""
-        if trainer.plugins.get_plugin("lernomatic.train_epoch") is None:
-            for model in self.facade.models().values():
-                model.set_train()
-
-    @hookimpl
-    def on_end_train_step(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
-        self.plugin.schedule(trainer)
-
-    @hookimpl
-    def on_end_val_step(self, trainer: hookline.Trainer, outputs: Any) -> None:
-        facade = self.facade
-        if not trainer.sanity_checking and facade.val_loss_iter < len(facade.val_loss_history):
-            facade.val_loss_history[facade.val_loss_iter] = outputs[0]
-            facade.val_loss_iter += 1
-
-    @hookimpl
-    def on_end_validation(self, trainer: hookline.Trainer, metrics: Mapping[str, float]) -> None:
-        self.judge(trainer, metrics)
-
-    def judge(self, trainer: hookline.Trainer, metrics: Mapping[str, float]) -> None:
-        """Take the accuracy of a validation into the history; keep the best model, and stop where it is time."""
-        facade = self.facade
-        if (accuracy := metrics.get("val_acc")) is None:
-            return
-        if trainer.plugins.get_plugin("lernomatic.val_epoch") is None and facade.acc_iter < len(facade.acc_history):
-            facade.acc_history[facade.acc_iter] = accuracy
-            facade.acc_iter += 1
-        for schedule in (facade.lr_scheduler, facade.mtm_scheduler):
-            if hasattr(schedule, "see_acc"):
-                schedule.see_acc(accuracy)
-        if accuracy > facade.best_acc:
-            facade.best_acc = accuracy
-            if facade.save_best and trainer.rank == 0:
-                facade.save_checkpoint(self._file(f"best_{facade.checkpoint_name}"))
-        history = facade.get_acc_history()
-        if 0 < facade.stop_when_acc <= accuracy:
-            trainer.stop(f"the accuracy is {accuracy:.4g} (stop_when_acc={facade.stop_when_acc})", alone=False)
-        elif facade.early_stop is not None and len(history) > (waited := int(facade.early_stop["num_epochs"])):
-            if history[-waited:].max() < history[:-waited].max() + facade.early_stop["improv"]:
-                trainer.stop(f"{waited} epochs without a better accuracy (early_stop)", alone=False)
-
-    @hookimpl
-    def on_boundary(self, trainer: hookline.Trainer) -> None:
-        facade = self.facade
-        facade.cur_epoch = trainer.epoch
-        if trainer.rank:
-            return
-        if facade.save_every and trainer.due("epoch" if facade.save_every < 0 else f"{facade.save_every} steps"):
-            name = f"{facade.checkpoint_name}_epoch_{trainer.epoch}_iter_{trainer.global_step}"
-            facade.save_checkpoint(self._file(name))
-        if facade.save_hist and trainer.due("epoch"):
-            facade.save_history(self._file(f"{facade.checkpoint_name}_history"))
-
-    def _file(self, name: str) -> Path:
-        return Path(self.facade.checkpoint_dir) / f"{name}.pkl"
+def state_of(schedule: Any) -> dict[str, Any] | None:
+    """Return what a schedule keeps; None where it keeps nothing."""
+    return schedule.get_state() if hasattr(schedule, "get_state") else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import sys
 import types
@@ -15,6 +13,8 @@ import torch
 
 import hookline
 from hookline import ModuleInterface, Stage
+from hookline_lightning.calls import call as call
+from hookline_lightning.calls import overridden as overridden
 from hookline_lightning.configure import SchedulerConfig, read_optimizers
 from hookline_lightning.loaders import in_turn, joined
 from hookline_lightning.members import member
@@ -23,41 +23,10 @@ from hookline_lightning.view import View
 
 log = logging.getLogger("hookline.lightning")
 
-BASES = (  # what stands in classes of these modules is nobody's override
-    "torch.nn", "hookline_lightning.module", "hookline_lightning.bases", "hookline_lightning.early",
-    "lightning.pytorch.core", "lightning.fabric", "pytorch_lightning.core",
-    "lightning.pytorch.callbacks.callback", "pytorch_lightning.callbacks.callback", "lightning_fabric",
-)  # fmt: skip
 WORDS = {Stage.TRAIN: "fit", Stage.VAL: "validate", Stage.TEST: "test", Stage.PREDICT: "predict"}
 LONG = {Stage.TRAIN: "train", Stage.VAL: "validation", Stage.TEST: "test", Stage.PREDICT: "predict"}
 INSTEAD = "loss of the module"  # under which a value waits that is told in the place of the run's own mean loss
 OWN_WORDS = ("over", "reduce", "sync", "prog", "weighted_by")  # keywords of Trainer.log
-
-
-def overridden(thing: Any, name: str) -> Callable[..., Any] | None:
-    """Return a method that the user has written, or None."""
-    if name in vars(thing):
-        return getattr(thing, name)  # type: ignore[no-any-return]
-    for kind in type(thing).__mro__:
-        if name in vars(kind):
-            return None if kind is object or kind.__module__.startswith(BASES) else member(thing, name)
-    return None
-
-
-@functools.cache
-def room(function: Callable[..., Any]) -> int:
-    """Return how many positional arguments a plain function or method takes."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        return sys.maxsize
-    return sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters)
-
-
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call with as many of the arguments as the function takes."""
-    plain = getattr(function, "__func__", None)
-    taken = room(function) if plain is None else room(plain) - 1
-    return function(*arguments[:taken])
 
 
 def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
@@ -107,6 +76,8 @@ class Bridge(ModuleInterface):
         self.window: list[tuple[Any, Any, int, float]] = []  # of the step: outputs, batches, indices, samples
         self.samples: float | None = None  # of the batch that is told to be over, by which means are weighted
         self.listeners: dict[str, list[Callable[..., Any]]] = {}
+        self.files: Any = None  # what writes checkpoints as files
+        self.at_least: Any = None  # what ends training by should_stop
         self._wrapped: list[LightningOptimizer] = []
         self._toggled: dict[torch.nn.Parameter, bool] | None = None
         for one in module.modules():
@@ -131,7 +102,17 @@ class Bridge(ModuleInterface):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        return {**kept, "loaders": {}, "_joined": {}, "listeners": {}, "window": [], "_wrapped": [], "configs": []}
+        return {
+            **kept,
+            "loaders": {},
+            "_joined": {},
+            "listeners": {},
+            "files": None,
+            "at_least": None,
+            "window": [],
+            "_wrapped": [],
+            "configs": [],
+        }
 
     # Steps ----------------------------------------------------------------------------
 

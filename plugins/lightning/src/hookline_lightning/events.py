@@ -10,6 +10,7 @@ from typing import Any
 from hookline import nearest
 from hookline_lightning.bridge import Bridge, call, overridden
 from hookline_lightning.members import calls_itself, member
+from hookline_lightning.translation import HOMES
 
 log = logging.getLogger("hookline.lightning")
 
@@ -62,9 +63,7 @@ REFUSED = {  # methods of modules, and why
     "predict_epoch_end": "it is gone from Lightning; keep outputs yourself and use on_predict_epoch_end",
     "tbptt_split_batch": "it is gone from Lightning; split the batch in training_step",
 }  # fmt: skip
-OWN = {  # callbacks of the real package that reach into its trainer, and what does the same here
-    "ModelCheckpoint": "the plugin checkpoint (every, keep_best, monitor, mode) or model_saving",
-    "OnExceptionCheckpoint": "the plugin guard",
+OWN = {  # callbacks of the real package, or ours in their place, that do not run, and what does the same here
     "LearningRateMonitor": "the plugin monitor with learning_rate: true",
     "DeviceStatsMonitor": "the plugin monitor with gpu_utilization and cpu_utilization",
     "ThroughputMonitor": "the plugin monitor with throughput: true",
@@ -72,16 +71,15 @@ OWN = {  # callbacks of the real package that reach into its trainer, and what d
     "RichProgressBar": "the plugin progress",
     "ProgressBar": "the plugin progress",
     "GradientAccumulationScheduler": "the plugin accumulate, whose window is the same all along",
-    "StochasticWeightAveraging": "the plugin ema",
+    "StochasticWeightAveraging": "the plugin swa",
     "WeightAveraging": "the plugin ema",
     "EMAWeightAveraging": "the plugin ema",
-    "ModelSummary": "nothing: print the module",
-    "RichModelSummary": "nothing: print the module",
-    "ModelPruning": "nothing",
+    "ModelSummary": "the plugin summary",
+    "RichModelSummary": "the plugin summary",
+    "ModelPruning": "torch.nn.utils.prune in a callback of your own",
     "BatchSizeFinder": "the plugin batch_find",
     "LearningRateFinder": "the plugin lr_find",
     "SpikeDetection": "the plugin finite or guard",
-    "Timer": "the option max_time",
 }
 
 
@@ -97,10 +95,10 @@ def refuse_unheard(bridge: Bridge, callbacks: Iterable[Any]) -> None:
             raise ValueError(f"{type(module).__name__}.{name}() is not called here: {why}")
     for callback in callbacks:
         for kind in type(callback).__mro__:
-            if kind.__module__.startswith(("lightning.pytorch", "pytorch_lightning")) and kind.__name__ in OWN:
+            if kind.__module__.startswith(HOMES) and kind.__name__ in OWN:
                 raise ValueError(
-                    f"the callback {type(callback).__name__} reaches into Lightning's own trainer; here it is "
-                    f"{OWN[kind.__name__]}"
+                    f"the callback {type(callback).__name__} is not called here: it is {OWN[kind.__name__]}; "
+                    "hookline_lightning.Trainer(callbacks=[…]) takes it as that"
                 )
     data = [] if bridge.view.datamodule is None else [(bridge.view.datamodule, OF_DATA)]
     for thing, known in [(module, OF_MODULES), *((callback, OF_CALLBACKS) for callback in callbacks), *data]:

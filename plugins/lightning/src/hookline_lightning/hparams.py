@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Iterable, Mapping, MutableMapping
 from types import FrameType
@@ -26,6 +27,13 @@ class AttributeDict(dict[str, Any]):
 
 class HasHparams:
     """Keeps what its `__init__` was called with."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+        """Return one that is made with saved parameters, a module with saved weights; see `reading`."""
+        return importlib.import_module("hookline_lightning.reading").load_from_checkpoint(
+            cls, checkpoint_path, *args, **options
+        )
 
     @property
     def hparams(self) -> Any:

@@ -11,15 +11,21 @@ import torch
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl, instantiate, kept_rng, set_seed
 from hookline_lightning import early, early_bridge
+from hookline_lightning.answers import USUAL
 from hookline_lightning.bridge import WORDS, Bridge, call, is_metric, overridden
 from hookline_lightning.events import LONG_STEPS, listeners, refuse_unheard
 from hookline_lightning.following import Following, Steps
 from hookline_lightning.loaders import batch_size, joined
+from hookline_lightning.loggers import RunLogger
 from hookline_lightning.manual import Manual
 from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
 from hookline_lightning.needs import require_loaders, require_methods
 from hookline_lightning.overrides import OVERRIDES, TRANSFERS, OwnTransfer, Schedules, written
+from hookline_lightning.predicting import Predicted
+from hookline_lightning.running import AtLeast
+from hookline_lightning.saving import Files
+from hookline_lightning.translation import is_of, writes_checkpoints
 
 
 @dataclass(eq=False)
@@ -32,6 +38,8 @@ class Lightning(CallbackInterface):
     """Callbacks of Lightning."""
     val_check_interval: float | None = None
     """Validate after this fraction of an epoch's batches, in place of `evaluate_every`."""
+    hparams: dict[str, Any] = field(default_factory=dict)
+    """Parameters that trackers show as part of the configuration; `hookline_lightning.Trainer` fills them in."""
 
     def __post_init__(self) -> None:
         if self.val_check_interval is not None and not 0 < self.val_check_interval <= 1:
@@ -41,6 +49,9 @@ class Lightning(CallbackInterface):
             )
         self._bridge: Any = None
         self._clipping: tuple[float | None, str | None] = (None, None)
+        self._given: Any = USUAL
+        self._loggers: list[Any] | None = None
+        self._ckpt_path: str | None = None
 
     @hookimpl(wrapper=True)
     def adapt_module(self, trainer: hookline.Trainer, module: Any) -> Generator[None, Any, Any]:
@@ -77,9 +88,21 @@ class Lightning(CallbackInterface):
         configure = overridden(module, "configure_callbacks")
         more = configure() if configure else []
         view.callbacks = [*callbacks, *(more if isinstance(more, (list, tuple)) else [more])]
+        view.callbacks.sort(key=writes_checkpoints)  # behind all others
         view.gradient_clip_val, view.gradient_clip_algorithm = self._clipping
+        view.given, view.ckpt_path = self._given, self._ckpt_path
+        view.loggers = view.loggers if self._loggers is None else self._loggers
+        for logger in view.loggers:
+            if isinstance(logger, RunLogger):
+                logger.connect(view)
         refuse_unheard(bridge, view.callbacks)
         bridge.listeners = listeners(bridge, view.callbacks)
+        bridge.files = Files(bridge)
+        trainer.plugins.register(bridge.files, "lightning.files")
+        bridge.at_least = AtLeast(view.given.min_epochs, view.given.min_steps)
+        trainer.plugins.register(bridge.at_least, "lightning.at_least")
+        if any(is_of(one, "BasePredictionWriter") for one in view.callbacks):
+            trainer.plugins.register(Predicted(bridge), "lightning.predicted")
         trainer.plugins.register(Following(bridge), "lightning.following")
         if any(event in bridge.listeners for event in LONG_STEPS) or overridden(module, "configure_gradient_clipping"):
             trainer.plugins.register(Steps(bridge), "lightning.steps")
@@ -177,6 +200,7 @@ class Life(CallbackInterface):
         with kept_rng():
             set_seed(trainer.options.seed)  # data that are made at random are the same in each process and session
             if today:
+                self._begin_files(bridge)
                 self._prepare(trainer, bridge)
                 self._each(bridge, "setup", bridge.word)
                 if configure := overridden(bridge.module, "configure_model"):
@@ -201,6 +225,17 @@ class Life(CallbackInterface):
                 self._each(bridge, "teardown", bridge.word)
             else:
                 bridge.disconnect()
+
+    @staticmethod
+    def _begin_files(bridge: Bridge) -> None:
+        """Lead files of callbacks into the folder of the run, and log what was logged before it."""
+        view = bridge.view
+        for callback in view.callbacks if view.loggers and bridge.word == "fit" else ():
+            if is_of(callback, "ModelCheckpoint") and callback.dirpath is None:
+                callback.dirpath = view.strategy.broadcast(str((bridge.trainer.run_dir / "checkpoints").resolve()))
+        for logger in view.loggers:
+            if isinstance(logger, RunLogger):
+                logger.tell_waiting()
 
     def _prepare(self, trainer: hookline.Trainer, bridge: Bridge) -> None:
         """Have one process of each machine (or of all) prepare the data, the others wait; an error is one of all."""

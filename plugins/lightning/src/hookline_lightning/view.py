@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import shutil
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +13,13 @@ import torch
 
 import hookline
 from hookline import Stage, nearest
+from hookline_lightning.answers import Answers, Loop
+from hookline_lightning.loggers import RunLogger
+
+DIGITS = {Stage.VAL: "val", Stage.TEST: "test", Stage.PREDICT: "predict"}
 
 
-class View:
+class View(Answers):
     """What `self.trainer` is: the part of Lightning's trainer that has a meaning here.
 
     A copy or a pickle of it is with no run.
@@ -22,6 +29,9 @@ class View:
         self._core = weakref.ref(core) if core is not None else None
         self._bridge = weakref.ref(bridge) if bridge is not None else None
         self.callbacks: list[Any] = []
+        self.loggers: list[Any] = [RunLogger()]
+        self.predictions: list[Any] = []
+        self.indices: list[list[Any]] = []  # of the samples of each batch that is predicted, by loader
         self.datamodule: Any = None
         self.gradient_clip_val: float | None = None
         self.gradient_clip_algorithm: str | None = None
@@ -70,9 +80,12 @@ class View:
         return self.core.global_step
 
     @property
-    def max_epochs(self) -> int | None:
-        """Epochs of the run."""
-        return self.core.options.epochs if self.core.totals.epochs is None else self.core.totals.epochs
+    def max_epochs(self) -> int:
+        """Epochs of the run; -1 where steps or a time alone end it."""
+        options, totals = self.core.options, self.core.totals
+        if options.epochs is None and options.max_steps is None and options.max_time is None:
+            return totals.epochs or 1
+        return -1 if options.epochs is None else options.epochs
 
     @property
     def max_steps(self) -> int:
@@ -155,7 +168,7 @@ class View:
     @should_stop.setter
     def should_stop(self, stop: bool) -> None:
         if stop and self.core.stop_reason is None:
-            self.core.stop("trainer.should_stop was set")
+            self.bridge.at_least.ask(self.core)
 
     # Values ---------------------------------------------------------------------------
 
@@ -168,16 +181,6 @@ class View:
     def logged_metrics(self) -> dict[str, torch.Tensor]:
         """The newest values that trackers saw."""
         return {name: torch.tensor(value) for name, value in self.logged.items()}
-
-    @property
-    def logger(self) -> Any:
-        """What logs values by `log_metrics`; of services there are plugins."""
-        return Logger(self)
-
-    @property
-    def loggers(self) -> list[Any]:
-        """The same, as a list."""
-        return [self.logger]
 
     # Ranks ----------------------------------------------------------------------------
 
@@ -241,15 +244,108 @@ class View:
         """Where folders of runs are made."""
         return self.core.options.runs_folder
 
+    def print(self, *arguments: Any, **options: Any) -> None:
+        """Print on rank 0."""
+        if self.is_global_zero:
+            builtins.print(*arguments, **options)
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """Write a file in the form of Lightning's; every rank calls it."""
+        if storage_options is not None:
+            raise ValueError("save_checkpoint(storage_options=…): files are written to folders of this machine")
+        self.bridge.files.write(filepath, weights_only)
+
+    @property
+    def device_ids(self) -> list[int]:
+        """The index of the device of this rank."""
+        return [self.core.device.index or 0]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal or the keyboard has ended the run."""
+        return self.core.status in ("preempted", "failed")
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether a signal asks for the end."""
+        return "SIGTERM" in (self.core.stop_reason or "")
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether a validation or a test is under way."""
+        return self.validating or self.testing
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether training validates."""
+        return self.core.options.evaluate_every is not None and self.bridge.loaders.get(Stage.VAL) is not None
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The test loaders as the user gave them."""
+        return self.bridge.loaders.get(Stage.TEST)
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The loaders of a prediction as the user gave them."""
+        return self.bridge.loaders.get(Stage.PREDICT)
+
+    @property
+    def num_val_batches(self) -> list[float]:
+        """Batches of each validation loader on this rank."""
+        return self._lengths(Stage.VAL)
+
+    @property
+    def num_sanity_val_batches(self) -> list[float]:
+        """Batches of each validation loader in the sanity check."""
+        return [min(one, self.core.options.sanity_val_steps) for one in self._lengths(Stage.VAL)]
+
+    @property
+    def num_test_batches(self) -> list[float]:
+        """Batches of each test loader on this rank."""
+        return self._lengths(Stage.TEST)
+
+    @property
+    def num_predict_batches(self) -> list[float]:
+        """Batches of each loader of a prediction on this rank."""
+        return self._lengths(Stage.PREDICT)
+
+    def _lengths(self, stage: Stage) -> list[float]:
+        asked = self.bridge.loaders.get(stage)
+        named = list(asked.values()) if isinstance(asked, dict) else asked
+        limit = self.given.overfit_batches if stage is Stage.VAL and self.given.overfit_batches else None
+        limit = getattr(self.given, f"limit_{DIGITS[stage]}_batches") if limit is None else limit
+        limit = int(self.given.fast_dev_run) if self.given.fast_dev_run else limit
+        found = []
+        for loader in [] if named is None else named if isinstance(named, (list, tuple)) else [named]:
+            batches = -(-len(loader) // self.core.shares) if hasattr(loader, "__len__") else float("inf")
+            found.append(int(batches * limit) if isinstance(limit, float) and batches < float("inf") else batches)
+            found[-1] = min(found[-1], limit) if isinstance(limit, int) else found[-1]
+        return found
+
+    @property
+    def fit_loop(self) -> Loop:
+        """What programs read of it."""
+        progress, tried = Loop(is_last_batch=self.is_last_batch), Loop(_has_run=self.core.counters.evaluations > 0)
+        within = Loop(batch_progress=progress, val_loop=tried, global_step=self.global_step)
+        return Loop(max_epochs=self.max_epochs, min_epochs=self.min_epochs, max_steps=self.max_steps,
+                    min_steps=self.min_steps, epoch_loop=within)  # fmt: skip
+
+    @property
+    def predict_loop(self) -> Loop:
+        """What is predicted, and of which samples, in the order of the data."""
+        current = self.indices[-1][-1] if self.indices and self.indices[-1] else None
+        several = len(self.predictions) > 1
+        return Loop(
+            current_batch_indices=current,
+            epoch_batch_indices=self.indices,
+            predictions=self.predictions if several else next(iter(self.predictions), []),
+        )
+
     @property
     def log_dir(self) -> str:
         """The folder of this run."""
         return str(self.core.run_dir)
-
-    @property
-    def fast_dev_run(self) -> bool:
-        """Whether everything is only tried; callbacks hear it all the same."""
-        return False
 
     @property
     def val_check_interval(self) -> float:
@@ -279,24 +375,19 @@ class Ranks:
         core = self.view.core
         core.hook.all_gather(trainer=core, value=None)
 
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this rank."""
+        return self.view.core.device
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a file or a folder of a checkpoint, on rank 0."""
+        if self.view.is_global_zero and Path(filepath).is_dir():
+            shutil.rmtree(filepath)
+        elif self.view.is_global_zero:
+            Path(filepath).unlink(missing_ok=True)
+
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the object of one rank."""
         core = self.view.core
         return core.hook.all_gather(trainer=core, value=value)[src]
-
-
-class Logger:
-    """Logs values; what is no number goes by `trainer.core.log_object`."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Log values at the step under way."""
-        self.view.core.log(**metrics)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"the logger that hookline gives to Lightning's modules has no {name!r}, only log_metrics; texts, images "
-            "and tables go to all trackers by self.trainer.core.log_object(name, value)"
-        )

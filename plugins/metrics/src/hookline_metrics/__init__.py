@@ -36,8 +36,11 @@ class Metrics(CallbackInterface):
     """
 
     train: dict[str, Any] = field(default_factory=dict)
+    """Metrics of training by name."""
     val: dict[str, Any] = field(default_factory=dict)
+    """Metrics of validations by name."""
     test: dict[str, Any] = field(default_factory=dict)
+    """Metrics of tests by name."""
     inputs: list[int] = field(default_factory=lambda: [1, 2])
     """Outputs of the step that a metric's `update` is given, counted from 0: predictions, references. Where the first
     of them is a mapping, each metric is given what stands there under its name."""

@@ -134,7 +134,7 @@ class TrainMetrics(StageMetrics):
 
     @hookimpl
     def on_end_train_step(self, train_step_collated_outputs: list[Any]) -> None:  # type: ignore[override]
-        if train_step_collated_outputs and not len(train_step_collated_outputs[0]):
+        if train_step_collated_outputs and not train_step_collated_outputs[0].numel():
             return  # this rank had no sample in this step
         self.take(train_step_collated_outputs)
 

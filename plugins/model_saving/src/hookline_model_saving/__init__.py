@@ -73,6 +73,29 @@ def by_policy(option: str, given: Any, names: Sequence[str]) -> dict[str, Any]:
     return dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, given)
 
 
+def mode_of(trainer: Trainer, name: str) -> str:
+    """Return what is best of a metric that a policy names, with or without its "val_".
+
+    Raises:
+        ValueError: nobody knows, or the two names say different things.
+    """
+    said: dict[str, str] = {}
+    errors = []
+    for metric in (name, f"val_{name}"):
+        try:
+            said[metric] = trainer.hook.get_mode(trainer=trainer, metric=metric)
+        except ValueError as error:
+            errors.append(error)
+    if not said:
+        raise errors[0]
+    if len({*said.values()}) > 1:
+        both = " and ".join(f"{mode} of {metric!r}" for metric, mode in said.items())
+        raise ValueError(
+            f'the best is the {both}, and the policy may mean either; give the option mode: "min" or "max"'
+        )
+    return next(iter(said.values()))
+
+
 @dataclass(eq=False)
 class ModelSaving(CallbackInterface):
     """Save the weights of the model alone into `<run folder>/models/<policy>`, for use elsewhere.
@@ -89,9 +112,9 @@ class ModelSaving(CallbackInterface):
     above: Any = None
     """Save only values above this one; a number, or a mapping by policy."""
     safe_serialization: bool = True
-    """Write safetensors; false writes one `pytorch_model.pt`."""
+    """Write safetensors; false writes `pytorch_model.pt`."""
     max_shard_size: str = "10GB"
-    """Size from which safetensors are split into several files."""
+    """Size from which a model is split into several files."""
 
     def __post_init__(self) -> None:
         self._policies = policies(self.policy)
@@ -114,6 +137,7 @@ class ModelSaving(CallbackInterface):
                 raise ValueError(f'model_saving.mode={self.mode!r}: {mode!r} for {name} must be "min" or "max"')
         self._best: dict[str, float] = {}  # the best value by policy, where there has been one
         self._saved: dict[str, int] = {}  # the step of the model that was saved last, by policy
+        self._names: dict[str, str] = {}  # of the metrics, by policy, as the first evaluation had them
         self._epoch_ended = False  # since the last boundary
         if TRAIN not in self._policies:
             self._turn_off("on_end_train_epoch")
@@ -135,9 +159,8 @@ class ModelSaving(CallbackInterface):
         """
         for policy in self._policies:
             if policy not in (ALWAYS, *self._modes):
-                name = policy.removeprefix("best_")
                 try:
-                    self._modes[policy] = trainer.hook.get_mode(trainer=trainer, metric=name)
+                    self._modes[policy] = mode_of(trainer, policy.removeprefix("best_"))
                 except ValueError as error:
                     raise ValueError(f"model_saving.policy={self.policy!r}: {error}") from None
         if TRAIN in self._policies:  # the trainer keeps it, over a resume too
@@ -151,9 +174,15 @@ class ModelSaving(CallbackInterface):
         metrics = {self._metric(trainer, policy): policy for policy in self._policies if policy not in (TRAIN, ALWAYS)}
         return (yield) | {name: f"model_saving.policy={policy!r}" for name, policy in metrics.items()}
 
-    @staticmethod
-    def _metric(trainer: Trainer, policy: str) -> str:
-        return trainer.options.val_loss_metric_name if policy == VALID else policy.removeprefix("best_")
+    def _metric(self, trainer: Trainer, policy: str) -> str:
+        """Return the name of a policy's metric, once an evaluation has it, with the "val_" that the policy may lack."""
+        if policy == VALID:
+            return trainer.options.val_loss_metric_name
+        name = policy.removeprefix("best_")
+        for there in (name, f"val_{name}"):
+            if there in trainer.metrics:
+                return self._names.setdefault(policy, there)
+        return self._names.get(policy, name)
 
     @hookimpl
     def on_end_train_epoch(self) -> None:  # type: ignore[override]
@@ -215,7 +244,7 @@ class ModelSaving(CallbackInterface):
                 if self.safe_serialization:
                     write_safetensors(folder, tensors, tied, self._limit)
                 else:
-                    write_pt(folder, tensors, tied)
+                    write_pt(folder, tensors, tied, self._limit)
                 (folder / "model.json").write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
         except Exception as error:
             error.add_note(f"while saving {path}; what was saved there before is still there")

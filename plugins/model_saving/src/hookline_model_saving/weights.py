@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save, save_file
 
-from hookline.files.weights import INDEX, Tensors, owned, shards
+from hookline.files.weights import INDEX, Tensors, shards
 
 
 def refuse_others(weights: Mapping[str, Any]) -> None:
@@ -29,11 +29,19 @@ def refuse_others(weights: Mapping[str, Any]) -> None:
             )
 
 
-def write_pt(folder: Path, tensors: Tensors, tied: Mapping[str, str]) -> None:
-    """Write `pytorch_model.pt`, a plain dictionary with what is tied in it as one."""
-    alone = owned(tensors, tensors)
-    with open(folder / "pytorch_model.pt", "wb") as file:
-        torch.save(alone | {name: alone[first] for name, first in tied.items()}, file)
+def write_pt(folder: Path, tensors: Tensors, tied: Mapping[str, str], limit: int) -> None:
+    """Write `pytorch_model.pt`, a plain dictionary with what is tied in it as one; or shards of `limit` bytes at most.
+
+    The shards have an index as those of safetensors have, and what is tied lies in one of them.
+    """
+    where: dict[str, str] = {}
+    for shard in shards(tensors, tied, limit):
+        file = f"pytorch_{Path(shard.file).stem}.pt"
+        weights = shard.tensors | {name: shard.tensors[tied[name]] for name in tied if tied[name] in shard.tensors}
+        with open(folder / file, "wb") as opened:
+            torch.save(weights, opened)
+        where |= dict.fromkeys(weights, file)
+    write_index(folder / "pytorch_model.pt.index.json", tensors, where)
 
 
 def write_safetensors(folder: Path, tensors: Tensors, tied: Mapping[str, str], limit: int) -> None:
@@ -60,7 +68,12 @@ def write_safetensors(folder: Path, tensors: Tensors, tied: Mapping[str, str], l
         mode = path.stat().st_mode  # safetensors would leave a file that only its owner may read
         save_file(shard.tensors, path, shard.metadata)
         path.chmod(mode)
+    write_index(folder / INDEX, tensors, where)
+
+
+def write_index(path: Path, tensors: Tensors, where: Mapping[str, str]) -> None:
+    """Write in which file each tensor is, where there are several."""
     if len({*where.values()}) > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        index = {"metadata": {"total_size": total}, "weight_map": dict(where)}
+        path.write_text(json.dumps(index, indent=2) + "\n")

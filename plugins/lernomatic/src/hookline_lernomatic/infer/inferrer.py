@@ -19,19 +19,37 @@ class Inferrer:
     """
 
     def __init__(self, model: LernomaticModel | None = None, device_id: int = -1) -> None:
-        self.device = torch.device("cpu" if device_id < 0 else f"cuda:{device_id}")
-        self.model = model
-        if model is not None:
-            model.send_to(self.device)
+        self.model, self.device_id = model, device_id
+        self._init_device()
+        self._send_to_device()
 
-    def load_model(self, fname: str | Path) -> None:
-        """Take the model of a checkpoint that a trainer has saved.
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+    def _init_device(self) -> None:
+        self.device = torch.device("cpu" if self.device_id < 0 else f"cuda:{self.device_id}")
+
+    def _send_to_device(self) -> None:
+        """Bring the model to the device; a subclass with several models brings those."""
+        if self.model is not None:
+            self.model.send_to(self.device)
+
+    def get_model(self) -> LernomaticModel | None:
+        """Return the model; None where there is none yet."""
+        return self.model
+
+    def load_model(self, fname: str | Path, model_key: str = "model") -> None:
+        """Take a model of a checkpoint that a trainer has saved.
+
+        Args:
+            fname: the checkpoint.
+            model_key: the name of the trainer's attribute that the model was.
 
         Raises:
             ValueError: its class may not be imported (`allow_import`), or is not there.
         """
-        self.model = model_from(torch.load(fname, map_location="cpu", weights_only=True)["model"])
-        self.model.send_to(self.device)
+        self.model = model_from(torch.load(fname, map_location="cpu", weights_only=True)[model_key])
+        self._send_to_device()
 
     def forward(self, X: torch.Tensor) -> Any:
         """Return what the model makes of a batch.
