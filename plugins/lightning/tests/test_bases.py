@@ -223,7 +223,7 @@ def test_what_a_stage_needs_is_asked_for_by_name(stage, given, words):
 
 def test_a_module_of_torch_compile_is_refused_with_what_to_do():
     with pytest.raises(TypeError, match="is one of torch.compile: give the module itself, and the plugin compile"):
-        fit(torch.compile(Line(), backend="eager"))
+        hookline.Trainer(torch.compile(Line(), backend="eager"), {"lightning": {}})
 
 
 def test_a_validation_that_nothing_comes_of_is_warned_of(caplog):
