@@ -347,6 +347,18 @@ def test_a_rate_of_epochs_falls_before_the_validation_and_a_skipped_batch_moves_
         assert module.seen == rates
 
 
+def test_an_evaluation_behind_training_is_at_its_end():
+    class Tests(Plain):
+        def test_step(self, batch, batch_idx):
+            self.log("tested", 1.0)
+            self.seen.append((self.current_epoch, self.global_step))
+
+    trainer = fit(module := Tests(), ones(3), max_epochs=2)
+    trainer.test(module, ones(1))
+    assert module.seen == [(2, 6)]
+    assert items(trainer.callback_metrics) == {"tested": 1.0}  # those of training are gone, as there
+
+
 def test_training_starts_behind_the_sanity_check_which_a_run_that_goes_on_has_not():
     class Orders(Plain):
         def on_fit_start(self):

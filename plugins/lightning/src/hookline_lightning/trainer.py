@@ -247,7 +247,10 @@ class Trainer:
         same = core is not None and (model is None or core.module.module is model)
         if same and data is None and ckpt_path is None:
             return core
-        return self._begin(core.module.module if model is None else model, data, ckpt_path)
+        made = self._begin(core.module.module if model is None else model, data, ckpt_path)
+        if core is not None and hasattr(core.module, "view") and hasattr(made.module, "view"):
+            made.module.view.trained = (core.module.view.current_epoch, core.module.view.global_step)
+        return made
 
     def _begin(self, model: Any, data: Any, ckpt_path: Any) -> Any:
         self.core = self._made(model, data, ckpt_path)
