@@ -18,6 +18,7 @@ from hookline_lightning.intervals import Intervals
 from hookline_lightning.manual import Manual
 from hookline_lightning.metrics import Metrics
 from hookline_lightning.overrides import OVERRIDES, TRANSFERS, Closes, OwnTransfer, Schedules, needs_closure, written
+from hookline_lightning.portions import Portions
 from hookline_lightning.values import is_metric
 
 
@@ -41,6 +42,7 @@ class Lightning(CallbackInterface):
         self._given: Any = None  # the user's module
         self._clipping: tuple[float | None, str | None] = (None, None)
         self._intervals: Any = None
+        self._portions: tuple[Any, bool] = ({}, False)  # of loaders, by stage; whether to overfit
 
     @hookimpl(wrapper=True)
     def adapt_module(self, trainer: hookline.Trainer, module: Any) -> Generator[None, Any, Any]:
@@ -78,6 +80,8 @@ class Lightning(CallbackInterface):
         refuse_unheard(bridge, view.callbacks)
         bridge.listeners = listeners(bridge, view.callbacks)
         trainer.plugins.register(Following(bridge), "lightning.following")
+        if self._portions[0]:
+            trainer.plugins.register(Portions(*self._portions), "lightning.portions")
         if self.val_check_interval is not None:
             view.intervals = (self.val_check_interval, self.check_val_every_n_epoch)
             if trainer.options.evaluate_every is not None:

@@ -12,7 +12,7 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, hookimpl, nearest
-from hookline_lightning import early, intervals
+from hookline_lightning import early, intervals, portions
 from hookline_lightning.bridge import overridden
 from hookline_lightning.module import LightningDataModule
 from hookline_lightning.plugin import Lightning
@@ -70,7 +70,7 @@ class Trainer:
         limit_val_batches: 0 for no validation.
         limit_test_batches: as above.
         limit_predict_batches: as above.
-        overfit_batches: train and validate on the same first batches.
+        overfit_batches: train on the same first batches in each epoch, and validate on as many.
         fast_dev_run: try everything with this many batches (True for one).
         callbacks: one, or a list of them.
         logger: False for none, True for the plugin csv, a name, a list of names, or a mapping of names to options.
@@ -132,6 +132,7 @@ class Trainer:
             },
         }  # fmt: skip
         limits = {name: amount for name, amount in limits.items() if amount is not None}
+        self._limits: dict[str, Any] = limits
         no_validation = limit_val_batches == 0
         steps, epochs = (None if number in (None, -1) else number for number in (max_steps, max_epochs))
         if epochs is None and steps is None and max_time is None and max_epochs == -1:
@@ -265,6 +266,10 @@ class Trainer:
         plugin = Lightning(data, self.callbacks, *self.intervals)
         plugin._clipping = self.clipping
         plugins = {"lightning": plugin, **self.plugins}
+        if plugins.get("limits") is self._limits:  # and none of hookline's own
+            same, otherwise = portions.split(self._limits)
+            plugin._portions = (otherwise, "overfit_batches" in self._limits)
+            plugins = {**plugins, "limits": same} if same else {k: v for k, v in plugins.items() if k != "limits"}
         value, algorithm = self.clipping
         own = isinstance(model, torch.nn.Module) and overridden(model, "configure_gradient_clipping")
         if value is not None and not own:
