@@ -347,6 +347,18 @@ def test_a_rate_of_epochs_falls_before_the_validation_and_a_skipped_batch_moves_
         assert module.seen == rates
 
 
+def test_an_evaluation_behind_training_is_at_its_end():
+    class Tests(Plain):
+        def test_step(self, batch, batch_idx):
+            self.log("tested", 1.0)
+            self.seen.append((self.current_epoch, self.global_step))
+
+    trainer = fit(module := Tests(), ones(3), max_epochs=2)
+    trainer.test(module, ones(1))
+    assert module.seen == [(2, 6)]
+    assert items(trainer.callback_metrics) == {"tested": 1.0}  # those of training are gone, as there
+
+
 def test_training_starts_behind_the_sanity_check_which_a_run_that_goes_on_has_not():
     class Orders(Plain):
         def on_fit_start(self):
@@ -419,6 +431,35 @@ class Validates(Plain):
 def test_validation_comes_when_it_does_in_lightning(given, at):
     fit(module := Validates(), ones(7), ones(1), max_epochs=2, **given)
     assert [step for _, step in module.seen] == at
+
+
+class Counts(Plain):
+    def training_step(self, batch, batch_idx):
+        self.seen.append(("train", *batch[1].tolist()))
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.seen.append(("val", *batch[1].tolist()))
+
+
+@pytest.mark.parametrize(
+    ("given", "train", "val"),
+    [
+        ({"limit_train_batches": 0.5, "limit_val_batches": 0.7}, [0, 1, 2], [0, 1]),  # of 7 and 3 batches
+        ({"limit_train_batches": 2, "limit_val_batches": 0.34}, [0, 1], [0]),
+        ({"overfit_batches": 2}, [0, 1], [0, 1]),
+        ({"overfit_batches": 0.5}, [0, 1, 2], [0]),
+    ],
+)
+def test_parts_of_loaders_are_rounded_down_and_overfitting_leaves_validation_its_data(given, train, val):
+    shuffled = DataLoader(ones(7).dataset, 1, shuffle="overfit_batches" in given)
+    fit(module := Counts(), shuffled, DataLoader(TensorDataset(torch.ones(3, 2), torch.arange(3.0) + 10), 1), **given)
+    assert module.seen == [*(("train", one) for one in train), *(("val", one + 10) for one in val)]
+
+
+def test_a_part_of_a_loader_that_is_no_batch_is_refused():
+    with pytest.raises(ValueError, match="limit_train_batches=0.1 of 4 batches is less than one; one is 0.25"):
+        fit(Counts(), limit_train_batches=0.1)
 
 
 class Early(Callback):

@@ -46,6 +46,31 @@ class Held:
         self.value = value
 
 
+class Now:
+    """The step and the batch under way; a plain object, as attributes of a module cost a call each."""
+
+    index = 0
+    """Of the batch within its window."""
+    place = -1
+    """Of the batch in its epoch."""
+    pending: tuple[Any, Any] | None = None
+    """What `training_step` has returned, and its batch, until its end is told."""
+    skipped = False
+    """Whether no batch of the window has given a loss."""
+    no_loss = False
+    """Whether this batch has given none, in automatic optimisation."""
+    beside = False
+    """Whether the step is one of the module's own in automatic optimisation."""
+    ahead = 0
+    """Steps that are done and not counted yet."""
+    cleared_for: Any = None
+    """The step for which gradients are cleared."""
+    within_closure: Any = None
+    """The closure of the step that does forward and backward."""
+    closed = False
+    """Whether it has been called."""
+
+
 class Bridge(ModuleInterface):
     """A module of today's Lightning.
 
@@ -62,24 +87,13 @@ class Bridge(ModuleInterface):
         self.configs: list[SchedulerConfig] = []
         self.loaders: dict[Stage, Any] = {}
         self._joined: dict[bool, Any] = {}  # training loaders, by whether they shuffle
-        self.index = 0  # of the batch under way: in training within its window
         self.batch_idx = self.loader_idx = 0
-        self.loader_number: tuple[
-            int, ...
-        ] = ()  # what hooks of a batch are told of the loader, where there are several
-        self.skipped = False
-        self.beside = False  # whether the step under way is one of the module's own in automatic optimisation
-        self.no_loss = False  # whether training_step has returned None in automatic optimisation
+        self.loader_number: tuple[int, ...] = ()  # of the loader, as hooks of a batch hear it where there are several
         self.lossless = False  # whether a manual optimisation tells no loss
+        self.now = Now()
         self.values = Values(self)
-        self.pending: tuple[Any, Any] | None = None  # what training_step returned, and its batch, until its end is told
-        self.place = -1  # of the batch under way in its epoch
         self.steps = 0  # of each optimizer, in manual optimisation
-        self.ahead = 0  # steps that are done and not counted yet
         self.cut = 0  # epochs that were cut short and have ended in Lightning's words
-        self.within_closure: Any = None  # the closure of the step under way that does forward and backward
-        self.closed = False  # whether it has been called
-        self.cleared_for = 0  # the step for which gradients are cleared
         self.gradients: dict[torch.nn.Parameter, torch.Tensor] = {}  # of the last step, while somebody may look at them
         self.own_zero_grad = overridden(module, "optimizer_zero_grad")
         self.look: Callable[[], None] = lambda: None  # lets schedulers look at values of the last step
@@ -112,7 +126,7 @@ class Bridge(ModuleInterface):
         kept = super().__getstate__()
         gone: dict[str, Any] = {
             **{name: {} for name in ("loaders", "_joined", "listeners", "gradients")},
-            **dict.fromkeys(("pending", "files", "at_least", "look"), None),
+            **dict.fromkeys(("files", "at_least", "look"), None),
             **{name: [] for name in ("_wrapped", "configs")},
         }
         return {**kept, **gone}
@@ -121,13 +135,13 @@ class Bridge(ModuleInterface):
 
     def begin_batch(self, batch: Any, index: int) -> None:
         """Begin a training batch, the index-th of its window."""
-        self.index, self.place = index, self.trainer.position + index
-        self.skipped = self.skipped and index > 0
+        self.now.index, self.now.place = index, self.trainer.position + index
+        self.now.skipped = self.now.skipped and index > 0
         if self.gradients and index == 0:
             self.show_gradients()
         self.values.begin_batch(batch)
         for listener in self.listeners.get("on_train_batch_start", ()):
-            if listener(batch, self.place) == -1:
+            if listener(batch, self.now.place) == -1:
                 raise ValueError(
                     "on_train_batch_start returned -1, which ends an epoch early: this is not here; limit the epoch "
                     "(limit_train_batches), or ask for the end by self.trainer.should_stop = True"
@@ -135,15 +149,15 @@ class Bridge(ModuleInterface):
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
         """Return the loss of a batch."""
-        if not self.within_closure:  # whose batch has begun
-            self.begin_batch(batch, self.index)
-        returned = call(self.module.training_step, batch, self.place)
+        if not self.now.within_closure:  # whose batch has begun
+            self.begin_batch(batch, self.now.index)
+        returned = call(self.module.training_step, batch, self.now.place)
         if "on_train_batch_end" in self.listeners:
-            self.pending = (without_graph(returned), batch)
+            self.now.pending = (without_graph(returned), batch)
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if self.manual:
             return () if loss is None else loss
-        if self.index == 0:
+        if self.now.index == 0:
             self._clear_gradients(global_step)
         if loss is None:
             if isinstance(returned, Mapping):
@@ -153,21 +167,26 @@ class Bridge(ModuleInterface):
                     "training_step returned None, which skips a batch; with several processes one would skip and "
                     "others not: return a loss of zero that depends on the parameters"
                 )
-            self.skipped, self.no_loss = self.index == 0 or self.skipped, True
+            self.now.skipped, self.now.no_loss = self.now.index == 0 or self.now.skipped, True
             return zero_loss(self.module.parameters())
-        self.skipped = self.no_loss = False
+        self.now.skipped = self.now.no_loss = False
         return loss
 
     def _clear_gradients(self, global_step: int) -> None:
         """Clear gradients before the first backward of a step, as Lightning does: also what training_step has left."""
-        if self.cleared_for == global_step:  # another plugin runs a batch in parts, or twice
+        key, core = (global_step, self.trainer.idle), self.trainer
+        if self.now.cleared_for == key:  # another plugin runs a batch in parts, or twice
             return
-        self.cleared_for, self.gradients, core = global_step, {}, self.trainer
+        self.now.cleared_for = key
+        if self.gradients:
+            self.gradients = {}
         self.tell("on_before_zero_grad", core.optimizers[0])
         if self.own_zero_grad is None:
-            core.zero_grad()
+            for group in core.optimizers[0].param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
         else:
-            self.own_zero_grad(core.epoch, self.place, core.optimizers[0])
+            self.own_zero_grad(core.epoch, self.now.place, core.optimizers[0])
 
     def clear_before_validation(self) -> None:
         """Clear gradients before a validation in training, those too that wait for a step, as Lightning does."""
@@ -184,13 +203,13 @@ class Bridge(ModuleInterface):
 
     def end_batch(self) -> None:
         """Tell that a training batch is over."""
-        if self.pending is None:
+        if self.now.pending is None:
             return
-        (returned, batch), self.pending = self.pending, None
+        (returned, batch), self.now.pending = self.now.pending, None
         outputs = {} if returned is None else dict(returned) if isinstance(returned, Mapping) else {"loss": returned}
         if outputs and not self.manual:
             outputs["loss"] = outputs["loss"] / self.trainer.window_size
-        self.tell("on_train_batch_end", outputs, batch, self.place)
+        self.tell("on_train_batch_end", outputs, batch, self.now.place)
 
     def _evaluation_step(self, name: str, batch: Any) -> Any:
         place = (self.batch_idx, *self.loader_number)

@@ -43,7 +43,7 @@ class Following(CallbackInterface):
 
     @hookimpl(wrapper=True)
     def forward_backward(self, index: int, size: int) -> Generator[None, Any, Any]:
-        self.bridge.index = index
+        self.bridge.now.index = index
         outputs = yield
         if index + 1 < size:
             self.bridge.end_batch()
@@ -51,7 +51,7 @@ class Following(CallbackInterface):
 
     @hookimpl(wrapper=True)
     def should_step(self) -> Generator[None, bool, bool]:
-        return (yield) and (self.bridge.beside or not self.bridge.skipped)
+        return (yield) and (self.bridge.now.beside or not self.bridge.now.skipped)
 
     @hookimpl(wrapper=True, tryfirst=True)
     def step_schedulers(self, trainer: hookline.Trainer, when: str) -> Generator[None, bool, bool]:
@@ -233,13 +233,13 @@ class Steps(CallbackInterface):
 
     @hookimpl(wrapper=True)
     def run_backward(self, loss: torch.Tensor) -> Generator[None, bool, bool]:
-        if not self.bridge.no_loss:
+        if not self.bridge.now.no_loss:
             self.bridge.tell("on_before_backward", loss)
         return (yield)
 
     @hookimpl
     def on_end_backward(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
-        if not self.bridge.no_loss:
+        if not self.bridge.now.no_loss:
             self.bridge.tell("on_after_backward")
 
     @hookimpl

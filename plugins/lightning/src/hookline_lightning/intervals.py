@@ -105,4 +105,4 @@ class Intervals(CallbackInterface):
 
     def _due(self, trainer: hookline.Trainer, batches: int) -> bool:
         done = trainer.counters.batches if self.epochs is None else trainer.position
-        return bool(done // batches > (done - self.bridge.index - 1) // batches)
+        return bool(done // batches > (done - self.bridge.now.index - 1) // batches)

@@ -55,7 +55,7 @@ class Manual(CallbackInterface):
                 "keep them company; let distributed.uneven be drop"
             )
         bridge, hook = self.bridge, trainer.hook
-        bridge.index = 0
+        bridge.now.index = 0
         for name, gradient in self._gradients.items():
             parameter = bridge.get_parameter(name)
             parameter.grad = gradient.to(parameter.device, copy=True)

@@ -73,14 +73,14 @@ class LightningOptimizer:
             core.hook.on_begin_optimizer_step(trainer=core, optimizers=one)
         else:
             closure = self._completing(closure)
-        self._bridge.beside = True
+        self._bridge.now.beside = True
         try:
             stepped = bool(core.hook.should_step(trainer=core, optimizers=one))
             if stepped:
                 stepped = bool(core.hook.step_optimizer(trainer=core, optimizer=self.optimizer, closure=closure))
             core.hook.on_end_optimizer_step(trainer=core, optimizers=one, stepped=stepped)
         finally:
-            self._bridge.beside = False
+            self._bridge.now.beside = False
 
     def _completing(self, closure: Any) -> Any:
         def complete() -> Any:

@@ -32,7 +32,7 @@ class OwnTransfer(CallbackInterface):
 
     @hookimpl
     def prepare_batch(self, trainer: hookline.Trainer, batch: Any, stage: Stage) -> Any:
-        if self.bridge.within_closure:  # which is given the batch as it is
+        if self.bridge.now.within_closure:  # which is given the batch as it is
             return batch
         loader = 0 if stage is Stage.TRAIN else self.bridge.loader_idx
         if self.before:
@@ -69,8 +69,8 @@ class OwnStep(CallbackInterface):
             optimizer.step()
         else:
             stepping = Stepping(optimizer, bridge, closure)
-            bridge.module.optimizer_step(trainer.epoch, bridge.place, stepping, bridge.within_closure)
-            if not bridge.closed:
+            bridge.module.optimizer_step(trainer.epoch, bridge.now.place, stepping, bridge.now.within_closure)
+            if not bridge.now.closed:
                 raise ValueError(
                     "optimizer_step has not called its closure, which does forward and backward: write "
                     "optimizer.step(closure=optimizer_closure), or call optimizer_closure()"
@@ -87,7 +87,7 @@ class Stepping(LightningOptimizer):
 
     def step(self, closure: Any = None, **options: Any) -> Any:
         """Step, with the hooks behind the closure."""
-        if closure is not None and closure is self._bridge.within_closure:
+        if closure is not None and closure is self._bridge.now.within_closure:
             return self.optimizer.step(self._completed, **options)
         return self.optimizer.step(self._completing(closure or (lambda: None)), **options)
 
@@ -131,21 +131,21 @@ class Closes(CallbackInterface):
                     f"optimizer_step or LBFGS calls its closure again in a window of {size} micro-batches, whose "
                     "gradients would count twice; leave accumulate_grad_batches at 1"
                 )
-            bridge.cleared_for = -1 if size == 1 else bridge.cleared_for  # each call begins with no gradients
-            bridge.closed = True
+            bridge.now.cleared_for = None if size == 1 else bridge.now.cleared_for  # each call begins with no gradients
+            bridge.now.closed = True
             calls.append(hook.forward_backward(trainer=trainer, batch=batch, index=size - 1, size=size))
-            if bridge.skipped:
+            if bridge.now.skipped:
                 trainer.zero_grad()  # optimizers leave weights alone that have no gradient
             loss: torch.Tensor = calls[-1][0]
             return loss.detach()
 
-        bridge.within_closure, bridge.closed = closure, False
+        bridge.now.within_closure, bridge.now.closed = closure, False
         try:
             stepped = trainer.step(None, closure)
             if not stepped and not calls:  # a gate has refused the step
                 closure()
         finally:
-            bridge.within_closure = None
+            bridge.now.within_closure = None
         return [*outputs, calls[-1]]
 
 
@@ -175,25 +175,25 @@ class Schedules(CallbackInterface):
         if when == "epoch":
             self._move_epoch(trainer)
             return True
-        due = [one for one in self.bridge.configs if one.interval == "step" and self._due(one, self.bridge.place)]
+        due = [one for one in self.bridge.configs if one.interval == "step" and self._due(one, self.bridge.now.place)]
         self._waiting = [
             one for one in due if one.reduce_on_plateau
         ]  # a validation of this step comes before they look
-        self.bridge.ahead = 1  # the step is done, and not counted yet
+        self.bridge.now.ahead = 1  # the step is done, and not counted yet
         try:
             for config in due:
                 if not config.reduce_on_plateau:
                     self._move(config)
-            if self.bridge.place + 1 == trainer.totals.batches_per_epoch:  # before the validation of the epoch
+            if self.bridge.now.place + 1 == trainer.totals.batches_per_epoch:  # before the validation of the epoch
                 self._move_epoch(trainer)
         finally:
-            self.bridge.ahead = 0
+            self.bridge.now.ahead = 0
         return True
 
     @hookimpl
     def on_end_optimizer_step(self, trainer: hookline.Trainer, stepped: bool) -> None:
         """Move schedulers also for a batch that `training_step` has skipped, as in Lightning."""
-        if self.bridge.skipped and not stepped and not self.bridge.beside:
+        if self.bridge.now.skipped and not stepped and not self.bridge.now.beside:
             self.step_schedulers(trainer, "step")
 
     def _move_epoch(self, trainer: hookline.Trainer) -> None:

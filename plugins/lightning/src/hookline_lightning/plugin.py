@@ -22,6 +22,7 @@ from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
 from hookline_lightning.needs import require_loaders, require_methods
 from hookline_lightning.overrides import OVERRIDES, TRANSFERS, Closes, OwnTransfer, Schedules, needs_closure, written
+from hookline_lightning.portions import Portions
 from hookline_lightning.predicting import Predicted
 from hookline_lightning.run_logger import RunLogger
 from hookline_lightning.running import AtLeast
@@ -55,6 +56,7 @@ class Lightning(CallbackInterface):
         self._loggers: list[Any] | None = None
         self._ckpt_path: str | None = None
         self._intervals: Any = None
+        self._portions: dict[Stage, float] = {}  # of loaders
 
     @hookimpl(wrapper=True)
     def adapt_module(self, trainer: hookline.Trainer, module: Any) -> Generator[None, Any, Any]:
@@ -110,6 +112,8 @@ class Lightning(CallbackInterface):
         if any(is_of(one, "BasePredictionWriter") for one in view.callbacks):
             trainer.plugins.register(Predicted(bridge), "lightning.predicted")
         trainer.plugins.register(Following(bridge), "lightning.following")
+        if self._portions:
+            trainer.plugins.register(Portions(self._portions), "lightning.portions")
         if self.val_check_interval is not None:
             view.intervals = (self.val_check_interval, self.check_val_every_n_epoch)
             if trainer.options.evaluate_every is not None:

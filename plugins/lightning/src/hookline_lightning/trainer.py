@@ -12,7 +12,7 @@ import torch
 
 import hookline
 from hookline import nearest
-from hookline_lightning import arguments, early
+from hookline_lightning import arguments, early, portions
 from hookline_lightning.answers import BeforeRun
 from hookline_lightning.bridge import overridden
 from hookline_lightning.checkpoints import ModelCheckpoint
@@ -133,8 +133,10 @@ class Trainer:
         self.clipping = (value, algorithm)
         self.intervals = arguments.validation(given)
         self.options: dict[str, Any] = arguments.options_of(given) | self._place()
+        own = arguments.plugins_of(given)
+        self._limits: dict[str, Any] = own.get("limits", {})
         self.plugins: dict[str, Any] = {
-            **arguments.plugins_of(given),
+            **own,
             **self._around(bool({"ema", "swa"} & translations.keys())),
             **translations,
             **{one.plugin: one.options() for one in self._loggers if getattr(one, "plugin", "")},
@@ -336,7 +338,10 @@ class Trainer:
             return core
         if data is None and core is not None:
             data = core.plugins.get_plugin("lightning").datamodule if same else None
-        return self._begin(core.module.module if model is None else model, data, ckpt_path, weights_only)
+        made = self._begin(core.module.module if model is None else model, data, ckpt_path, weights_only)
+        if core is not None and hasattr(core.module, "view") and hasattr(made.module, "view"):
+            made.module.view.trained = (core.module.view.current_epoch, core.module.view.global_step)
+        return made
 
     def _best_of_fit(self) -> str | None:
         """Return the file that Lightning takes where no module and no file are given: the best of the fit."""
@@ -368,6 +373,9 @@ class Trainer:
         plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, *self.intervals)
         plugin._clipping, plugin._given, plugin._loggers = self.clipping, self._given, self._loggers
         plugins = {"lightning": plugin, **self.plugins}
+        if plugins.get("limits") is self._limits:  # and none of hookline's own
+            same, plugin._portions = portions.split(self._limits)
+            plugins = {**plugins, "limits": same} if same else {k: v for k, v in plugins.items() if k != "limits"}
         value, algorithm = self.clipping
         own = isinstance(model, torch.nn.Module) and overridden(model, "configure_gradient_clipping")
         if value is not None and not own:

@@ -42,6 +42,7 @@ class View(Lengths, Answers):
         self.shown: dict[str, torch.Tensor] = {}
         self.intervals: tuple[Any, int | None] | None = None  # val_check_interval and check_val_every_n_epoch
         self.stop_asked = False  # by should_stop
+        self.trained: tuple[int, int] | None = None  # epoch and step of the run before, where this one only evaluates
 
     def __reduce__(self) -> Any:
         return View, ()
@@ -77,13 +78,15 @@ class View(Lengths, Answers):
     @property
     def current_epoch(self) -> int:
         """Index of the epoch under way; behind one that was cut short the next one's, as in Lightning."""
-        epoch: int = self.core.epoch + self.bridge.cut
+        epoch: int = self.core.epoch + self.bridge.cut if self.trained is None else self.trained[0]
         return epoch
 
     @property
     def global_step(self) -> int:
         """Optimizer steps completed; in manual optimisation those of each optimizer."""
-        steps: int = self.bridge.steps if self.bridge.manual else self.core.global_step + self.bridge.ahead
+        if self.trained is not None:
+            return self.trained[1]
+        steps: int = self.bridge.steps if self.bridge.manual else self.core.global_step + self.bridge.now.ahead
         return steps
 
     @property
@@ -120,7 +123,7 @@ class View(Lengths, Answers):
                 "trainer.is_last_batch: the training loader does not tell how many batches it has; give it a __len__, "
                 "or say Trainer(limit_train_batches=…)"
             )
-        return bool(self.bridge.place + 1 == self.core.totals.batches_per_epoch)
+        return bool(self.bridge.now.place + 1 == self.core.totals.batches_per_epoch)
 
     @property
     def train_dataloader(self) -> Any:
