@@ -778,7 +778,7 @@ class Given(LightningDataModule):
         ),
         (
             {"callbacks": [type("ModelCheckpoint", (Callback,), {})()]},
-            "ModelCheckpoint is the plugin checkpoint .* or model_saving here",
+            "ModelCheckpoint is the plugin checkpoint with keep_best and monitor, or model_saving here",
         ),
         (
             {"datamodule": Given()},
