@@ -740,6 +740,52 @@ def test_metrics_are_computed_over_the_whole_evaluation(caplog):
     assert [core.plugins.get_plugin("model_saving")._modes[f"best_{name}"] for name in saved] == ["max", "min"]
 
 
+class Score(Metric):
+    def compute(self, predictions, references):
+        return {"accuracy": 0.85, "other": 0.5}
+
+
+def test_a_program_of_its_repository(caplog):
+    """Its test of the time of the document, with TensorBoard for a server, without workers and inductor."""
+    assert accelerator.num_processes == 1
+    trainer = Trainer(
+        hps_config=HyperParameters(
+            epochs=2,
+            batch_size=(2, 1, 1),
+            optim=Optimizer.AdamW,
+            optim_kwargs={"lr": 0.001, "weight_decay": 0.01},
+            scheduler=Scheduler.LinearWithWarmup,
+            scheduler_kwargs={"warmup_ratio": 0.03},
+        ),
+        model_path="dummy_model",
+        track_name="Dummy training",
+        run_name="dummy_run",
+        model_saving=["accuracy"],
+        evaluate_every_n_steps=1,
+        checkpoint_every="eval",
+        log_with=TensorBoard,
+        log_every=2,
+        monitor=Monitor(grad_norm=True),
+        dataloader_num_workers=accelerator.num_processes - 1,
+        eval_when_start=True,
+        metrics=[Score("accuracy")],
+    )
+
+    class Two(ExampleModule):
+        def validation_step(self, batch):
+            x, y = batch
+            scores = self(x)
+            loss = torch.nn.functional.cross_entropy(scores, y)
+            return {"loss": loss, "accuracy": (scores.argmax(dim=1), y), "my_own_metric": (scores.argmax(dim=1), y)}
+
+    trainer.fit(Two(), points(4), points(4))
+    assert trainer.status_dict["evaluations_done"] == 5
+    assert trainer.status_dict["additional_metrics"] == {"accuracy": 0.85, "other": 0.5}
+    assert json.loads(Path("dummy_model/best_accuracy/model.json").read_text())["step"] == 1
+    assert caplog.text.count("'my_own_metric', and no metric has this name") == 1
+    assert "the third is of a test set" in caplog.text
+
+
 class Broken(Metric):
     def compute(self, predictions, references):
         return {"other": 1.0} if self.comparator == ">" else {"hit": "high"}
@@ -1136,6 +1182,25 @@ def test_a_slip_in_an_argument_names_the_nearest():
         made(log_with="wand")
     with pytest.raises(TypeError, match="log_with names Aim twice"):
         made(log_with=[Aim, Aim])
+
+
+def test_names_of_other_versions_say_what_to_write_instead(caplog):
+    with pytest.raises(
+        TypeError, match="Trainer has no 'patience', which is of another version of ACCMT: use the plugin"
+    ):
+        made(patience=2)
+    with pytest.raises(
+        TypeError, match=r"Own.collate_fn_val\(\) is of a later ACCMT, and would not be called: write coll"
+    ):
+        trained(with_steps(step=loss_of, collate_fn_val=list))
+    with pytest.raises(
+        ImportError, match="DataCollatorForSeq2Seq of ACCMT is not here: take the one of transformers, `f"
+    ):
+        from hookline_accmt import DataCollatorForSeq2Seq  # noqa: F401
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from hookline_accmt import Nothing  # noqa: F401
+    trained(with_steps(step=loss_of, test_step=loss_of), hps={"batch_size": 20})
+    assert "Own.test_step() is not called: fit trains and validates" in caplog.text
 
 
 def test_a_tracker_whose_plugin_is_missing_says_what_to_install(monkeypatch):

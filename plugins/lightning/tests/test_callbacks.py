@@ -436,6 +436,16 @@ def test_callbacks_that_are_plugins(given, plugins):
     assert "progress" not in Trainer(callbacks=[TQDMProgressBar(refresh_rate=0)], enable_progress_bar=None).plugins
 
 
+def test_what_has_no_effect_is_named(caplog):
+    Trainer(callbacks=[LearningRateMonitor("epoch"), RichProgressBar(leave=True), callbacks.ThroughputMonitor(len)])
+    assert "LearningRateMonitor(logging_interval='epoch') has no effect here: it is a plugin" in caplog.text
+    assert "RichProgressBar(leave=True) has no effect here" in caplog.text
+    assert "ThroughputMonitor(batch_size_fn=…) has no effect here: the plugin monitor counts samples" in caplog.text
+    caplog.clear()
+    Trainer(callbacks=[LearningRateMonitor(), RichProgressBar(refresh_rate=5), ModelSummary(max_depth=4)])
+    assert caplog.text == ""
+
+
 class Bars(TQDMProgressBar):
     pass
 

@@ -31,6 +31,7 @@ Program = program(LightningModule)
 def _folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
 
 
 def rows_of(path):
@@ -84,7 +85,7 @@ def test_the_default_is_csv_in_the_folder_of_the_run_and_false_is_none():
         (lambda: WandbLogger(project="p", name="n", offline=True, tags=["a"], notes="x"), "wandb",
          {"mode": "offline", "name": "n", "project": "p", "tags": ["a"], "init": {"notes": "x"}},
          ("runs", "lightning")),
-        (lambda: WandbLogger(), "wandb", {"mode": "online"}, ("runs", "lightning")),
+        (lambda: WandbLogger(), "wandb", {"mode": "online", "project": "lightning_logs"}, ("runs", "lightning")),
         (lambda: MLFlowLogger("exp", run_name="r", tracking_uri="sqlite:///x.db", tags={"a": 1}), "mlflow",
          {"experiment": "exp", "tracking_uri": "sqlite:///x.db", "tags": {"a": "1"}}, ("runs", "r")),
         (lambda: CometLogger(workspace="w", project="p", online=False, name="n", log_code=False), "comet",
@@ -118,6 +119,22 @@ def test_what_loggers_stand_for(given, plugin, options, place):
 def test_what_cannot_be_is_refused_by_name_at_the_start(given, words):
     with pytest.raises(ValueError, match=words):
         given()
+
+
+def test_what_has_no_effect_is_named(caplog):
+    for logger, words in (
+        (
+            lambda: CSVLogger(".", flush_logs_every_n_steps=1),
+            "CSVLogger(flush_logs_every_n_steps=1) has no effect",
+        ),
+        (lambda: WandbLogger(save_dir="x", resume="allow"), "WandbLogger(save_dir='x', resume='allow') has no effect"),
+        (
+            lambda: MLFlowLogger(save_dir="x"),
+            "MLFlowLogger(save_dir='x') has no effect here: trackers write below",
+        ),
+    ):
+        logger()
+        assert words in caplog.text
 
 
 def test_what_is_logged_reaches_the_tracker_and_its_configuration():
@@ -269,9 +286,14 @@ def test_the_place_of_a_value_is_that_of_the_run_and_what_comes_after_is_told(ca
 
 
 def test_hparams_are_kept_from_trackers_where_that_is_asked_for():
-    trainer = Trainer(enable_autolog_hparams=False, **QUIET)
-    trainer.fit(Program(), loader())
-    assert read_run("runs/lightning-1").config["plugins"]["lightning"]["hparams"] == {}
+    class Keeps(Program):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters(logger=False)
+
+    for number, (options, kind) in enumerate((({"enable_autolog_hparams": False}, Program), ({}, Keeps)), 1):
+        Trainer(**options, **QUIET).fit(kind(), loader())
+        assert read_run(f"runs/lightning-{number}").config["plugins"]["lightning"]["hparams"] == {}
 
 
 def test_a_module_in_a_run_of_hooklines_own_has_a_logger_of_all_trackers():

@@ -115,6 +115,8 @@ def test_ranks_that_are_not_those_of_the_launcher_are_refused(monkeypatch):
         Trainer(devices=2)
     with pytest.raises(ValueError, match=r"use_distributed_sampler=False: .*hookline.sharded\(loader\)"):
         Trainer(use_distributed_sampler=False)
+    with pytest.raises(ValueError, match="sync_batchnorm=True and strategy='fsdp': only ddp has it; convert"):
+        Trainer(strategy="fsdp", sync_batchnorm=True)
     assert Trainer(devices=2, num_nodes=2, sync_batchnorm=True).plugins["ddp"] == {"sync_batchnorm": True}
 
 

@@ -506,6 +506,8 @@ def test_arguments_that_change_too_late_are_refused():
 # A whole program ----------------------------------------------------------------------
 
 PROGRAM = """
+import os
+
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -523,6 +525,14 @@ class Points(data_interface.DataProcessor):
 
     def analyze(self):
         print("samples", len(self.sets["train"]))
+
+
+class Squares(data_interface.DataProcessor):
+    def __init__(self, started):
+        self.started = started
+
+    def process(self, number, name, whole):
+        return [(os.getpid() != self.started, number * number, name, whole)]
 
 
 class Data(data_interface.DataInterface):
@@ -574,6 +584,9 @@ class Classifier(ModuleInterface):
 
 if __name__ == "__main__":
     torch.manual_seed(1)
+    squares = Squares(os.getpid())
+    print(squares.multi_process_data([1, 2], "x", [[7, 8]], process_count=2))
+    print(data_interface.DataInterface().multi_process_data(squares, [1, 2], "x", [[7, 8]], process_count=2))
     config = CustomArgParser(log_level="DEBUG").parse()
     args = trn.TrainerArguments(**config["tr"], checkpointer_args=DefaultCheckpointerArguments(checkpoint=False))
     trainer = trn.Trainer(module=Classifier(Data(Points())), args=args)
@@ -591,7 +604,8 @@ def test_a_whole_program_runs_as_a_script():
     )
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()
-    assert printed[0] == "samples 48"
+    assert printed[:2] == ["[(True, 1, 'x', [7, 8]), (True, 4, 'x', [7, 8])]"] * 2  # in processes of their own
+    assert printed[2] == "samples 48"
     assert printed[-1] == "accuracy at step 36: True"
     assert any(line.startswith("first loss ") for line in printed)
     assert "step = 36, loss : " in done.stderr

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from hookline_accmt.later import METHODS
+
+log = logging.getLogger("hookline.accmt")
 
 
 class AcceleratorModule:
@@ -141,6 +146,11 @@ def check(module: AcceleratorModule) -> None:
         raise TypeError(f"{name}.model is a {type(module.model).__name__}; it must be a torch.nn.Module")
     if not (hasattr(module, "training_step") or hasattr(module, "step")):
         raise TypeError(f"{name} has neither training_step(self, batch) nor step(self, batch); write one of them")
+    for method, instead in METHODS.items():
+        if hasattr(module, method):
+            raise TypeError(f"{name}.{method}() is of a later ACCMT, and would not be called: {instead}")
+    if hasattr(module, "test_step"):
+        log.warning("%s.test_step() is not called: fit trains and validates", name)
     teacher = module.teacher
     if teacher is None:
         return

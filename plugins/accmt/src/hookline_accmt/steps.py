@@ -35,7 +35,8 @@ def step_of(module: Any, name: str) -> tuple[str, Callable[[Any], Any]] | None:
         return name, lambda batch: step(batch, module.status_dict)
     raise TypeError(
         f"{type(module).__name__}.{name}({', '.join(asked)}) must take batch, or batch and status_dict; "
-        "several validation sets by key came later than what is followed here"
+        "validations by key are of a later ACCMT, whose Trainer also clips at 1.0 and resumes by itself unless told "
+        "otherwise: give what you mean of these, and write (self, batch)"
     )
 
 

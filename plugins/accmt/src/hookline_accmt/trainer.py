@@ -18,6 +18,7 @@ from hookline_accmt.cadences import batches, handlers_of
 from hookline_accmt.data import collate_of
 from hookline_accmt.describing import described_by, paths
 from hookline_accmt.hyperparameters import HyperParameters, count
+from hookline_accmt.later import ARGUMENTS
 from hookline_accmt.metrics import Metric, metrics_of
 from hookline_accmt.module import AcceleratorModule
 from hookline_accmt.names import Monitor, current_seed
@@ -187,6 +188,9 @@ class Trainer:
             self._plugins["monitor"] = Monitor.of(monitor).options()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self._plugins["ddp"] = {}
+        for name in kwargs:
+            if name in ARGUMENTS:
+                raise TypeError(f"Trainer has no {name!r}, which is of another version of ACCMT: use {ARGUMENTS[name]}")
         known = [name for name in inspect.signature(Trainer).parameters if name != "kwargs"]
         self._plugins |= plugins_of(log_with, track_name or self.model_path.name, str(logging_dir), kwargs, known)
         check_options({"accmt": self._accmt, **self._all_plugins(True, False)})

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hookline
+from hookline_lightning import intervals
 
 AMP = {"bf16-mixed": "bf16", "bf16": "bf16", "16-mixed": "fp16", "16": "fp16"}
 WHOLE = {"64-true": "float64", "64": "float64", "16-true": "float16", "bf16-true": "bfloat16"}
@@ -70,12 +71,12 @@ def options_of(given: SimpleNamespace) -> dict[str, Any]:
     Raises:
         ValueError: a value that cannot be, by the argument's name.
     """
-    cadence, _ = validation(given)
+    cadence = None if _is_off(given.limit_val_batches) else intervals.cadence(*validation(given))
     return {
         **length(given),
         "evaluate_every": cadence,
         "eval_when_finish": False,
-        "sanity_val_steps": _sanity(given) if cadence or given.val_check_interval != 1.0 else 0,
+        "sanity_val_steps": 0 if _is_off(given.limit_val_batches) else _sanity(given),
         "log_every": f"{given.log_every_n_steps or NEVER} steps",
         "train_loss_metric_name": "loss",
         "device": _chosen_device(given),
@@ -141,21 +142,13 @@ def duration(given: Any, name: str = "max_time") -> str:
 # Evaluation and limits --------------------------------------------------------------------
 
 
-def validation(given: SimpleNamespace) -> tuple[str | None, float | None]:
-    """Return the cadence of validations, and the fraction of an epoch between them where it is one."""
+def validation(given: SimpleNamespace) -> tuple[Any, int | None]:
+    """Return `val_check_interval`, a time of it as hookline writes one, and `check_val_every_n_epoch`."""
     interval, epochs = given.val_check_interval, given.check_val_every_n_epoch
-    if _is_off(given.limit_val_batches):
-        return None, None
     if isinstance(interval, (str, Mapping, timedelta)):
-        return duration(interval, "val_check_interval"), None
-    if isinstance(interval, float) and interval == 1.0:
-        return f"{1 if epochs is None else epochs} epochs", None
-    if epochs not in (None, 1):
-        raise ValueError(
-            f"val_check_interval={interval} and check_val_every_n_epoch={epochs} both say when to validate; give one "
-            "of them"
-        )
-    return (None, interval) if isinstance(interval, float) else (f"{interval} batches", None)
+        interval = duration(interval, "val_check_interval")
+    intervals.check(interval, epochs)
+    return interval, epochs
 
 
 def _sanity(given: SimpleNamespace) -> int:
@@ -233,7 +226,12 @@ def strategy_of(given: SimpleNamespace) -> dict[str, Any]:
             f"strategy={said} must be auto or one of {', '.join(STRATEGIES)}; others are plugins, with their options: "
             'plugins={"ddp": {"static_graph": True}}, {"deepspeed": {…}}'
         )
-    if given.sync_batchnorm and "ddp" in named and ranks > 1:
+    if given.sync_batchnorm and ranks > 1:
+        if "ddp" not in named:
+            raise ValueError(
+                f"sync_batchnorm=True and strategy={strategy!r}: only ddp has it; convert the module yourself, "
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)"
+            )
         named["ddp"] = {**named["ddp"], "sync_batchnorm": True}
     return named
 

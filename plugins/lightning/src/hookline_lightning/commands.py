@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from hookline import config, instantiate, nearest
 from hookline.commands import mendable, new_parser
+from hookline_lightning import intervals
 from hookline_lightning.bridge import overridden
 from hookline_lightning.loggers import RunLogger
 from hookline_lightning.trainer import Trainer
@@ -94,10 +95,13 @@ def translated(tree: Mapping[str, Any], classes: Mapping[str, str | None]) -> di
     trainer, callbacks = _trainer(tree)
     plugins: dict[str, Any] = {"lightning": {}, **trainer.plugins}
     for name, value in (
-        ("datamodule", target(nodes["data"])), ("callbacks", callbacks), ("val_check_interval", trainer.fraction),
+        ("datamodule", target(nodes["data"])), ("callbacks", callbacks),
     ):  # fmt: skip
         if value:
             plugins["lightning"][name] = value
+    interval, epochs = trainer.intervals
+    if not isinstance(interval, str) and not intervals.is_whole(interval):  # else `evaluate_every` says it
+        plugins["lightning"] |= {"val_check_interval": interval, "check_val_every_n_epoch": epochs}
     if clip := _clip(trainer, nodes["model"]["class_path"]):
         plugins["clip"] = clip
     options = {name: one for name, one in trainer.options.items() if one is not None or name == "evaluate_every"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from hookline import nearest
 from hookline_lightning.bridge import Bridge, call, overridden
-from hookline_lightning.members import calls_itself, member
+from hookline_lightning.members import calls_itself
 from hookline_lightning.translation import HOMES
 
 log = logging.getLogger("hookline.lightning")
@@ -35,13 +35,14 @@ OF_DATA = [
     "on_before_batch_transfer", "on_after_batch_transfer", "on_save_checkpoint", "on_load_checkpoint", "on_exception"
 ]  # fmt: skip
 SEPARATELY = ("setup", "teardown", "on_save_checkpoint", "on_load_checkpoint", "on_exception")  # told by the plugin
-LONG_STEPS = {  # event: the hook in which it is told
-    "on_before_backward": "run_backward",
-    "on_after_backward": "on_end_backward",
-    "on_before_optimizer_step": "on_begin_optimizer_step",
-    "on_before_zero_grad": "on_end_optimizer_step",
-    "on_train_batch_end": "on_end_train_step",
+LONG_STEPS = {  # event: the hooks that it needs, of those within a step
+    "on_before_backward": ["run_backward"],
+    "on_after_backward": ["on_end_backward"],
+    "on_before_optimizer_step": ["on_begin_optimizer_step"],
+    "on_before_zero_grad": ["on_end_optimizer_step"],
+    "on_train_batch_end": ["on_end_optimizer_step", "on_end_train_step"],
 }
+DECIDING = ("EarlyStopping", "Checkpoint")  # callbacks that hear the end of a training epoch last, as in Lightning
 MODES = "the run sets modes before and after each evaluation, and puts every submodule back to what it was"
 GONE = {  # that once were events of Lightning's, or are of callbacks alone
     "on_epoch_start", "on_epoch_end", "on_batch_start", "on_batch_end", "on_pretrain_routine_start",
@@ -52,8 +53,6 @@ GONE = {  # that once were events of Lightning's, or are of callbacks alone
 REFUSED = {  # methods of modules, and why
     "on_validation_model_eval": MODES, "on_validation_model_train": MODES, "on_test_model_eval": MODES,
     "on_test_model_train": MODES, "on_predict_model_eval": MODES, "on_predict_model_train": MODES,
-    "on_validation_model_zero_grad": "the run clears gradients behind each step",
-    "optimizer_zero_grad": "the run clears gradients behind each step",
     "configure_sharded_model": "it is gone from Lightning; write configure_model",
     "training_step_end": "it is gone from Lightning; do it in training_step",
     "validation_step_end": "it is gone from Lightning; do it in validation_step",
@@ -117,13 +116,13 @@ def refuse_unheard(bridge: Bridge, callbacks: Iterable[Any]) -> None:
 def listeners(bridge: Bridge, callbacks: Iterable[Any]) -> dict[str, list[Callable[..., Any]]]:
     """Return who hears which event: callbacks in their order, then the module.
 
-    Callbacks that look at a value (`monitor`) hear the end of a training epoch when its values are known.
+    Those that stop or save by a value hear the end of a training epoch last: what the module logs in it is known then.
     """
     found: dict[str, list[Callable[..., Any]]] = {}
     for callback in callbacks:
         for name in OF_CALLBACKS:
             if name not in SEPARATELY and (method := overridden(callback, name)):
-                late = name == "on_train_epoch_end" and member(callback, "monitor", callback) is not callback
+                late = name == "on_train_epoch_end" and any(k.__name__ in DECIDING for k in type(callback).__mro__)
                 found.setdefault(f"{name} late" if late else name, []).append(_bound(method, bridge))
     for name in OF_MODULES:
         if name not in SEPARATELY and (method := overridden(bridge.module, name)):

@@ -11,18 +11,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from types import FrameType
 from typing import Any
 
-
-class AttributeDict(dict[str, Any]):
-    """Parameters, as items and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"hparams have no {name!r}; they have {', '.join(self)}") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
+from hookline_lightning.plain import AttributeDict
 
 
 class HasHparams:

@@ -1,240 +1,22 @@
-"""Loggers under Lightning's names: each stands for a tracker of hookline; those of users run as they are."""
+"""Loggers under Lightning's names: each stands for a tracker of hookline."""
 
 from __future__ import annotations
 
-import abc
+import logging
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import hookline
-from hookline import CallbackInterface, Stage, hookimpl
 from hookline_lightning import experiments
 from hookline_lightning.plain import plain
+from hookline_lightning.run_logger import Logger, RunLogger
 
 __all__ = ["CSVLogger", "CometLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"]
 
-PACKAGES = ("lightning.", "pytorch_lightning.")
+log = logging.getLogger("hookline.lightning")
+
 MODELS = "name plugin model_saving: what it writes goes to the trackers"
-
-
-class Logger(abc.ABC):
-    """What users derive loggers of their own from; the run calls its methods on rank 0.
-
-    It has the metaclass of the package's, or an object could not become one of both.
-    """
-
-    @property
-    def name(self) -> str | None:
-        """Of the experiment."""
-        return None
-
-    @property
-    def version(self) -> int | str | None:
-        """Of the run in it."""
-        return None
-
-    @property
-    def save_dir(self) -> str | None:
-        """Where it writes."""
-        return None
-
-    @property
-    def log_dir(self) -> str | None:
-        """Where it writes of this run."""
-        return None
-
-    @property
-    def experiment(self) -> Any:
-        """The object of a service behind it."""
-        return None
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Take values."""
-
-    def log_hyperparams(self, params: Any, *arguments: Any, **options: Any) -> None:
-        """Take parameters."""
-
-    def log_graph(self, model: Any, input_array: Any = None) -> None:
-        """Take a graph."""
-
-    def save(self) -> None:
-        """Write what is taken."""
-
-    def finalize(self, status: str) -> None:
-        """End."""
-
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        """Hear of a checkpoint."""
-
-
-class RunLogger(Logger):
-    """Leads what is logged to all trackers of the run; before it begins, what is logged waits."""
-
-    plugin = ""
-    kind: type[experiments.Experiment] = experiments.OfAny
-
-    def __init__(self) -> None:
-        self._begin()
-
-    def _begin(self) -> None:
-        self._view: Any = None
-        self._waiting: list[tuple[str, Any]] = []
-        self._experiment_here: Any = None
-        self.hparams: dict[str, Any] = {}
-        """What `log_hyperparams` was given before the run."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise AttributeError(
-            f"the logger that hookline gives to Lightning's modules has no {name!r}; texts, images, tables and files "
-            "go to all trackers by self.trainer.core.log_object(name, value)"
-        )
-
-    # The run ------------------------------------------------------------------------------
-
-    def options(self) -> dict[str, Any]:
-        """Return the options of the plugin."""
-        return {}
-
-    def place(self) -> tuple[str, str] | None:
-        """Return the folder of runs and the name of the run that the logger asks for, or None."""
-        return None
-
-    def connect(self, view: Any) -> None:
-        """Be of a run."""
-        self._view = view
-
-    def tell_waiting(self) -> None:
-        """Log what was logged before the run began."""
-        waiting, self._waiting = self._waiting, []
-        for name, value in waiting:
-            self._log(name, value)
-
-    @property
-    def _core(self) -> Any:
-        return self._view.core if self._view is not None and self._view.is_connected else None
-
-    def _log(self, name: str, value: Any) -> None:
-        core = self._core
-        if core is None or core.status in ("not started",):
-            self._waiting.append((name, value))
-        elif core.status != "running":
-            core.say_once(f"logger: {name!r} was logged after the run had ended, and no tracker takes it any more")
-        elif name:
-            core.log_object(name, value)
-        else:
-            core.log(**value)
-
-    # Lightning's words --------------------------------------------------------------------
-
-    @property
-    def experiment(self) -> Any:
-        """What takes the calls of the service's own object."""
-        if self._experiment_here is None:
-            self._experiment_here = self.kind(self)
-        return self._experiment_here
-
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log values, at the step under way."""
-        core = self._core
-        if step is not None and core is not None and abs(int(step) - core.global_step) > 1:
-            core.say_once(
-                f"logger.log_metrics(step={int(step)}): values lie at the step of the run, which is {core.global_step}"
-                "; the option axis of a tracker places them by another value",
-                about="logger step",
-            )
-        self._log("", dict(metrics))
-
-    def log_hyperparams(self, params: Any, metrics: Any = None, *arguments: Any, **options: Any) -> None:
-        """Log parameters: before the run into its configuration, later as a text."""
-        found = plain(params if isinstance(params, Mapping) else vars(params), [])
-        if self._core is None or self._core.status == "not started":
-            self.hparams.update(found)
-        elif found:
-            self._log("hparams", "\n".join(f"{name}: {value}" for name, value in found.items()))
-        if isinstance(metrics, Mapping):
-            self.log_metrics(metrics)
-
-    def log_object(self, name: str, value: Any) -> None:
-        """Log a text, an image, a figure, a table or a file."""
-        self._log(name, value)
-
-    def log_image(self, key: str, images: list[Any], step: int | None = None, **captions: Any) -> None:
-        """Log images."""
-        for number, one in enumerate(images):
-            self._log(key if len(images) == 1 else f"{key}/{number}", experiments.as_object(one))
-
-    def log_text(self, key: str, columns: Any = None, data: Any = None, dataframe: Any = None, **_: Any) -> None:
-        """Log texts as a table."""
-        self.log_table(key, columns, data, dataframe)
-
-    def log_table(self, key: str, columns: Any = None, data: Any = None, dataframe: Any = None, **_: Any) -> None:
-        """Log a table."""
-        if dataframe is not None:
-            columns, data = list(dataframe.columns), dataframe.values.tolist()
-        self._log(key, hookline.tracking.Table(columns, data))
-
-    def log_graph(self, model: Any, input_array: Any = None) -> None:
-        """Say that no tracker takes it."""
-        self._say("log_graph: no tracker takes a graph; `torch.export` keeps one, and plugin summary shows the layers")
-
-    def watch(self, model: Any, *arguments: Any, **options: Any) -> None:
-        """Say that no tracker does it."""
-        self._say("watch: no tracker looks into the model; plugin monitor logs grad_norm")
-
-    def unwatch(self, model: Any) -> None:
-        """Do nothing."""
-
-    def _say(self, text: str) -> None:
-        if self._core is not None:
-            self._core.say_once(f"logger.{text}")
-
-    @property
-    def name(self) -> str | None:
-        """Of the run's kind."""
-        return str(self._core.options.run_name) if self._core is not None else None
-
-    @property
-    def version(self) -> int | str | None:
-        """The number of the run's folder."""
-        number = self._folder.name.rpartition("-")[2]
-        return int(number) if number.isdigit() else self._folder.name
-
-    @property
-    def save_dir(self) -> str | None:
-        """The folder of runs."""
-        return str(self._folder.parent)
-
-    @property
-    def log_dir(self) -> str | None:
-        """The folder of the run."""
-        return str(self._folder)
-
-    root_dir = save_dir
-
-    @property
-    def run_id(self) -> str:
-        """The name of the run's folder."""
-        return self._folder.name
-
-    @property
-    def _folder(self) -> Path:
-        if self._core is None:
-            raise RuntimeError("the folder of a logger is known when its run has begun; ask in on_fit_start or later")
-        return Path(self._core.run_dir)
-
-
-class NoLogger(RunLogger):
-    """Takes everything and logs nothing, as in a `fast_dev_run`."""
-
-    kind = experiments.OfNone
-
-    def _log(self, name: str, value: Any) -> None:
-        pass
 
 
 class _InFolder(RunLogger):
@@ -269,6 +51,7 @@ class CSVLogger(_InFolder):
         flush_logs_every_n_steps: int = 100,
     ) -> None:  # fmt: skip
         self._keep(save_dir, name, version, prefix)
+        _warn(self, {"flush_logs_every_n_steps": (flush_logs_every_n_steps, 100)})
 
 
 class TensorBoardLogger(_InFolder):
@@ -313,9 +96,17 @@ class WandbLogger(RunLogger):
                 "anonymous": (anonymous, "log in, or say offline=True"),
             },
         )  # fmt: skip
+        _warn(
+            self,
+            {
+                "save_dir": (save_dir, "."), "dir": (dir, None), "checkpoint_name": (checkpoint_name, None),
+                "add_file_policy": (add_file_policy, "mutable"), "resume": (init.pop("resume", None), None),
+            },
+        )  # fmt: skip
+        project = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         kept = {name: init.pop(name) for name in ("entity", "group", "tags") if init.get(name) is not None}
         self.hparams.update(plain(init.pop("config", None) or {}, []))
-        init = {name: value for name, value in init.items() if value is not None and name not in ("resume", "dir")}
+        init = {name: value for name, value in init.items() if value is not None}
         self._given_name = project or name
         self._options = {
             "mode": "offline" if offline else "online",
@@ -349,6 +140,7 @@ class MLFlowLogger(RunLogger):
                 "run_id": (run_id, "a resumed run of hookline goes on with its own"),
             },
         )  # fmt: skip
+        _warn(self, {"save_dir": (save_dir, "./mlruns"), "synchronous": (synchronous, None)})
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
         self._run_name_given = run_name
         self._options = {
@@ -399,6 +191,13 @@ class CometLogger(RunLogger):
         return self._options
 
 
+def _warn(logger: Any, given: Mapping[str, tuple[Any, Any]]) -> None:
+    """Warn of arguments that say where or when something is written, each with its default."""
+    if lost := [f"{name}={value!r}" for name, (value, usual) in given.items() if value != usual]:
+        log.warning("%s(%s) has no effect here: trackers write below the run's folder, in the background",
+                    type(logger).__name__, ", ".join(lost))  # fmt: skip
+
+
 def _refuse(logger: Any, asked: Mapping[str, tuple[Any, str]]) -> None:
     for name, (value, instead) in asked.items():
         if value:
@@ -406,106 +205,3 @@ def _refuse(logger: Any, asked: Mapping[str, tuple[Any, str]]) -> None:
 
 
 OWN = {kind.__name__: kind for kind in (CSVLogger, TensorBoardLogger, WandbLogger, MLFlowLogger, CometLogger)}
-
-
-# Those of the package and of users --------------------------------------------------------
-
-
-def adopted(logger: Any) -> Any:
-    """Return a logger of the package as the one of ours that has its arguments; it stays the same object.
-
-    Raises:
-        ValueError: one that has no tracker here.
-    """
-    kind = type(logger)
-    if isinstance(logger, Logger) or not kind.__module__.startswith(PACKAGES):
-        return logger
-    arguments = _arguments_of(logger)
-    if arguments is None:
-        raise ValueError(
-            f"logger={kind.__name__}(…) has no tracker here: name one, such as logger='csv', or give a logger of yours"
-        )
-    own = OWN[kind.__name__](**arguments)
-    logger.__class__ = type(kind.__name__, (type(own), kind), {"__module__": kind.__module__})
-    vars(logger).update(vars(own))
-    return logger
-
-
-def _arguments_of(logger: Any) -> dict[str, Any] | None:
-    """Return what a logger of the package was made with."""
-    kind = type(logger).__name__
-    if kind in ("CSVLogger", "TensorBoardLogger"):
-        found = {"save_dir": logger.save_dir, "name": logger.name, "version": logger._version, "prefix": logger._prefix}
-        return found if kind == "CSVLogger" else {
-            **found, **logger._kwargs, "sub_dir": logger.sub_dir, "log_graph": logger._log_graph,
-        }  # fmt: skip
-    if kind == "WandbLogger":
-        init = {name: value for name, value in logger._wandb_init.items() if name not in ("id", "dir", "resume")}
-        return {**init, "id": logger._wandb_init.get("id"), "offline": logger._offline, "prefix": logger._prefix,
-                "log_model": logger._log_model}  # fmt: skip
-    if kind == "MLFlowLogger":
-        return {"experiment_name": logger._experiment_name, "run_name": logger._run_name, "tags": logger.tags,
-                "tracking_uri": logger._tracking_uri, "log_model": logger._log_model, "prefix": logger._prefix,
-                "artifact_location": logger._artifact_location, "run_id": logger._run_id}  # fmt: skip
-    return None
-
-
-class OwnLoggers(CallbackInterface):
-    """Calls loggers of users as Lightning does, on rank 0."""
-
-    def __init__(self, loggers: list[Any], hparams: Mapping[str, Any]) -> None:
-        self.loggers, self.hparams = loggers, hparams
-
-    @hookimpl
-    def on_begin_run(self, trainer: hookline.Trainer, stage: Stage) -> None:
-        if trainer.rank == 0 and stage is Stage.TRAIN and self.hparams:
-            for logger in self.loggers:
-                logger.log_hyperparams(dict(self.hparams))
-
-    @hookimpl
-    def on_log(self, trainer: hookline.Trainer, metrics: Mapping[str, float], global_step: int) -> None:
-        if trainer.rank == 0:
-            for logger in self.loggers:
-                logger.log_metrics({**metrics, "epoch": trainer.epoch}, step=global_step)
-                logger.save()
-
-    @hookimpl
-    def on_end_run(self, trainer: hookline.Trainer, status: str) -> None:
-        if trainer.rank == 0:
-            for logger in self.loggers:
-                logger.finalize("failed" if status == "failed" else "success")
-
-
-def listed(given: Any) -> list[Any]:
-    """Return the loggers that the argument `logger` names, as a list.
-
-    Raises:
-        ValueError: something that is none.
-    """
-    if given is None or given is False:
-        return []
-    if isinstance(given, Mapping):
-        return [_named(name, options) for name, options in given.items()]
-    found = []
-    for one in given if isinstance(given, (list, tuple)) else [given]:
-        if one is True:
-            found.append(_named("csv", {}))
-        elif isinstance(one, str):
-            found.append(_named(one, {}))
-        elif callable(getattr(one, "log_metrics", None)):
-            found.append(adopted(one))
-        else:
-            raise ValueError(
-                f"logger={type(one).__name__}(…) is no logger: it has no log_metrics; name a tracker, such as "
-                "logger='csv'"
-            )
-    return found
-
-
-def _named(name: str, options: Mapping[str, Any] | None) -> RunLogger:
-    logger = RunLogger()
-    logger.plugin = name
-    logger.kind = {kind.plugin: kind.kind for kind in OWN.values()}.get(name, experiments.OfAny)
-    given = dict(options or {})
-    logger.options = lambda: given  # type: ignore[method-assign]
-    return logger

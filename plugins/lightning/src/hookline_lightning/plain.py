@@ -55,5 +55,19 @@ LEFT_OUT = LeftOut()
 
 def hparams_of(thing: Any) -> dict[str, Any]:
     """Return the parameters that a module or a data module has saved, as plain data."""
-    found = getattr(thing, "hparams", None) if thing is not None else None
+    logged = getattr(thing, "_log_hyperparams", True)  # save_hyperparameters(logger=False)
+    found = getattr(thing, "hparams", None) if thing is not None and logged else None
     return plain(found, []) if isinstance(found, Mapping) else {}
+
+
+class AttributeDict(dict[str, Any]):
+    """Parameters, as items and as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"hparams have no {name!r}; they have {', '.join(self)}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from hookline_lightning.calls import call, overridden
-from hookline_lightning.hparams import AttributeDict
+from hookline_lightning.plain import AttributeDict
 
 HPARAMS = "hyper_parameters"
 

@@ -109,6 +109,28 @@ def write(path: Path, checkpoint: dict[str, Any]) -> None:
 # Going on ---------------------------------------------------------------------------------
 
 
+def found(ckpt_path: Any, writer: Any) -> str | bool | Path:
+    """Return what to go on with: a run, or a file."""
+    if ckpt_path == "last":
+        return True
+    if ckpt_path == "hpc":
+        raise ValueError('ckpt_path="hpc": a run that a cluster has cut goes on by ckpt_path="last" (plugin signals)')
+    if ckpt_path == "best":
+        ckpt_path = getattr(writer, "best_model_path", "")
+        if not ckpt_path:
+            raise ValueError(
+                'ckpt_path="best": no ModelCheckpoint of this trainer has written a best file; fit before, or give '
+                "its path"
+            )
+    path = Path(ckpt_path)
+    if not path.exists():
+        raise ValueError(
+            f'ckpt_path={str(ckpt_path)!r} is not there: say "last", "best", a file, or the folder of a run or of '
+            "a checkpoint of it"
+        )
+    return str(path) if path.is_dir() else path
+
+
 class FromFile(CallbackInterface):
     """Begins a run with what a file holds: a training all of it, an evaluation the weights.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,17 +11,19 @@ from typing import Any
 import torch
 
 import hookline
-from hookline import CallbackInterface, hookimpl, nearest
-from hookline_lightning import arguments, early, loggers
+from hookline import nearest
+from hookline_lightning import arguments, early, portions
 from hookline_lightning.answers import BeforeRun
 from hookline_lightning.bridge import overridden
 from hookline_lightning.checkpoints import ModelCheckpoint
-from hookline_lightning.loggers import NoLogger, OwnLoggers, RunLogger
-from hookline_lightning.module import LightningDataModule
+from hookline_lightning.given_data import Predictions, data_of
+from hookline_lightning.given_loggers import OwnLoggers
+from hookline_lightning.given_loggers import listed as listed_loggers
 from hookline_lightning.plain import hparams_of
 from hookline_lightning.plugin import Lightning
 from hookline_lightning.results import results_of, table_of
-from hookline_lightning.saving import FromFile
+from hookline_lightning.run_logger import NoLogger, RunLogger
+from hookline_lightning.saving import FromFile, found
 from hookline_lightning.translation import is_of, translated, writes_checkpoints
 
 log = logging.getLogger("hookline.lightning")
@@ -56,7 +57,7 @@ class Trainer:
         limit_predict_batches: as above.
         overfit_batches: train on the same first batches, and validate on as many of the validation's.
         val_check_interval: batches between validations, or (a float) a fraction of an epoch, or a time.
-        check_val_every_n_epoch: epochs between validations.
+        check_val_every_n_epoch: validate only in each so many epochs; None counts batches across epochs.
         num_sanity_val_steps: validation batches to try before training; -1 for all.
         log_every_n_steps: optimizer steps from one flush of values to the next; 0 for none.
         enable_checkpointing: whether to save the run after each epoch, and its newest weights as a file.
@@ -118,6 +119,7 @@ class Trainer:
                 f"enable_checkpointing=False, and callbacks has {type(writers[0]).__name__}: leave one out"
             )
         arguments.defaults(given)
+        self._given_callbacks = list(running)
         if (
             enable_checkpointing is not False
             and not barebones
@@ -126,13 +128,15 @@ class Trainer:
             running.append(ModelCheckpoint(save_weights_only=True))
         self._given = given
         self._callbacks = running
-        self._loggers = [NoLogger()] if given.fast_dev_run and given.logger else loggers.listed(given.logger)
+        self._loggers = [NoLogger()] if given.fast_dev_run and given.logger else listed_loggers(given.logger)
         value, algorithm = gradient_clip_val or None, gradient_clip_algorithm
         self.clipping = (value, algorithm)
-        _, self.fraction = arguments.validation(given)
+        self.intervals = arguments.validation(given)
         self.options: dict[str, Any] = arguments.options_of(given) | self._place()
+        own = arguments.plugins_of(given)
+        self._limits: dict[str, Any] = own.get("limits", {})
         self.plugins: dict[str, Any] = {
-            **arguments.plugins_of(given),
+            **own,
             **self._around(bool({"ema", "swa"} & translations.keys())),
             **translations,
             **{one.plugin: one.options() for one in self._loggers if getattr(one, "plugin", "")},
@@ -181,7 +185,7 @@ class Trainer:
         Raises:
             ValueError: data that are given twice, or a checkpoint that is none.
         """
-        data = _data(datamodule, train=train_dataloaders, val=val_dataloaders)
+        data = data_of(datamodule, train=train_dataloaders, val=val_dataloaders)
         if self._given.limit_train_batches == 0 and not self._given.overfit_batches:
             log.warning("limit_train_batches=0: there is nothing to train on")
             return
@@ -205,14 +209,14 @@ class Trainer:
             datamodule: a data module, in place of loaders.
             weights_only: False runs what code the file holds; only for a file whose maker you trust.
         """
-        return self._evaluate("val", model, _data(datamodule, val=dataloaders), ckpt_path, weights_only, verbose)
+        return self._evaluate("val", model, data_of(datamodule, val=dataloaders), ckpt_path, weights_only, verbose)
 
     def test(
         self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
         datamodule: Any = None, weights_only: bool | None = None,
     ) -> list[dict[str, float]]:  # fmt: skip
         """Test; return the metrics, of each loader where there are several; see `validate`."""
-        return self._evaluate("test", model, _data(datamodule, test=dataloaders), ckpt_path, weights_only, verbose)
+        return self._evaluate("test", model, data_of(datamodule, test=dataloaders), ckpt_path, weights_only, verbose)
 
     def _evaluate(
         self, stage: str, model: Any, data: Any, ckpt_path: Any, weights_only: bool | None, verbose: bool
@@ -243,7 +247,7 @@ class Trainer:
         """
         if self._given.limit_predict_batches == 0:
             return None
-        core = self._again(model, _data(datamodule, predict=dataloaders), ckpt_path, weights_only)
+        core = self._again(model, data_of(datamodule, predict=dataloaders), ckpt_path, weights_only)
         kept = Predictions()
         if return_predictions is not False:
             core.plugins.register(kept, "predictions")
@@ -282,14 +286,14 @@ class Trainer:
 
     @property
     def _view(self) -> Any:
-        return self.core.module.view if self.core is not None else None
+        return getattr(self.core.module, "view", None) if self.core is not None else None
 
     def __getattr__(self, name: str) -> Any:
         """Return what the run knows, and before it what the arguments say."""
         if name.startswith("_") or "core" not in vars(self):
             raise AttributeError(name)
         run = self._fitted if name in ANSWERED and self._fitted is not None else self.core
-        return getattr(self._before if run is None else run.module.view, name)
+        return getattr(self._before if run is None else getattr(run.module, "view", run), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "should_stop" and self.core is not None:
@@ -313,12 +317,12 @@ class Trainer:
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
         """The newest of all logged values."""
-        return self._view.callback_metrics if self.core else {}
+        return self._view.callback_metrics if self._view else {}
 
     @property
     def logged_metrics(self) -> dict[str, torch.Tensor]:
         """The newest values that trackers saw."""
-        return self._view.logged_metrics if self.core else {}
+        return self._view.logged_metrics if self._view else {}
 
     # The run behind it ----------------------------------------------------------------
 
@@ -334,7 +338,10 @@ class Trainer:
             return core
         if data is None and core is not None:
             data = core.plugins.get_plugin("lightning").datamodule if same else None
-        return self._begin(core.module.module if model is None else model, data, ckpt_path, weights_only)
+        made = self._begin(core.module.module if model is None else model, data, ckpt_path, weights_only)
+        if core is not None and hasattr(core.module, "view") and hasattr(made.module, "view"):
+            made.module.view.trained = (core.module.view.current_epoch, core.module.view.global_step)
+        return made
 
     def _best_of_fit(self) -> str | None:
         """Return the file that Lightning takes where no module and no file are given: the best of the fit."""
@@ -352,6 +359,8 @@ class Trainer:
 
     def _begin(self, model: Any, data: Any, ckpt_path: Any, weights_only: bool | None = None) -> Any:
         self.core = self._made(model, data, ckpt_path, weights_only)
+        if self._view is not None:
+            self._callbacks = self._view.callbacks  # those of the module's own among them
         return self.core
 
     def _made(self, model: Any, data: Any, ckpt_path: Any, weights_only: bool | None) -> hookline.Trainer:
@@ -361,22 +370,25 @@ class Trainer:
                 'hookline.Trainer(module, plugins={"lightning": {}}, epochs=…)'
             )
         mine = hasattr(type(model), "training_step")  # another module has no file of weights in Lightning's form
-        plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, self.fraction)
+        plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, *self.intervals)
         plugin._clipping, plugin._given, plugin._loggers = self.clipping, self._given, self._loggers
         plugins = {"lightning": plugin, **self.plugins}
+        if plugins.get("limits") is self._limits:  # and none of hookline's own
+            same, plugin._portions = portions.split(self._limits)
+            plugins = {**plugins, "limits": same} if same else {k: v for k, v in plugins.items() if k != "limits"}
         value, algorithm = self.clipping
         own = isinstance(model, torch.nn.Module) and overridden(model, "configure_gradient_clipping")
         if value is not None and not own:
             plugins["clip"] = {"max_norm": None, "max_value": value} if algorithm == "value" else {"max_norm": value}
         options = dict(self.options)
         if ckpt_path is not None:
-            found = self._resume(ckpt_path)
-            if isinstance(found, Path):
-                plugins["lightning.file"] = FromFile(found, weights_only)
-                plugin._ckpt_path = str(found)
+            begin = found(ckpt_path, self.checkpoint_callback)
+            if isinstance(begin, Path):
+                plugins["lightning.file"] = FromFile(begin, weights_only)
+                plugin._ckpt_path = str(begin)
             else:
                 plugins.setdefault("checkpoint", {"every": None})
-                options["resume"] = found
+                options["resume"] = begin
         plugin.hparams = self._hparams(model, data)
         if own_loggers := [one for one in self._loggers if not isinstance(one, RunLogger)]:
             plugins["lightning.loggers"] = OwnLoggers(own_loggers, plugin.hparams)
@@ -388,54 +400,3 @@ class Trainer:
         for one in self._loggers:
             known.update(one.hparams if isinstance(one, RunLogger) else {})
         return known
-
-    def _resume(self, ckpt_path: Any) -> str | bool | Path:
-        """Return what to go on with: a run, or a file."""
-        if ckpt_path == "last":
-            return True
-        if ckpt_path == "hpc":
-            raise ValueError(
-                'ckpt_path="hpc": a run that a cluster has cut goes on by ckpt_path="last" (plugin signals)'
-            )
-        if ckpt_path == "best":
-            ckpt_path = getattr(self.checkpoint_callback, "best_model_path", "")
-            if not ckpt_path:
-                raise ValueError(
-                    'ckpt_path="best": no ModelCheckpoint of this trainer has written a best file; fit before, or give '
-                    "its path"
-                )
-        path = Path(ckpt_path)
-        if not path.exists():
-            raise ValueError(
-                f'ckpt_path={str(ckpt_path)!r} is not there: say "last", "best", a file, or the folder of a run or of '
-                "a checkpoint of it"
-            )
-        return str(path) if path.is_dir() else path
-
-
-class Predictions(CallbackInterface):
-    """Keeps predictions."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[str, list[Any]] = {}
-
-    @hookimpl
-    def on_end_predict_step(self, outputs: Any, key: str) -> None:
-        self.outputs.setdefault(key, []).append(outputs)
-
-
-class Loaders(LightningDataModule):
-    """Loaders that were given as they are."""
-
-    def __init__(self, loaders: Mapping[str, Any]) -> None:
-        for stage, loader in loaders.items():
-            setattr(self, f"{stage}_dataloader", lambda loader=loader: loader)
-
-
-def _data(datamodule: Any, **loaders: Any) -> Any:
-    given = {stage: loader for stage, loader in loaders.items() if loader is not None}
-    if len(given) == 1 and hasattr(next(iter(given.values())), "prepare_data"):  # Lightning takes it there, too
-        datamodule, given = next(iter(given.values())), {}
-    if datamodule is not None and given:
-        raise ValueError("loaders and a datamodule are given; give one of them")
-    return datamodule if datamodule is not None else Loaders(given) if given else None

@@ -11,7 +11,10 @@ import torch
 
 log = logging.getLogger("hookline.lightning")
 
-HOMES = ("lightning.pytorch", "pytorch_lightning", "hookline_lightning.callbacks", "hookline_lightning.checkpoints")
+HOMES = (
+    "lightning.pytorch", "pytorch_lightning", "hookline_lightning.callbacks", "hookline_lightning.checkpoints",
+    "hookline_lightning.standing",
+)  # fmt: skip
 INSTEAD = {  # refused, and what does the same
     "BatchSizeFinder": "the command `hookline batch-find run.yaml`, before a run, or plugin batch_find",
     "LearningRateFinder": "the command `hookline lr-find run.yaml`, before a run, or plugin lr_find",
@@ -71,9 +74,23 @@ def writes_checkpoints(callback: Any) -> bool:
     return any(kind.__name__ == "Checkpoint" and kind.__module__.startswith(HOMES) for kind in type(callback).__mro__)
 
 
+def replaces(callback: Any, other: Any) -> bool:
+    """Tell whether a callback of a module's own takes the place of one of the trainer's: of the same class."""
+    return type(callback) is type(other) or (is_of(callback, "ModelCheckpoint") and is_of(other, "ModelCheckpoint"))
+
+
 def is_of(callback: Any, name: str) -> bool:
     """Tell whether a callback is of a class of the package, or of ours in its place, or derives from it."""
     return any(kind.__name__ == name and kind.__module__.startswith(HOMES) for kind in type(callback).__mro__)
+
+
+def _warn(callback: Any, *taken: str) -> None:
+    """Warn of arguments without a counterpart, which only say how something looks or when it comes."""
+    plain = vars(type(callback)())
+    changed = {name.lstrip("_"): value for name, value in vars(callback).items() if plain.get(name) != value}
+    if lost := [f"{name}={value!r}" for name, value in changed.items() if name not in taken]:
+        log.warning("%s(%s) has no effect here: it is a plugin, with options of its own",
+                    type(callback).__name__, ", ".join(lost))  # fmt: skip
 
 
 def _learning_rate(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
@@ -83,6 +100,7 @@ def _learning_rate(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
                 f"LearningRateMonitor({name}=True) is not here: the plugin monitor logs learning rates; log the rest "
                 "by self.log in on_train_batch_start"
             )
+    _warn(callback)
     return {"monitor": {"learning_rate": True}}
 
 
@@ -91,16 +109,23 @@ def _device_stats(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
     return {"monitor": {"gpu_utilization": gpu, "cpu_utilization": asked is True or (asked is None and not gpu)}}
 
 
+def _throughput(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
+    log.warning("ThroughputMonitor(batch_size_fn=…) has no effect here: the plugin monitor counts samples itself")
+    return {"monitor": {"throughput": True}}
+
+
 def _progress(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
     if given.enable_progress_bar is False:
         raise ValueError(
             f"enable_progress_bar=False and callbacks=[{type(callback).__name__}(…)]: leave one of them out"
         )
+    _warn(callback, "refresh_rate", "enabled")
     given.enable_progress_bar = getattr(callback, "refresh_rate", 1) != 0
     return {}
 
 
 def _summary(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
+    _warn(callback, "max_depth")
     depth = callback._max_depth
     given.enable_model_summary = depth != 0
     return {"summary": {"depth": 1000 if depth == -1 else depth}} if depth else {}
@@ -171,7 +196,7 @@ def _ema(callback: Any, given: SimpleNamespace) -> dict[str, Any]:
 TRANSLATED = {
     "LearningRateMonitor": _learning_rate,
     "DeviceStatsMonitor": _device_stats,
-    "ThroughputMonitor": lambda callback, given: {"monitor": {"throughput": True}},
+    "ThroughputMonitor": _throughput,
     **dict.fromkeys(PROGRESS, _progress),
     **dict.fromkeys(SUMMARY, _summary),
     "GradientAccumulationScheduler": _accumulation,

@@ -14,12 +14,14 @@ import torch
 import hookline
 from hookline import Stage, nearest
 from hookline_lightning.answers import Answers, Loop
-from hookline_lightning.loggers import RunLogger
+from hookline_lightning.lengths import Lengths
+from hookline_lightning.run_logger import RunLogger
 
-DIGITS = {Stage.VAL: "val", Stage.TEST: "test", Stage.PREDICT: "predict"}
+STAGES = {Stage.TRAIN: "train", Stage.VAL: "validate", Stage.TEST: "test", Stage.PREDICT: "predict"}
+STATUS = {"running": "running", "finished": "finished", "stopped": "finished"}  # others are interrupted
 
 
-class View(Answers):
+class View(Lengths, Answers):
     """What `self.trainer` is: the part of Lightning's trainer that has a meaning here.
 
     A copy or a pickle of it is with no run.
@@ -35,8 +37,12 @@ class View(Answers):
         self.datamodule: Any = None
         self.gradient_clip_val: float | None = None
         self.gradient_clip_algorithm: str | None = None
-        self.values: dict[str, float] = {}
-        self.logged: dict[str, float] = {}
+        self.values: dict[str, torch.Tensor] = {}
+        self.logged: dict[str, torch.Tensor] = {}
+        self.shown: dict[str, torch.Tensor] = {}
+        self.intervals: tuple[Any, int | None] | None = None  # val_check_interval and check_val_every_n_epoch
+        self.stop_asked = False  # by should_stop
+        self.trained: tuple[int, int] | None = None  # epoch and step of the run before, where this one only evaluates
 
     def __reduce__(self) -> Any:
         return View, ()
@@ -71,13 +77,17 @@ class View(Answers):
 
     @property
     def current_epoch(self) -> int:
-        """Index of the epoch under way."""
-        return self.core.epoch
+        """Index of the epoch under way; behind one that was cut short the next one's, as in Lightning."""
+        epoch: int = self.core.epoch + self.bridge.cut if self.trained is None else self.trained[0]
+        return epoch
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps completed; in manual optimisation batches."""
-        return self.core.global_step
+        """Optimizer steps completed; in manual optimisation those of each optimizer."""
+        if self.trained is not None:
+            return self.trained[1]
+        steps: int = self.bridge.steps if self.bridge.manual else self.core.global_step + self.bridge.now.ahead
+        return steps
 
     @property
     def max_epochs(self) -> int:
@@ -107,8 +117,13 @@ class View(Answers):
 
     @property
     def is_last_batch(self) -> bool:
-        """Whether the batch under way is the last of its epoch."""
-        return bool(self.core.position + self.bridge.index + 1 == self.num_training_batches)
+        """Whether the batch under way is the last of its epoch; `ValueError` where nobody can know."""
+        if self.core.totals.batches_per_epoch is None:
+            raise ValueError(
+                "trainer.is_last_batch: the training loader does not tell how many batches it has; give it a __len__, "
+                "or say Trainer(limit_train_batches=…)"
+            )
+        return bool(self.bridge.now.place + 1 == self.core.totals.batches_per_epoch)
 
     @property
     def train_dataloader(self) -> Any:
@@ -138,12 +153,12 @@ class View(Answers):
     @property
     def training(self) -> bool:
         """Whether a training step or epoch is under way."""
-        return self.core.stage is Stage.TRAIN
+        return self.core.stage is Stage.TRAIN and not self.core.sanity_checking
 
     @property
     def validating(self) -> bool:
-        """Whether a validation is under way."""
-        return self.core.stage is Stage.VAL
+        """Whether a validation is under way, and not one that is only tried."""
+        return self.core.stage is Stage.VAL and not self.core.sanity_checking
 
     @property
     def testing(self) -> bool:
@@ -157,8 +172,12 @@ class View(Answers):
 
     @property
     def state(self) -> Any:
-        """With `fn`: "fit", "validate", "test" or "predict", what the run was begun for."""
-        return SimpleNamespace(fn=self.bridge.word)
+        """With `fn`: "fit", "validate", "test" or "predict", what the run was begun for; and how it is."""
+        word = STATUS.get(self.core.status, "interrupted")
+        stage = "sanity_check" if self.sanity_checking else STAGES[self.core.stage]
+        return SimpleNamespace(
+            fn=self.bridge.word, status=word, stage=stage, finished=word == "finished", stopped=word != "running"
+        )
 
     @property
     def should_stop(self) -> bool:
@@ -168,19 +187,25 @@ class View(Answers):
     @should_stop.setter
     def should_stop(self, stop: bool) -> None:
         if stop and self.core.stop_reason is None:
+            self.stop_asked = True
             self.bridge.at_least.ask(self.core)
 
     # Values ---------------------------------------------------------------------------
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
-        """The newest of all values that were logged, those included that no tracker sees."""
-        return {name: torch.tensor(value) for name, value in self.values.items()}
+        """The newest of all values that `self.log` was given: of steps at once, of an epoch when it ends."""
+        return self.values
 
     @property
     def logged_metrics(self) -> dict[str, torch.Tensor]:
-        """The newest values that trackers saw."""
-        return {name: torch.tensor(value) for name, value in self.logged.items()}
+        """The newest values that trackers see."""
+        return self.logged
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The newest values that progress displays show."""
+        return {name: value.item() for name, value in self.shown.items()}
 
     # Ranks ----------------------------------------------------------------------------
 
@@ -291,39 +316,6 @@ class View(Answers):
         return self.bridge.loaders.get(Stage.PREDICT)
 
     @property
-    def num_val_batches(self) -> list[float]:
-        """Batches of each validation loader on this rank."""
-        return self._lengths(Stage.VAL)
-
-    @property
-    def num_sanity_val_batches(self) -> list[float]:
-        """Batches of each validation loader in the sanity check."""
-        return [min(one, self.core.options.sanity_val_steps) for one in self._lengths(Stage.VAL)]
-
-    @property
-    def num_test_batches(self) -> list[float]:
-        """Batches of each test loader on this rank."""
-        return self._lengths(Stage.TEST)
-
-    @property
-    def num_predict_batches(self) -> list[float]:
-        """Batches of each loader of a prediction on this rank."""
-        return self._lengths(Stage.PREDICT)
-
-    def _lengths(self, stage: Stage) -> list[float]:
-        asked = self.bridge.loaders.get(stage)
-        named = list(asked.values()) if isinstance(asked, dict) else asked
-        limit = self.given.overfit_batches if stage is Stage.VAL and self.given.overfit_batches else None
-        limit = getattr(self.given, f"limit_{DIGITS[stage]}_batches") if limit is None else limit
-        limit = int(self.given.fast_dev_run) if self.given.fast_dev_run else limit
-        found = []
-        for loader in [] if named is None else named if isinstance(named, (list, tuple)) else [named]:
-            batches = -(-len(loader) // self.core.shares) if hasattr(loader, "__len__") else float("inf")
-            found.append(int(batches * limit) if isinstance(limit, float) and batches < float("inf") else batches)
-            found[-1] = min(found[-1], limit) if isinstance(limit, int) else found[-1]
-        return found
-
-    @property
     def fit_loop(self) -> Loop:
         """What programs read of it."""
         progress, tried = Loop(is_last_batch=self.is_last_batch), Loop(_has_run=self.core.counters.evaluations > 0)
@@ -348,14 +340,24 @@ class View(Answers):
         return str(self.core.run_dir)
 
     @property
-    def val_check_interval(self) -> float:
-        """1.0, as callbacks are told of each validation."""
-        return 1.0
+    def val_check_interval(self) -> Any:
+        """Batches between validations, or as a float a part of an epoch; 1.0 where they come at the end of epochs."""
+        return self._intervals[0]
 
     @property
-    def check_val_every_n_epoch(self) -> int:
-        """1, as callbacks are told of each validation."""
-        return 1
+    def check_val_every_n_epoch(self) -> int | None:
+        """Epochs between validations; None where batches are counted across epochs."""
+        return self._intervals[1]
+
+    @property
+    def _intervals(self) -> tuple[Any, int | None]:
+        """What Lightning's words for `evaluate_every` are, unless they were given."""
+        if self.intervals is not None or self.core.options.evaluate_every is None:
+            return self.intervals or (1.0, 1)
+        number, unit = hookline.every(self.core.options.evaluate_every)
+        if unit == "epochs":
+            return (1.0, int(number)) if number >= 1 else (float(number), 1)
+        return number, None
 
 
 class Ranks:
