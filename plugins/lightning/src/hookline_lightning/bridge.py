@@ -237,16 +237,20 @@ class Bridge(ModuleInterface):
     def ask_for_loaders(self, stage: Stage) -> Any:
         """Return what the data module, else the module, has for a stage; asked once."""
         if stage not in self.loaders:
-            word = "val" if stage is Stage.VAL else LONG[stage]
             step = {Stage.VAL: "validation_step", Stage.TEST: "test_step"}.get(stage)
-            asked = None
-            if step is None or overridden(self.module, step):
-                for source in (self.view.datamodule, self.module):
-                    if source is not None and (ask := overridden(source, f"{word}_dataloader")):
-                        asked = ask()
-                        break
-            self.loaders[stage] = asked
+            wanted = step is None or overridden(self.module, step)
+            self.loaders[stage] = self._asked(f"{'val' if stage is Stage.VAL else LONG[stage]}_dataloader", wanted)
         return self.loaders[stage]
+
+    def _asked(self, name: str, wanted: Any) -> Any:
+        for source in (self.view.datamodule, self.module) if wanted else ():
+            ask: Any = None if source is None else overridden(source, name)
+            if ask is None:
+                continue
+            if not callable(ask):
+                raise TypeError(f"{type(source).__name__}.{name} must be a method that gives loaders")
+            return ask()
+        return None
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
         """Return the user's loader, or one for several."""
