@@ -23,7 +23,7 @@ from hookline_lightning.plain import hparams_of
 from hookline_lightning.plugin import Lightning
 from hookline_lightning.results import results_of, table_of
 from hookline_lightning.run_logger import NoLogger, RunLogger
-from hookline_lightning.saving import FromFile, found
+from hookline_lightning.saving import FromFile, found, shared
 from hookline_lightning.translation import is_of, translated, writes_checkpoints
 
 log = logging.getLogger("hookline.lightning")
@@ -363,6 +363,11 @@ class Trainer:
             raise TypeError(
                 f"{type(model).__name__} is of Lightning's first year, for which there is no trainer of its own here: "
                 'hookline.Trainer(module, plugins={"lightning": {}}, epochs=…)'
+            )
+        if isinstance(model, torch.nn.Module) and shared(model):
+            raise ValueError(
+                f"the ranks of an earlier run share the weights of this {type(model).__name__}: give a new one, and "
+                "ckpt_path, or evaluate with the data that fit was given and without ckpt_path"
             )
         mine = hasattr(type(model), "training_step")  # another module has no file of weights in Lightning's form
         plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, self.fraction)
