@@ -187,11 +187,31 @@ class Trainer:
         if self._given.limit_train_batches == 0 and not self._given.overfit_batches:
             log.warning("limit_train_batches=0: there is nothing to train on")
             return
+        if ckpt_path is None and self._fitted is not None and self._is_done():
+            return
         self._fitted = self._begin(model, data, ckpt_path, weights_only)
         if self._fitted.options.epochs == 0 or self._fitted.options.max_steps == 0:
             log.warning("max_epochs or max_steps is 0: there is nothing to train")
             return
         self._fitted.train()
+
+    def _is_done(self) -> bool:
+        """Return whether an earlier fit has done all that there is, as Lightning counts epochs and steps over all.
+
+        Raises:
+            ValueError: it was stopped before, and Lightning would go on.
+        """
+        if self._fitted.status == "stopped":
+            raise ValueError(
+                f"fit was called before, and was stopped at step {self._fitted.global_step}: to go on say "
+                "ckpt_path='last', to begin anew make another Trainer"
+            )
+        if self._fitted.status == "finished":
+            log.warning(
+                "fit was called before, and has trained to max_epochs=%s, max_steps=%s: nothing is left. Make another "
+                "Trainer for another training", self.max_epochs, self.max_steps,
+            )  # fmt: skip
+        return self._fitted.status == "finished"  # type: ignore[no-any-return]
 
     def validate(
         self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
