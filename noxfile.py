@@ -131,7 +131,8 @@ def trackers(session: nox.Session) -> None:
 def lightning(session: nox.Session) -> None:
     """Train the demo modules of the real Lightning, here and by its own trainer, to the same losses."""
     session.install("lightning==2.6.6", "-r", "requirements-dev.txt")
-    tests = [f"plugins/lightning/tests/test_{name}.py" for name in ("package", "package_loaders", "bases")]
+    names = ("bases", "differential", "package", "package_loaders", "package_trainer")
+    tests = [f"plugins/lightning/tests/test_{name}.py" for name in names]
     session.run("pytest", "-n", "0", *tests, "-m", "slow", *session.posargs)
 
 

@@ -60,7 +60,32 @@ def simulation(torch):
     return aten._pin_memory.default, aten._local_scalar_dense.default._schema
 
 
+def given_to_lightning(lightning):
+    loggers = importlib.import_module("lightning.pytorch.loggers")
+    csv, averaging = loggers.CSVLogger("."), importlib.import_module("lightning.pytorch.callbacks").EMAWeightAveraging()
+    texts = "".join(inspect.getsource(getattr(loggers, f"{name}Logger")) for name in ("Wandb", "MLFlow", "TensorBoard"))
+    found = [texts.index(f"self.{name}") for name in ("_wandb_init", "_offline", "_log_model", "_experiment_name",
+             "_run_name", "_tracking_uri", "_artifact_location", "_run_id", "_log_graph")]  # fmt: skip
+    return csv._version, csv._prefix, averaging._kwargs["avg_fn"], averaging._use_buffers, found
+
+
+def hooked(torch):
+    layer = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(layer.parameters())
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks]
+    hooks += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    return hooks, torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+
+
 PARTS = [
+    Part(
+        "torch",
+        {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_optimizer_step_pre_hooks"}
+        | {"_optimizer_step_post_hooks", "_C", "_len_torch_dispatch_stack", "_len_torch_function_stack"},
+        {"src"},
+        "the conformance kit looks for hooks and modes that a plugin leaves behind; torch lists them nowhere else",
+        hooked,
+    ),
     Part(
         "torch",
         {"_version"},
@@ -216,6 +241,27 @@ PARTS = [
             lightning.LightningModule()._device,
             lightning.pytorch.utilities.CombinedLoader.__init__.__code__.co_names.index("_mode"),
         ),
+    ),
+    Part(
+        "lightning",
+        {
+            "_version",
+            "_prefix",
+            "_kwargs",
+            "_log_graph",
+            "_wandb_init",
+            "_offline",
+            "_log_model",
+            "_experiment_name",
+            "_run_name",
+            "_tracking_uri",
+            "_artifact_location",
+            "_run_id",
+            "_use_buffers",
+        },
+        {"plugins/lightning"},
+        "what its loggers and callbacks were made with, which becomes options of plugins",
+        given_to_lightning,
     ),
     Part(
         "transformers",

@@ -951,6 +951,14 @@ def test_collate_functions_work_one_after_the_other():
     trained(own, collate_fn=first)
     assert own.collated
 
+    class Mistaken(Regressor):
+        @property
+        def collate_fn(self):
+            return self.collator.misspelt
+
+    with pytest.raises(AttributeError, match="no attribute 'collator'"):
+        trained(Mistaken(), collate_fn=first)
+
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_workers_load():

@@ -250,7 +250,7 @@ def test_contract():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"errors": ["oom"]}, r"guard\.errors=\['oom'\] must name at least one of keyboard, out_of_memory, error, any, and"),
+        ({"errors": ["oom"]}, r"guard\.errors=\['oom'\] must name at least one of keyboard, out_of_memory, error, any"),
         ({"errors": []}, r"guard\.errors=\[\] must name at least one of"),
         ({"every": "100"}, r"guard\.every='100': .* is not a cadence"),
     ],

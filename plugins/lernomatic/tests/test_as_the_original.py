@@ -328,6 +328,58 @@ def two_networks_in_one_model(base):
     return base(Two(), **DATA, learning_rate=0.02, **asked(base))
 
 
+class InAList(Two):
+    """Two networks in a list, a part of one under a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.nets = [nn.Sequential(self.body, nn.ReLU()), self.head]
+        del self.head
+        self.body = self.nets[0][0]
+
+    def get_model_parameters(self):
+        return [parameter for net in self.nets for parameter in net.parameters()]
+
+    def get_net_state_dict(self):
+        return {str(place): net.state_dict() for place, net in enumerate(self.nets)}
+
+    def set_train(self):
+        for net in self.nets:
+            net.train()
+
+    set_eval = set_train
+
+    def send_to(self, device):
+        for net in self.nets:
+            net.to(device)
+
+    def forward(self, X):
+        return self.nets[1](self.nets[0](X))
+
+
+@program
+def networks_in_a_list(base):
+    return base(InAList(), **DATA, learning_rate=0.02, **asked(base))
+
+
+class Noisy(Net):
+    """A model that infers as its `set_eval` says."""
+
+    def set_train(self):
+        self.scale = 1
+
+    def set_eval(self):
+        self.scale = 3
+
+    def forward(self, X):
+        return self.net(X) * self.scale
+
+
+@program
+def modes_of_the_models_own(base):
+    return base(Noisy(6, 8, 2), **DATA, learning_rate=0.02, **asked(base))
+
+
 @program
 def a_schedule_by_iteration(base):
     given = {"lr_scheduler": schedule.TriangularScheduler(lr_min=0.001, lr_max=0.05, stepsize=3)}

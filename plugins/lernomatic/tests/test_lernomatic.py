@@ -426,23 +426,28 @@ def test_the_losses_are_those_of_a_loop_by_hand():
     assert digest(ours.model.get_net_state_dict()) == digest(by_hand.net.state_dict())
 
 
-def fit(name, *faults, resume=False, **options):
+def fit(name, *faults, resume=False, kind=trainer.Trainer, **options):
     given = {f"fault{number}": fault for number, fault in enumerate(faults)}
     cycle = schedule.TriangularDecayWhenAcc(lr_decay=0.5, acc_thresh=0.01, lr_min=0.001, lr_max=0.02, stepsize=4)
     options = {"lr_scheduler": cycle, "save_every": 4} | options
-    ours = make(checkpoint_name=name, plugins={**options.pop("plugins", {}), **given}, resume=resume, **options)
+    ours = make(kind, checkpoint_name=name, plugins={**options.pop("plugins", {}), **given}, resume=resume, **options)
     ours.train()
     history = ours.get_history()
     return digest(ours.model.get_net_state_dict()), {k: digest(v) for k, v in history.items()}
 
 
-def fit_until_killed():
-    fit("cut", at_hook("on_end_backward", kill, nth=8))
+def fit_until_killed(kind=trainer.Trainer):
+    fit("cut", at_hook("on_end_backward", kill, nth=8), kind=kind)
 
 
-def test_a_run_that_is_killed_goes_on_with_the_same_bits_and_history():
-    assert run(fit_until_killed).code == -signal.SIGKILL
-    assert fit("cut", resume=True) == fit("whole")
+def more_until_killed():
+    fit_until_killed(More)
+
+
+@pytest.mark.parametrize(("kind", "until_killed"), [(trainer.Trainer, fit_until_killed), (More, more_until_killed)])
+def test_a_run_that_is_killed_goes_on_with_the_same_bits_and_history(kind, until_killed):
+    assert run(until_killed).code == -signal.SIGKILL
+    assert fit("cut", resume=True, kind=kind) == fit("whole")
 
 
 def two_ranks(resume=False):

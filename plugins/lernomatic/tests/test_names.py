@@ -104,6 +104,8 @@ def test_rates_momentum_and_schedules():
     adam = make()
     adam.set_momentum(0.3)
     assert (adam.get_momentum(), adam.optimizer.param_groups[0]["betas"]) == (0.3, (0.3, 0.999))
+    with pytest.warns(UserWarning, match="momentum=0.9 has no effect: Adam has none"):
+        make(momentum=0.9)
     made = schedule.TriangularScheduler()
     ours.set_lr_scheduler(made)
     ours.set_mtm_scheduler(made)
@@ -305,10 +307,23 @@ class Wraps(CallbackInterface):
     def convert_model(self, model):
         parts = model.nets["model"]
         if isinstance(parts, nn.ModuleDict):
-            parts["head"] = nn.Sequential(parts["head"])
+            for name in ("head", "more_0"):
+                if name in parts:
+                    parts[name] = nn.Sequential(parts[name])
         else:
             model.nets["model"] = nn.Sequential(parts)
         return model
+
+
+def test_networks_in_a_list_that_a_plugin_has_replaced_are_those_of_the_model():
+    model = Two()
+    model.more = [model.head]
+    del model.head
+    model.forward = lambda X: model.more[0](model.body(X).relu())
+    model.get_model_parameters = lambda: [*model.body.parameters(), *model.more[0].parameters()]
+    before = model.more[0]
+    make(model=model, plugins={"wraps": Wraps()}, save_every=0).train()
+    assert model.more[0][0] is before
 
 
 @pytest.mark.parametrize(("kind", "name"), [(Small, "net"), (Two, "head")])
@@ -437,12 +452,14 @@ def test_what_cannot_be_says_what_to_write_instead():
     class Hidden(Two):
         def __init__(self):
             super().__init__()
-            self.more = [nn.Linear(2, 2)]
+            self.more = (nn.Linear(2, 2),)
 
         def get_model_parameters(self):
             return [*super().get_model_parameters(), *self.more[0].parameters()]
 
-    with pytest.raises(ValueError, match="2 parameters of Trainer.optimizer are in no network .* of model: give"):
+    with pytest.raises(
+        ValueError, match="2 parameters of Trainer.optimizer are in no torch.nn.Module that is an attribute of model"
+    ):
         make(model=Hidden()).train()
     unnamed = Small()
     del unnamed.model_name
@@ -529,6 +546,29 @@ def test_a_seed_of_the_script_that_is_not_that_of_the_training_says_so(caplog):
         assert ("torch.manual_seed(42) does not reach the order of samples" in caplog.text) is (seed is None)
         orders.append(ours.get_loss_history().tolist())
     assert orders[0] == orders[1] != orders[2]
+
+
+class Stops(CallbackInterface):
+    """Stops in the second epoch."""
+
+    @hookimpl
+    def on_boundary(self, trainer):
+        if trainer.global_step == 7:
+            trainer.stop("enough")
+
+
+def test_a_train_of_the_users_own_does_not_train_on_behind_a_stop():
+    class New(Trainer):
+        def train(self):
+            for _ in range(self.num_epochs):
+                self.train_epoch()
+
+    ours = make(New, num_epochs=4, plugins={"stops": Stops()})
+    with pytest.raises(
+        RuntimeError, match=r"this training was stopped \(enough\): a train\(\) of one's own ends where"
+    ):
+        ours.train()
+    assert ours.loss_iter == 7
 
 
 def test_arguments_without_an_effect_say_so(caplog):

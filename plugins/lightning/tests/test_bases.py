@@ -164,7 +164,7 @@ def test_a_method_that_looks_like_a_hook_is_refused_or_warned_of(caplog):
             super().on_epoch_end()
 
     class Helper(Line):
-        def on_click_of_a_mouse(self):
+        def on_train_metrics(self):
             pass
 
     class Data(LightningDataModule):
@@ -176,10 +176,10 @@ def test_a_method_that_looks_like_a_hook_is_refused_or_warned_of(caplog):
 
     with pytest.raises(ValueError, match=r"Old.on_epoch_end\(\) is no event that is told here"):
         fit(Old())
+    with pytest.raises(ValueError, match=r"Begins.on_train_begin\(\) is no event .*, did you mean 'on_train_end'"):
+        fit(type("Begins", (Line,), {"on_train_begin": print})())
     fit(Helper())
-    assert (
-        "Helper.on_click_of_a_mouse() is no event that is told here, and nothing in its class calls it" in caplog.text
-    )
+    assert "Helper.on_train_metrics() is no event that is told here, and nothing in its class calls it" in caplog.text
     Trainer(max_epochs=1, **QUIET).fit(Line(), datamodule=Data())
     assert "Data.on_train_epoch_start() is no event that is told here" in caplog.text
 
@@ -202,11 +202,6 @@ def test_what_training_needs_is_asked_for_by_name_and_a_prediction_needs_no_trai
         Trainer(**QUIET).fit(steps, loader)
 
 
-class Validates(Line):
-    def validation_step(self, batch, batch_idx):
-        pass
-
-
 @pytest.mark.parametrize(
     ("stage", "given", "words"),
     [
@@ -224,6 +219,11 @@ def test_what_a_stage_needs_is_asked_for_by_name(stage, given, words):
     module = type("Bare", (Line,), {**lacking, **given})()
     with pytest.raises(ValueError, match=words):
         getattr(Trainer(max_epochs=1, **QUIET), stage)(module)
+
+
+def test_a_module_of_torch_compile_is_refused_with_what_to_do():
+    with pytest.raises(TypeError, match="is one of torch.compile: give the module itself, and the plugin compile"):
+        hookline.Trainer(torch.compile(Line(), backend="eager"), {"lightning": {}})
 
 
 def test_a_validation_that_nothing_comes_of_is_warned_of(caplog):

@@ -91,6 +91,16 @@ class Data(LightningDataModule):
         return self.loader(False)
 
 
+class OwnLogger:
+    name, version, save_dir, log_dir = "own", "0", None, None
+
+    def log_metrics(self, metrics, step):
+        pass
+
+    def log_hyperparams(self, params, *_):
+        pass
+
+
 class Counts(Callback):
     heard = 0
 
@@ -177,6 +187,90 @@ def test_a_saved_configuration_trains_the_same_weights(program, capsys, tmp_path
         gradient_clip_val=0.5, accumulate_grad_batches=2,
     )  # fmt: skip
     assert digest(trainer.module.module.state_dict()) == weights
+
+
+DUMP = """
+seed_everything: true
+trainer:
+  accelerator: auto
+  strategy: auto
+  devices: auto
+  num_nodes: 1
+  precision: null
+  logger: null
+  callbacks: null
+  fast_dev_run: false
+  max_epochs: 2
+  min_epochs: null
+  max_steps: -1
+  min_steps: null
+  max_time: null
+  limit_train_batches: null
+  limit_val_batches: null
+  limit_test_batches: null
+  limit_predict_batches: null
+  overfit_batches: 0.0
+  val_check_interval: null
+  check_val_every_n_epoch: 1
+  num_sanity_val_steps: null
+  log_every_n_steps: null
+  enable_checkpointing: null
+  enable_progress_bar: null
+  enable_model_summary: null
+  accumulate_grad_batches: 1
+  gradient_clip_val: null
+  gradient_clip_algorithm: null
+  deterministic: null
+  benchmark: null
+  inference_mode: true
+  use_distributed_sampler: true
+  profiler: null
+  detect_anomaly: false
+  barebones: false
+  plugins: null
+  sync_batchnorm: false
+  reload_dataloaders_every_n_epochs: 0
+  default_root_dir: null
+  enable_autolog_hparams: true
+  model_registry: null
+model: {class_path: of_the_user.Small, init_args: {width: 3, lr: 0.1}}
+data: {class_path: of_the_user.Data}
+optimizer: null
+lr_scheduler: null
+ckpt_path: null
+weights_only: null
+"""  # what LightningCLI of Lightning 2.6.6 saves where nothing but max_epochs is said
+
+
+def test_a_file_with_every_argument_at_its_default_is_translated(program, capsys, tmp_path):
+    _, trainer = translated(DUMP, capsys, tmp_path)
+    trainer.train()
+    assert digest(trainer.module.module.state_dict()) == fitted(program.Small, program.Data(), max_epochs=2)
+    assert (trainer.epoch, trainer.options.seed) == (2, 0)
+
+
+NAMES = """
+trainer:
+  max_epochs: 9
+  logger: {class_path: CSVLogger, init_args: {save_dir: logs, name: lines}}
+  callbacks:
+    - {class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val_loss, min_delta: 1e9}}
+    - {class_path: LearningRateMonitor}
+    - of_the_user.Counts
+model: {class_path: of_the_user.Small}
+data: {class_path: of_the_user.Data}
+"""
+
+
+def test_callbacks_and_loggers_are_named_shortly_or_by_lightnings_paths(program, capsys, tmp_path):
+    tree, trainer = translated(NAMES, capsys, tmp_path)
+    named = [node["_target_"].rpartition(".")[2] for node in tree["plugins"]["lightning"]["callbacks"]]
+    assert named == ["EarlyStopping", "Counts"]
+    assert {"csv", "monitor"} <= tree["plugins"].keys()
+    trainer.train()
+    assert trainer.epoch == 4  # the first, and three that are no better
+    assert program.Counts.heard == 4 * 8
+    assert trainer.run_dir.parent.as_posix() == "logs/lines"
 
 
 ARGUMENTS = """
@@ -289,6 +383,10 @@ MODEL = "model: {class_path: of_the_user.Small}\n"
         (MODEL + "trainer: {max_epoch: 3}\n", "Trainer has no argument 'max_epoch', did you mean 'max_epochs'?"),
         (MODEL + "trainer: {min_epochs: 3}\n", "trainer.min_epochs: 3 cannot be said in a configuration; leave it out"),
         (MODEL + "trainer: {limit_train_batches: 0}\n", "trainer.limit_train_batches: 0 cannot be said"),
+        (
+            MODEL + "trainer: {logger: {class_path: of_the_user.OwnLogger}}\n",
+            "trainer.logger: a OwnLogger cannot be said",
+        ),
         (MODEL + "ckpt_path: a/b.ckpt\n", "ckpt_path: a/b.ckpt: say last, or the folder of a run"),
         (MODEL + "lr_scheduler: {class_path: StepLR}\n", "lr_scheduler: there is one and no optimizer; say both"),
         (MODEL + "optimizer: {lr: 0.1}\n", "optimizer: the file has only arguments .lr.: say its class, --optimizer"),

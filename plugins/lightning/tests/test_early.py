@@ -288,7 +288,7 @@ class Losses(CallbackInterface):
         self.losses = []
 
     def on_end_train_step(self, global_step, loss):
-        self.losses += loss.tolist()
+        self.losses += loss.reshape(-1).tolist()
 
 
 PROGRAMS = {

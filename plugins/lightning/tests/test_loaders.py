@@ -225,6 +225,25 @@ def test_training_loaders_that_cannot_be(make, words):
         Trainer(max_epochs=1, **QUIET).fit(Seen(), make())
 
 
+@pytest.mark.parametrize("of_data", [False, True])
+def test_a_property_in_the_place_of_a_method_is_refused_and_a_mistake_in_it_comes_out(of_data):
+    class Data(LightningDataModule):
+        def train_dataloader(self):
+            return loader(2, 1)
+
+    def fit(written):
+        data = type("Data", (Data,), {"val_dataloader": written} if of_data else {})()
+        module = Seen() if of_data else type("Mine", (Seen,), {"val_dataloader": written})()
+        Trainer(max_epochs=1, **QUIET).fit(module, datamodule=data)
+
+    with pytest.raises(TypeError, match="val_dataloader must be a method that gives loaders"):
+        fit(property(lambda self: loader(2, 1)))
+    with pytest.raises(AttributeError, match="no attribute 'misspelt'"):
+        fit(property(lambda self: loader(2, self.trainer.__class__.misspelt)))
+    with pytest.raises(AttributeError, match="no attribute 'misspelt'"):
+        fit(lambda self: loader(2, self.misspelt))
+
+
 def test_modes_that_cannot_be():
     with pytest.raises(ValueError, match="CombinedLoader.mode='all'. must be one of min_size, max_size_cycle"):
         CombinedLoader([], "all")
@@ -257,7 +276,7 @@ def test_several_loaders_of_an_evaluation_come_one_after_the_other(name):
     trainer.fit(module, loader(2, 2), make())
     assert module.evaluated == steps
     assert {key: value for key, value in trainer.callback_metrics.items() if key.startswith("index")} == named
-    assert trainer.test(module, make()) == [named]
+    assert trainer.test(module, make()) == [{name: value} for name, value in named.items()]  # of each loader
     if name != "together":
         predicted = trainer.predict(module, make())
         expected = [[(batch, number) for batch in batches] for number, batches in enumerate(expected)]

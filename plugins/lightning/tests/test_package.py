@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("lightning", reason="the real package is in an environment of its own: nox -s lightning")
     import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, LearningRateMonitor, ModelCheckpoint
+    from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
     from lightning.pytorch.demos.boring_classes import (
         BoringDataModule,
         BoringModel,
@@ -30,7 +30,6 @@ with warnings.catch_warnings():
         RandomDataset,
     )
     from lightning.pytorch.demos.transformer import LightningTransformer
-    from lightning.pytorch.loggers import CSVLogger
 
 QUIET = {"enable_progress_bar": False, "logger": False, "num_sanity_val_steps": 0, "enable_checkpointing": False}
 REAL = {**QUIET, "enable_model_summary": False, "accelerator": "cpu", "devices": 1}
@@ -46,8 +45,8 @@ class Losses(pl.Callback):
         self.losses, self.rates, self.heard = [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if outputs is not None:
-            self.losses.append((outputs["loss"] if isinstance(outputs, dict) else outputs).item())
+        if outputs:
+            self.losses.append(outputs["loss"].item())
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
@@ -83,8 +82,7 @@ def test_the_demo_modules_have_the_losses_that_lightnings_own_trainer_gives_them
     if make is ManualOptimBoringModel and ("gradient_clip_val" in options or "accumulate_grad_batches" in options):
         pytest.skip("Lightning refuses these for manual optimisation")
     theirs, ours = both(make, random_data(32, 16), **options)
-    window = options.get("accumulate_grad_batches", 1)  # Lightning tells of losses that are divided by it
-    assert ours[:3] == ([loss * window for loss in theirs[0]], *theirs[1:3])
+    assert ours[:3] == theirs[:3]
     assert len(ours[1]) == (5 if "max_steps" in options else 32)
 
 
@@ -155,9 +153,7 @@ def test_values_and_learning_rates_are_those_of_lightnings_own_trainer(scheduler
     theirs, ours = both(Logged, data, max_epochs=4)
     assert ours[:3] == theirs[:3]
     for seen, expected in zip(ours[3], theirs[3], strict=True):
-        assert {name: seen[name] for name in expected if "train" not in name and name != "most"} == pytest.approx(
-            {name: value for name, value in expected.items() if "train" not in name and name != "most"}
-        )
+        assert seen == pytest.approx(expected)
 
 
 class Gan(pl.LightningModule):
@@ -254,17 +250,8 @@ def test_weights_of_its_checkpoint_are_read_without_running_code():
     ours = BoringModel()
     ours.load_state_dict(load_foreign("its.ckpt")["state_dict"])
     assert digest(ours.state_dict()) == digest(module.state_dict())
-    with pytest.raises(ValueError, match='is a file: say "last", .* read by hookline_checkpoint.load_foreign'):
+    with pytest.raises(ValueError, match='has weights and no state that a run goes on with: say "last"'):
         hookline_lightning.Trainer(**QUIET).fit(ours, ckpt_path="its.ckpt")
-
-
-def test_what_of_it_is_not_here_says_what_is():
-    with pytest.raises(ValueError, match="callback ModelCheckpoint reaches into .*here it is the plugin checkpoint"):
-        hookline_lightning.Trainer(callbacks=[ModelCheckpoint()], **QUIET).fit(BoringModel())
-    with pytest.raises(ValueError, match="LearningRateMonitor reaches .* the plugin monitor with learning_rate: true"):
-        hookline_lightning.Trainer(callbacks=[LearningRateMonitor()], **QUIET).fit(BoringModel())
-    with pytest.raises(ValueError, match=r"logger=CSVLogger\(…\): loggers are plugins .*; here it is 'csv'"):
-        hookline_lightning.Trainer(logger=CSVLogger("."))
 
 
 class Means(BoringModel):

@@ -1,11 +1,8 @@
 """Data before training, and the command line; `test_like_pymarlin.py` compares both with PyMarlin's."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from hookline_pymarlin import CustomArgParser, DataInterface, DataProcessor, DistributedPreprocessArguments
@@ -26,13 +23,6 @@ class Pairs(DataProcessor):
         self.looked += 1
 
 
-class Sums(DataProcessor):
-    """Returns what is no list."""
-
-    def process(self, one, other):
-        return torch.tensor([one, other]).sum()
-
-
 def test_both_generations_of_process_data():
     processor = Pairs()
     assert processor.process_data(1, "x") == [(1, "x")]
@@ -41,36 +31,6 @@ def test_both_generations_of_process_data():
     assert DataInterface().setup_datasets() is None
     with pytest.raises(NotImplementedError, match="DataInterface has no get_train_dataset"):
         DataInterface().get_train_dataset()
-
-
-PROCESSES = """
-import os
-from hookline_pymarlin import DataInterface, DataProcessor
-
-class Squares(DataProcessor):
-    def __init__(self, names):
-        self.names = names
-
-    def process(self, number, name, whole):
-        return [(os.getpid() != self.names, number * number, name, whole)]
-
-    def analyze(self):
-        print("looked")
-
-if __name__ == "__main__":
-    for interface in (None, DataInterface()):
-        processor = Squares(os.getpid())
-        run = processor.multi_process_data if interface is None else interface.multi_process_data
-        first = [] if interface is None else [processor]
-        print(run(*first, [1, 2, 3], "x", [[7, 8]], process_count=2))
-"""
-
-
-def test_both_generations_of_multi_process_data_use_processes():
-    Path("processes.py").write_text(PROCESSES)
-    done = subprocess.run([sys.executable, "processes.py"], capture_output=True, text=True)
-    rows = [(True, number * number, "x", [7, 8]) for number in (1, 2, 3)]
-    assert done.stdout.splitlines() == ["looked", str(rows)] * 2, done.stderr
 
 
 @pytest.mark.parametrize(

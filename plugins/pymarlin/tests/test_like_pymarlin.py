@@ -543,6 +543,31 @@ def test_what_pymarlin_does_otherwise(tmp_path, monkeypatch):
     assert estimates == [2, 2]  # 3, 2
 
 
+@pytest.mark.plugins
+def test_clipping_takes_what_is_optimized(tmp_path, monkeypatch):
+    """The bias has gradients, and no optimizer: PyMarlin 0.3.6 counts them, and nobody clears them."""
+    monkeypatch.chdir(tmp_path)
+    P = ours()
+
+    class Part(line_of(P)):
+        def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+            return [torch.optim.SGD([self.net.weight], lr=0.1)], []
+
+        def train_step(self, global_step, batch, device):
+            return 30 * super().train_step(global_step, batch, device)
+
+    weights = plain_training(P, Part())["weights"]["values"]
+    net, optimized = torch.nn.Linear(3, 1), torch.full((1, 3), 0.5)
+    for _ in range(2):
+        for inputs, targets in DataLoader(curve(), batch_size=4):
+            net.weight.data, net.bias.data, net.weight.grad = optimized, torch.tensor([-0.25]), None
+            (30 * (net(inputs) - targets).square().mean()).backward()
+            torch.nn.utils.clip_grad_norm_([net.weight], 1.0)
+            optimized = optimized - 0.1 * net.weight.grad
+    assert weights[:3] == near(optimized.reshape(-1).tolist())
+    assert weights[0] == pytest.approx(0.9291, abs=2e-5)  # PyMarlin: 0.75403
+
+
 if __name__ == "__main__":
     results = {}
     for program in PROGRAMS:

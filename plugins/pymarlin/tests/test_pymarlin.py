@@ -289,11 +289,15 @@ def alone():
         def on_end_train_epoch(self, global_step, losses, predictions):
             self.whole = losses.shape, predictions.shape
 
+        @rank_zero_only
+        def on_end_val_epoch(self, global_step, *outputs, key="default"):
+            global_stats.update("only_here", 0.25)
+
     module = Hears(samples=16)
     trainer = Trainer(module, arguments(epochs=1, train_batch_size=16), "ddp")
     trainer.core.plugins.register(Looks())
     trainer.train()
-    return seen, [tuple(map(tuple, shapes)) for shapes in (module.own, module.whole)]
+    return seen, [tuple(map(tuple, shapes)) for shapes in (module.own, module.whole)], trainer.core.metrics["only_here"]
 
 
 @pytest.mark.xdist_group("ranks")
@@ -304,6 +308,7 @@ def test_what_rank_zero_does_alone_may_raise_and_nobody_waits_for_ever():
     own, whole = outcomes[1].value[1]
     assert own == ((), (8, 1))
     assert whole == ((2,), (16, 1))  # of both ranks, as PyMarlin gathers them
+    assert [outcome.value[2] for outcome in outcomes] == [0.25, 0.25]  # ranks that decide by a value agree on it
 
 
 # Arguments ----------------------------------------------------------------------------

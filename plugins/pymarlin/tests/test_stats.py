@@ -152,6 +152,18 @@ def test_a_parent_folder_of_tensorboard_is_refused(monkeypatch):
         Trainer(TinyModule(), args)
 
 
+def test_stdout_shows_all_values(capsys):
+    trained(writers=["stdout"], stats_args=StatInitArguments(log_steps=4))
+    lines = capsys.readouterr().err
+    for shown in (
+        "step = 4, often : 4",
+        "step = 4, losses : {'one': 4}",
+        "step = 4, loss : ",
+        "step = 4, a/accuracy : 0.5",
+    ):
+        assert shown in lines
+
+
 def test_a_logger_writes_from_its_level_on(capsys):
     logger = getlogger("mine", "WARNING")
     assert getlogger("mine", "WARNING") is logger

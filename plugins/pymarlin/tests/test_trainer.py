@@ -25,6 +25,7 @@ from hookline_pymarlin import (
     TrainerArguments,
     TrainerBackend,
     build_trainer_backend,
+    rank_zero_only,
 )
 from hookline_runs import read_run
 
@@ -182,6 +183,27 @@ def test_one_process_of_several_does_not_train_alone(monkeypatch, launcher):
     with pytest.raises(ValueError, match="this is rank 1 of 2, as the launcher says"):
         arguments(backend="ddp", distributed_training_args=DistributedTrainingArguments())
     arguments(backend="ddp", distributed_training_args=DistributedTrainingArguments(global_rank=1, world_size=2))
+
+
+def test_only_rank_zero_does_it_once_there_is_a_trainer(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = []
+
+    @rank_zero_only
+    def appends(value):
+        """Say what it does."""
+        done.append(value)
+        return value
+
+    assert appends(1) == 1
+    trainer = Trainer(TinyModule(), arguments(backend="ddp"))
+    assert appends(2) is None
+    assert (done, rank_zero_only.rank, appends.__doc__) == ([1], 1, "Say what it does.")
+    given = DistributedTrainingArguments(local_rank=1, global_rank=1, world_size=2)
+    assert trainer.args.distributed_training_args == given
+    assert (trainer.is_main_process, trainer.is_distributed, trainer.pergpu_global_batch_size) == (False, True, 4)
 
 
 # Subclasses ---------------------------------------------------------------------------
@@ -414,6 +436,13 @@ def test_a_default_checkpointer_goes_on_with_the_same_bits():
 
     whole = trained(0)
     assert trained(1, load_dir="c", load_filename="model_0.pt") == whole
+    given = checkpoints(save_dir="d", load_dir="c", load_filename="model_1.pt")
+    trainer = Trainer(TinyModule(samples=16), arguments(epochs=3), checkpointer=DefaultCheckpointer(given))
+    trainer.validate()  # as PyMarlin's examples do before they train
+    trainer.train()
+    assert digest(trainer.module.state_dict()) == whole
+    assert trainer.global_steps_finished == 6
+    assert sorted(os.listdir("d")) == ["model_2.pt"]
 
 
 # Attributes ---------------------------------------------------------------------------
@@ -477,6 +506,8 @@ def test_arguments_that_change_too_late_are_refused():
 # A whole program ----------------------------------------------------------------------
 
 PROGRAM = """
+import os
+
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -494,6 +525,14 @@ class Points(data_interface.DataProcessor):
 
     def analyze(self):
         print("samples", len(self.sets["train"]))
+
+
+class Squares(data_interface.DataProcessor):
+    def __init__(self, started):
+        self.started = started
+
+    def process(self, number, name, whole):
+        return [(os.getpid() != self.started, number * number, name, whole)]
 
 
 class Data(data_interface.DataInterface):
@@ -545,6 +584,9 @@ class Classifier(ModuleInterface):
 
 if __name__ == "__main__":
     torch.manual_seed(1)
+    squares = Squares(os.getpid())
+    print(squares.multi_process_data([1, 2], "x", [[7, 8]], process_count=2))
+    print(data_interface.DataInterface().multi_process_data(squares, [1, 2], "x", [[7, 8]], process_count=2))
     config = CustomArgParser(log_level="DEBUG").parse()
     args = trn.TrainerArguments(**config["tr"], checkpointer_args=DefaultCheckpointerArguments(checkpoint=False))
     trainer = trn.Trainer(module=Classifier(Data(Points())), args=args)
@@ -562,7 +604,8 @@ def test_a_whole_program_runs_as_a_script():
     )
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()
-    assert printed[0] == "samples 48"
+    assert printed[:2] == ["[(True, 1, 'x', [7, 8]), (True, 4, 'x', [7, 8])]"] * 2  # in processes of their own
+    assert printed[2] == "samples 48"
     assert printed[-1] == "accuracy at step 36: True"
     assert any(line.startswith("first loss ") for line in printed)
     assert "step = 36, loss : " in done.stderr

@@ -204,8 +204,9 @@ class Bridge(ModuleInterface):
 
     def _loading(self) -> dict[str, Any]:
         accmt = self.accmt
+        user: Any = self.user
         return {
-            "collate_fn": getattr(self.user, "collate_fn", accmt.made["collate_fn"]),
+            "collate_fn": user.collate_fn if "collate_fn" in dir(user) else accmt.made["collate_fn"],
             "num_workers": accmt.dataloader_num_workers,
             "pin_memory": accmt.dataloader_pin_memory and self.trainer.device.type == "cuda",
         }

@@ -11,7 +11,7 @@ import torch
 import hookline
 from hookline import CallbackInterface, ModuleInterface, Stage, hookimpl
 from hookline_lernomatic.following import Following
-from hookline_lernomatic.model.common import LernomaticModel, networks, networks_of
+from hookline_lernomatic.model.common import LernomaticModel, networks, networks_of, put_networks
 from hookline_lernomatic.own import Drawn, OneOptimizer, OwnEpoch, OwnValidation
 from hookline_lernomatic.train.trainer import Trainer
 
@@ -48,17 +48,15 @@ class Bridge(ModuleInterface):
             count = sum(id(one) not in here for group in optimizer.param_groups for one in group["params"])
             if count:
                 raise ValueError(
-                    f"{count} parameters of {type(self.facade).__name__}.{name} are in no network that is an attribute "
-                    f"of {' or '.join(self.models)}: give each model its networks as attributes, several of one kind "
-                    "in a torch.nn.ModuleList"
+                    f"{count} parameters of {type(self.facade).__name__}.{name} are in no torch.nn.Module that is an "
+                    f"attribute of {' or '.join(self.models)}, or in a list or dictionary there: keep them in one"
                 )
 
     def give_back(self) -> None:
         """Give the models their networks, in whose place plugins may have put others."""
         for name, model in self.models.items():
             parts, kept = networks(model), self.nets[name]
-            for part in parts:
-                setattr(model, part, kept if len(parts) == 1 else kept[part])
+            put_networks(model, dict.fromkeys(parts, kept) if len(parts) == 1 else dict(kept.items()))
         self._networks, self._optimizers = networks_of(self.models), self.facade.optimizers()
 
     def serves(self, facade: Any) -> bool:

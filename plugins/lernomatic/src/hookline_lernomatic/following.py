@@ -61,6 +61,15 @@ class Following(CallbackInterface):
             facade.tb_writer.add_scalar("train_loss", facade.get_cur_loss(), facade.loss_iter - 1)
 
     @hookimpl
+    def on_begin_val_epoch(self) -> None:
+        for model in self.facade.models().values():  # which may have a `set_eval` of its own
+            model.set_eval()
+
+    @hookimpl
+    def on_begin_test_epoch(self) -> None:
+        self.on_begin_val_epoch()
+
+    @hookimpl
     def on_end_val_step(self, trainer: hookline.Trainer, outputs: Any) -> None:
         facade = self.facade
         if not trainer.sanity_checking:

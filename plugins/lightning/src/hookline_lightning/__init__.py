@@ -4,6 +4,7 @@ from hookline_lightning.hyperopt import HyperOptArgumentParser
 from hookline_lightning.loaders import CombinedLoader
 from hookline_lightning.module import Callback, LightningDataModule, LightningModule
 from hookline_lightning.plugin import Lightning
+from hookline_lightning.seeding import seed_everything
 from hookline_lightning.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -16,4 +17,5 @@ __all__ = [
     "LightningDataModule",
     "LightningModule",
     "Trainer",
+    "seed_everything",
 ]

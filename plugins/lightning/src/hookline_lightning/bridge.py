@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
-import sys
 import types
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 import hookline
 from hookline import ModuleInterface, Stage
+from hookline_lightning.calls import call as call
+from hookline_lightning.calls import overridden as overridden
 from hookline_lightning.configure import SchedulerConfig, read_optimizers
 from hookline_lightning.loaders import in_turn, joined
 from hookline_lightning.members import member
 from hookline_lightning.module import DOORS, Doors, LightningModule
+from hookline_lightning.optimizer import LightningOptimizer
+from hookline_lightning.values import Values
 from hookline_lightning.view import View
 
 log = logging.getLogger("hookline.lightning")
 
-BASES = (  # what stands in classes of these modules is nobody's override
-    "torch.nn", "hookline_lightning.module", "hookline_lightning.bases", "hookline_lightning.early",
-    "lightning.pytorch.core", "lightning.fabric", "pytorch_lightning.core",
-    "lightning.pytorch.callbacks.callback", "pytorch_lightning.callbacks.callback", "lightning_fabric",
-)  # fmt: skip
 WORDS = {Stage.TRAIN: "fit", Stage.VAL: "validate", Stage.TEST: "test", Stage.PREDICT: "predict"}
 LONG = {Stage.TRAIN: "train", Stage.VAL: "validation", Stage.TEST: "test", Stage.PREDICT: "predict"}
-INSTEAD = "loss of the module"  # under which a value waits that is told in the place of the run's own mean loss
-OWN_WORDS = ("over", "reduce", "sync", "prog", "weighted_by")  # keywords of Trainer.log
-
-
-def overridden(thing: Any, name: str) -> Callable[..., Any] | None:
-    """Return a method that the user has written, or None."""
-    if name in vars(thing):
-        return getattr(thing, name)  # type: ignore[no-any-return]
-    for kind in type(thing).__mro__:
-        if name in vars(kind):
-            return None if kind is object or kind.__module__.startswith(BASES) else member(thing, name)
-    return None
-
-
-@functools.cache
-def room(function: Callable[..., Any]) -> int:
-    """Return how many positional arguments a plain function or method takes."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        return sys.maxsize
-    return sum(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in parameters)
-
-
-def call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call with as many of the arguments as the function takes."""
-    plain = getattr(function, "__func__", None)
-    taken = room(function) if plain is None else room(plain) - 1
-    return function(*arguments[:taken])
 
 
 def zero_loss(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
@@ -79,6 +46,31 @@ class Held:
         self.value = value
 
 
+class Now:
+    """The step and the batch under way; a plain object, as attributes of a module cost a call each."""
+
+    index = 0
+    """Of the batch within its window."""
+    place = -1
+    """Of the batch in its epoch."""
+    pending: tuple[Any, Any] | None = None
+    """What `training_step` has returned, and its batch, until its end is told."""
+    skipped = False
+    """Whether no batch of the window has given a loss."""
+    no_loss = False
+    """Whether this batch has given none, in automatic optimisation."""
+    beside = False
+    """Whether the step is one of the module's own in automatic optimisation."""
+    ahead = 0
+    """Steps that are done and not counted yet."""
+    cleared_for: Any = None
+    """The step for which gradients are cleared."""
+    within_closure: Any = None
+    """The closure of the step that does forward and backward."""
+    closed = False
+    """Whether it has been called."""
+
+
 class Bridge(ModuleInterface):
     """A module of today's Lightning.
 
@@ -95,18 +87,19 @@ class Bridge(ModuleInterface):
         self.configs: list[SchedulerConfig] = []
         self.loaders: dict[Stage, Any] = {}
         self._joined: dict[bool, Any] = {}  # training loaders, by whether they shuffle
-        self.index = 0  # of the batch under way: in training within its window
         self.batch_idx = self.loader_idx = 0
-        self.skipped = False
-        self.between = False  # whether a hook of a beginning or an end is called, where self.log is of the epoch
-        self.known = ""  # the event under way that comes when the metrics of an evaluation are known
+        self.loader_number: tuple[int, ...] = ()  # of the loader, as hooks of a batch hear it where there are several
         self.lossless = False  # whether a manual optimisation tells no loss
-        self.forked: set[str] = set()  # names of an epoch, of what is logged of steps and of the epoch
-        self.hidden: set[str] = set()
-        self.epoch_metrics: dict[str, Any] = {}  # objects of torchmetrics that were logged
-        self.window: list[tuple[Any, Any, int, float]] = []  # of the step: outputs, batches, indices, samples
-        self.samples: float | None = None  # of the batch that is told to be over, by which means are weighted
+        self.now = Now()
+        self.values = Values(self)
+        self.steps = 0  # of each optimizer, in manual optimisation
+        self.cut = 0  # epochs that were cut short and have ended in Lightning's words
+        self.gradients: dict[torch.nn.Parameter, torch.Tensor] = {}  # of the last step, while somebody may look at them
+        self.own_zero_grad = overridden(module, "optimizer_zero_grad")
+        self.look: Callable[[], None] = lambda: None  # lets schedulers look at values of the last step
         self.listeners: dict[str, list[Callable[..., Any]]] = {}
+        self.files: Any = None  # what writes checkpoints as files
+        self.at_least: Any = None  # what ends training by should_stop
         self._wrapped: list[LightningOptimizer] = []
         self._toggled: dict[torch.nn.Parameter, bool] | None = None
         for one in module.modules():
@@ -131,25 +124,41 @@ class Bridge(ModuleInterface):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
-        return {**kept, "loaders": {}, "_joined": {}, "listeners": {}, "window": [], "_wrapped": [], "configs": []}
+        gone: dict[str, Any] = {
+            **{name: {} for name in ("loaders", "_joined", "listeners", "gradients")},
+            **dict.fromkeys(("files", "at_least", "look"), None),
+            **{name: [] for name in ("_wrapped", "configs")},
+        }
+        return {**kept, **gone}
 
     # Steps ----------------------------------------------------------------------------
 
-    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
-        """Return the loss of a batch."""
-        index = self.trainer.position + self.index
+    def begin_batch(self, batch: Any, index: int) -> None:
+        """Begin a training batch, the index-th of its window."""
+        self.now.index, self.now.place = index, self.trainer.position + index
+        self.now.skipped = self.now.skipped and index > 0
+        if self.gradients and index == 0:
+            self.show_gradients()
+        self.values.begin_batch(batch)
         for listener in self.listeners.get("on_train_batch_start", ()):
-            if listener(batch, index) == -1:
+            if listener(batch, self.now.place) == -1:
                 raise ValueError(
                     "on_train_batch_start returned -1, which ends an epoch early: this is not here; limit the epoch "
                     "(limit_train_batches), or ask for the end by self.trainer.should_stop = True"
                 )
-        returned = call(self.module.training_step, batch, index)
+
+    def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
+        """Return the loss of a batch."""
+        if not self.now.within_closure:  # whose batch has begun
+            self.begin_batch(batch, self.now.index)
+        returned = call(self.module.training_step, batch, self.now.place)
         if "on_train_batch_end" in self.listeners:
-            self.window.append((without_graph(returned), batch, index, self.trainer.logs.weight))
+            self.now.pending = (without_graph(returned), batch)
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if self.manual:
             return () if loss is None else loss
+        if self.now.index == 0:
+            self._clear_gradients(global_step)
         if loss is None:
             if isinstance(returned, Mapping):
                 raise ValueError(f"training_step returned a mapping without 'loss'; it has {', '.join(returned)}")
@@ -158,18 +167,64 @@ class Bridge(ModuleInterface):
                     "training_step returned None, which skips a batch; with several processes one would skip and "
                     "others not: return a loss of zero that depends on the parameters"
                 )
-            self.skipped = self.index == 0 or self.skipped
+            self.now.skipped, self.now.no_loss = self.now.index == 0 or self.now.skipped, True
             return zero_loss(self.module.parameters())
-        self.skipped = False
+        self.now.skipped = self.now.no_loss = False
         return loss
 
+    def _clear_gradients(self, global_step: int) -> None:
+        """Clear gradients before the first backward of a step, as Lightning does: also what training_step has left."""
+        key, core = (global_step, self.trainer.idle), self.trainer
+        if self.now.cleared_for == key:  # another plugin runs a batch in parts, or twice
+            return
+        self.now.cleared_for = key
+        if self.gradients:
+            self.gradients = {}
+        self.tell("on_before_zero_grad", core.optimizers[0])
+        if self.own_zero_grad is None:
+            for group in core.optimizers[0].param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        else:
+            self.own_zero_grad(core.epoch, self.now.place, core.optimizers[0])
+
+    def clear_before_validation(self) -> None:
+        """Clear gradients before a validation in training, those too that wait for a step, as Lightning does."""
+        if own := overridden(self.module, "on_validation_model_zero_grad"):
+            own()
+        else:
+            self.gradients = {}
+            self.module.zero_grad()
+
+    def show_gradients(self) -> None:
+        """Put back the gradients of the last step, which Lightning clears later than the run does."""
+        for parameter, gradient in self.gradients.items():
+            parameter.grad = gradient
+
+    @property
+    def hears_behind(self) -> bool:
+        """Whether something may be logged of a batch behind its backward."""
+        return bool(self.listeners.keys() & {"on_train_batch_end", "on_before_optimizer_step"})
+
+    def end_batch(self) -> None:
+        """Tell that a training batch is over."""
+        if self.now.pending is None:
+            return
+        (returned, batch), self.now.pending = self.now.pending, None
+        outputs = {} if returned is None else dict(returned) if isinstance(returned, Mapping) else {"loss": returned}
+        if outputs and not self.manual:
+            outputs["loss"] = outputs["loss"] / self.trainer.window_size
+        self.tell("on_train_batch_end", outputs, batch, self.now.place)
+        self.values.begin_batch(None)
+
     def _evaluation_step(self, name: str, batch: Any) -> Any:
-        index, loader = self.batch_idx, self.loader_idx
+        place = (self.batch_idx, *self.loader_number)
         self.batch_idx += 1
+        self.values.begin_batch(batch)
         stage = LONG[self.trainer.stage]
-        self.tell(f"on_{stage}_batch_start", batch, index, loader)
+        self.tell(f"on_{stage}_batch_start", batch, *place)
         step = overridden(self.module, name)
-        return self.module(batch) if step is None else call(step, batch, index, loader)
+        return self.module(batch) if step is None else call(step, batch, *place)
 
     def val_step(self, global_step: int, batch: Any, device: Any) -> Any:
         """Return what `validation_step` does, none of it a loss of the run."""
@@ -188,16 +243,20 @@ class Bridge(ModuleInterface):
     def ask_for_loaders(self, stage: Stage) -> Any:
         """Return what the data module, else the module, has for a stage; asked once."""
         if stage not in self.loaders:
-            word = "val" if stage is Stage.VAL else LONG[stage]
             step = {Stage.VAL: "validation_step", Stage.TEST: "test_step"}.get(stage)
-            asked = None
-            if step is None or overridden(self.module, step):
-                for source in (self.view.datamodule, self.module):
-                    if source is not None and (ask := overridden(source, f"{word}_dataloader")):
-                        asked = ask()
-                        break
-            self.loaders[stage] = asked
+            wanted = step is None or overridden(self.module, step)
+            self.loaders[stage] = self._asked(f"{'val' if stage is Stage.VAL else LONG[stage]}_dataloader", wanted)
         return self.loaders[stage]
+
+    def _asked(self, name: str, wanted: Any) -> Any:
+        for source in (self.view.datamodule, self.module) if wanted else ():
+            ask: Any = None if source is None else overridden(source, name)
+            if ask is None:
+                continue
+            if not callable(ask):
+                raise TypeError(f"{type(source).__name__}.{name} must be a method that gives loaders")
+            return ask()
+        return None
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
         """Return the user's loader, or one for several."""
@@ -260,6 +319,9 @@ class Bridge(ModuleInterface):
             raise RuntimeError("manual_backward needs self.automatic_optimization = False in __init__")
         if not arguments and not options:
             core.hook.run_backward(trainer=core, loss=loss)
+        elif own := overridden(self.module, "backward"):
+            self.tell("on_before_backward", loss)
+            own(loss, *arguments, **options)
         elif core.plugins.performers("run_backward"):
             (other,) = core.plugins.performers("run_backward")
             raise ValueError(
@@ -296,155 +358,17 @@ class Bridge(ModuleInterface):
             listener(*arguments)
 
     def tell_between(self, event: str, *arguments: Any) -> None:
-        """Tell an event of a beginning or an end: what is logged in it is of the epoch."""
-        self.between = True
+        """Tell an event of a beginning or an end: what is logged in it is of the epoch, and known at once."""
+        self.values.between = True
         try:
             self.tell(event, *arguments)
         finally:
-            self.between = False
+            self.values.between = False
 
     def tell_known(self, event: str) -> None:
         """Tell an event that comes when the metrics of an evaluation are known: nothing can be logged in it."""
-        self.known = event
+        self.values.known = event
         try:
             self.tell(event)
         finally:
-            self.known = ""
-
-    def take(
-        self, name: str, value: Any, *, prog_bar: bool, logger: bool | None, on_step: bool | None,
-        on_epoch: bool | None, reduce_fx: Any, sync: bool, with_key: bool, first_rank: bool, batch_size: int | None,
-    ) -> None:  # fmt: skip
-        """Log a value as `self.log` means it."""
-        core = self.trainer
-        if self.known:
-            raise ValueError(
-                f"self.log({name!r}) in {self.known}: the metrics of this evaluation are known by then, so the value "
-                f"would belong to none; log it in {self.known.removesuffix('end')}epoch_end"
-            )
-        if first_rank and core.rank:
-            return
-        reduce = getattr(reduce_fx, "__name__", reduce_fx)
-        if reduce not in ("mean", "sum", "min", "max"):
-            raise ValueError(f"self.log({name!r}, reduce_fx={reduce_fx!r}): must be mean, sum, min or max")
-        if name in OWN_WORDS:
-            raise ValueError(f"self.log({name!r}): this name is a word of the run's own; take another")
-        training = core.stage is Stage.TRAIN
-        on_step = (training and not self.between) if on_step is None else on_step
-        on_epoch = not (training and not self.between) if on_epoch is None else on_epoch
-        names = (f"{name}_step", f"{name}_epoch") if on_step and on_epoch else (name, name)
-        if names[0] != names[1]:
-            self.forked.add(names[1])
-        if logger is False and not prog_bar:
-            self.hidden.update(names)
-        weight = self.samples if batch_size is None else batch_size
-        options: dict[str, Any] = {"prog": prog_bar, "sync": sync, "weighted_by": weight}
-        if not training:
-            if on_step or on_epoch:
-                with core.logs.suffixed("") if not with_key else nullcontext():
-                    self._take_over_epoch(names[bool(on_epoch)], value, reduce, options)
-            return
-        if on_step:
-            # the value of this batch, which Lightning logs, is nowhere else once `forward` has returned
-            shown = getattr(value, "_forward_cache", None) if is_metric(value) else value
-            if shown is not None:
-                core.log(**options, **{names[0]: shown})
-        if on_epoch:
-            of_run = names[1] == f"{core.options.train_loss_metric_name}_epoch"  # which the run logs itself
-            self._take_over_epoch(INSTEAD if of_run else names[1], value, reduce, options)
-
-    def _take_over_epoch(self, name: str, value: Any, reduce: str, options: dict[str, Any]) -> None:
-        if is_metric(value):
-            self.epoch_metrics[name + self.trainer.logs.suffix] = (name, value, options)
-        else:
-            over = "epoch" if self.trainer.stage is Stage.TRAIN else "interval"
-            self.trainer.log(over=over, reduce=reduce, **options, **{name: value})
-
-    def log_epoch_metrics(self) -> None:
-        """Log the objects of torchmetrics that were logged, and reset them."""
-        metrics, self.epoch_metrics = self.epoch_metrics, {}
-        over = "epoch" if self.trainer.stage is Stage.TRAIN else "interval"
-        for full_name, (name, metric, options) in metrics.items():
-            with nullcontext() if full_name != name else self.trainer.logs.suffixed(""):
-                self.trainer.log(over=over, **options, **{name: metric.compute()})
-        for metric in {id(metric): metric for _, metric, _ in metrics.values()}.values():
-            metric.reset()
-
-
-def is_metric(value: Any) -> bool:
-    """Tell whether a value is an object of torchmetrics."""
-    torchmetrics = sys.modules.get("torchmetrics")
-    return torchmetrics is not None and isinstance(value, torchmetrics.Metric)
-
-
-class LightningOptimizer:
-    """An optimizer whose `step` goes through the gates of the run."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, bridge: Bridge) -> None:
-        self.optimizer = optimizer
-        self._bridge = bridge
-        self.stepped = False
-        """Whether it has stepped since the batch began."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.optimizer, name)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """Of the optimizer, for `isinstance`."""
-        return type(self.optimizer)
-
-    def step(self, closure: Any = None, **options: Any) -> None:
-        """Step, with the gradients averaged over ranks: gates, clipping and the scaler come with it.
-
-        The gradients stay as they are; clear them by `zero_grad`.
-        """
-        if options:
-            raise TypeError(f"step() takes a closure alone, not {', '.join(options)}")
-        core = self._bridge.trainer
-        if closure is not None:
-            closure = self._averaging(closure)
-        self._average()
-        gradients = {
-            one: one.grad
-            for other in core.optimizers
-            for group in other.param_groups
-            for one in group["params"]
-            if closure is None or other is not self.optimizer
-        }
-        core.step([self.optimizer], closure)  # it clears the gradients of all
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        self.stepped = True
-
-    @contextmanager
-    def toggle_model(self, sync_grad: bool = True) -> Generator[None, None, None]:
-        """Have only the parameters of this optimizer require gradients within."""
-        self._bridge.toggle(self.optimizer)
-        try:
-            yield
-        finally:
-            self._bridge.untoggle()
-
-    def _averaging(self, closure: Any) -> Any:
-        def run() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self._average()
-            return loss
-
-        return run
-
-    def _average(self) -> None:
-        """Give each gradient its mean over ranks."""
-        core = self._bridge.trainer
-        if core.shares == 1:
-            return
-        groups = self.optimizer.param_groups
-        found = [one.grad for group in groups for one in group["params"] if one.grad is not None]
-        if not found:
-            return
-        whole = torch.cat([one.flatten() for one in found])
-        whole = core.hook.all_reduce(trainer=core, value=whole, op="sum") / core.shares
-        for gradient, part in zip(found, whole.split([one.numel() for one in found]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+            self.values.known = ""

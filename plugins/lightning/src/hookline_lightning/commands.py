@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 
 from hookline import config, instantiate, nearest
 from hookline.commands import mendable, new_parser
+from hookline_lightning import intervals
 from hookline_lightning.bridge import overridden
+from hookline_lightning.loggers import RunLogger
 from hookline_lightning.trainer import Trainer
 from hookline_lightning.written import class_of, is_node, resolved, target
 
@@ -93,10 +95,13 @@ def translated(tree: Mapping[str, Any], classes: Mapping[str, str | None]) -> di
     trainer, callbacks = _trainer(tree)
     plugins: dict[str, Any] = {"lightning": {}, **trainer.plugins}
     for name, value in (
-        ("datamodule", target(nodes["data"])), ("callbacks", callbacks), ("val_check_interval", trainer.fraction),
+        ("datamodule", target(nodes["data"])), ("callbacks", callbacks),
     ):  # fmt: skip
         if value:
             plugins["lightning"][name] = value
+    interval, epochs = trainer.intervals
+    if not isinstance(interval, str) and not intervals.is_whole(interval):  # else `evaluate_every` says it
+        plugins["lightning"] |= {"val_check_interval": interval, "check_val_every_n_epoch": epochs}
     if clip := _clip(trainer, nodes["model"]["class_path"]):
         plugins["clip"] = clip
     options = {name: one for name, one in trainer.options.items() if one is not None or name == "evaluate_every"}
@@ -158,9 +163,12 @@ def _trainer(tree: Mapping[str, Any]) -> tuple[Trainer, list[Any]]:
     seed = tree.get("seed_everything")
     seeded = {} if seed is None or isinstance(seed, bool) else {"seed": seed}
     trainer = Trainer(callbacks=objects, **seeded, **arguments)
-    for name, options in trainer.plugins.items():
-        if not isinstance(options, Mapping):
-            raise ValueError(f"trainer: the plugin {name} has no options that a configuration could say")
+    for logger in trainer.loggers:
+        if not isinstance(logger, RunLogger):
+            raise ValueError(
+                f"trainer.logger: a {type(logger).__name__} cannot be said in a configuration: write a tracker as a "
+                "plugin, or train by hookline_lightning.Trainer"
+            )
     running = [id(one) for one in trainer.callbacks]
     return trainer, [target(node) for node, one in zip(nodes, objects, strict=True) if id(one) in running]
 

@@ -20,7 +20,7 @@ class SchedulerConfig:
     interval: str = "epoch"
     """After each "epoch" or each "step"."""
     frequency: int = 1
-    """After each so many of them; counted within an epoch where they are steps."""
+    """After each so many of them; with "step" it counts batches of the epoch, as in Lightning."""
     monitor: str | None = None
     """The value that a scheduler is given which looks at one."""
     strict: bool = True
@@ -43,11 +43,6 @@ class SchedulerConfig:
                 f"lr_scheduler {type(self.scheduler).__name__} looks at a value: say which, "
                 '{"optimizer": …, "lr_scheduler": {"scheduler": …, "monitor": "val_loss"}}'
             )
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it moves after every step or epoch and looks at nothing."""
-        return self.frequency == 1 and not self.reduce_on_plateau
 
 
 SCHEDULER_KEYS = [field.name for field in fields(SchedulerConfig)]

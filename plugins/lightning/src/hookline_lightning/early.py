@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import hookline
-
-if TYPE_CHECKING:
-    from hookline_lightning.early_bridge import Bridge
 
 
 class LightningModule(torch.nn.Module):
@@ -92,14 +89,14 @@ class View:
     use_dp = use_ddp2 = single_gpu = False
     """Several devices of one process are used by no plugin, so that outputs are never lists of devices."""
 
-    def __init__(self, bridge: Bridge | None = None) -> None:
+    def __init__(self, bridge: hookline.ModuleInterface | None = None) -> None:
         self._bridge = None if bridge is None else weakref.ref(bridge)
 
     def __reduce__(self) -> Any:
         return View, ()
 
     @property
-    def bridge(self) -> Bridge:
+    def bridge(self) -> Any:
         """What adapts the module; `RuntimeError` where there is no run."""
         bridge = None if self._bridge is None else self._bridge()
         if bridge is None:
@@ -109,7 +106,8 @@ class View:
     @property
     def core(self) -> hookline.Trainer:
         """The `hookline.Trainer` itself."""
-        return self.bridge.trainer
+        core: hookline.Trainer = self.bridge.trainer
+        return core
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -119,7 +117,8 @@ class View:
     @property
     def batch_nb(self) -> int:
         """Index of the newest batch of training in its epoch."""
-        return self.bridge.newest
+        newest: int = self.bridge.newest
+        return newest
 
     @property
     def global_step(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from hookline import nearest
 from hookline_lightning.bridge import Bridge, call, overridden
-from hookline_lightning.members import calls_itself, member
+from hookline_lightning.members import calls_itself
+from hookline_lightning.translation import HOMES
 
 log = logging.getLogger("hookline.lightning")
 
@@ -33,13 +35,14 @@ OF_DATA = [
     "on_before_batch_transfer", "on_after_batch_transfer", "on_save_checkpoint", "on_load_checkpoint", "on_exception"
 ]  # fmt: skip
 SEPARATELY = ("setup", "teardown", "on_save_checkpoint", "on_load_checkpoint", "on_exception")  # told by the plugin
-LONG_STEPS = {  # event: the hook in which it is told
-    "on_before_backward": "run_backward",
-    "on_after_backward": "on_end_backward",
-    "on_before_optimizer_step": "on_begin_optimizer_step",
-    "on_before_zero_grad": "on_end_optimizer_step",
-    "on_train_batch_end": "on_end_train_step",
+LONG_STEPS = {  # event: the hooks that it needs, of those within a step
+    "on_before_backward": ["run_backward"],
+    "on_after_backward": ["on_end_backward"],
+    "on_before_optimizer_step": ["on_begin_optimizer_step"],
+    "on_before_zero_grad": ["on_end_optimizer_step"],
+    "on_train_batch_end": ["on_end_optimizer_step", "on_end_train_step"],
 }
+DECIDING = ("EarlyStopping", "Checkpoint")  # callbacks that hear the end of a training epoch last, as in Lightning
 MODES = "the run sets modes before and after each evaluation, and puts every submodule back to what it was"
 GONE = {  # that once were events of Lightning's, or are of callbacks alone
     "on_epoch_start", "on_epoch_end", "on_batch_start", "on_batch_end", "on_pretrain_routine_start",
@@ -50,8 +53,6 @@ GONE = {  # that once were events of Lightning's, or are of callbacks alone
 REFUSED = {  # methods of modules, and why
     "on_validation_model_eval": MODES, "on_validation_model_train": MODES, "on_test_model_eval": MODES,
     "on_test_model_train": MODES, "on_predict_model_eval": MODES, "on_predict_model_train": MODES,
-    "on_validation_model_zero_grad": "the run clears gradients behind each step",
-    "optimizer_zero_grad": "the run clears gradients behind each step",
     "configure_sharded_model": "it is gone from Lightning; write configure_model",
     "training_step_end": "it is gone from Lightning; do it in training_step",
     "validation_step_end": "it is gone from Lightning; do it in validation_step",
@@ -61,9 +62,7 @@ REFUSED = {  # methods of modules, and why
     "predict_epoch_end": "it is gone from Lightning; keep outputs yourself and use on_predict_epoch_end",
     "tbptt_split_batch": "it is gone from Lightning; split the batch in training_step",
 }  # fmt: skip
-OWN = {  # callbacks of the real package that reach into its trainer, and what does the same here
-    "ModelCheckpoint": "the plugin checkpoint (every, keep_best, monitor, mode) or model_saving",
-    "OnExceptionCheckpoint": "the plugin guard",
+OWN = {  # callbacks of the real package, or ours in their place, that do not run, and what does the same here
     "LearningRateMonitor": "the plugin monitor with learning_rate: true",
     "DeviceStatsMonitor": "the plugin monitor with gpu_utilization and cpu_utilization",
     "ThroughputMonitor": "the plugin monitor with throughput: true",
@@ -71,15 +70,19 @@ OWN = {  # callbacks of the real package that reach into its trainer, and what d
     "RichProgressBar": "the plugin progress",
     "ProgressBar": "the plugin progress",
     "GradientAccumulationScheduler": "the plugin accumulate, whose window is the same all along",
-    "StochasticWeightAveraging": "the plugin ema",
+    "StochasticWeightAveraging": "the plugin swa",
     "WeightAveraging": "the plugin ema",
     "EMAWeightAveraging": "the plugin ema",
-    "ModelSummary": "nothing: print the module",
-    "RichModelSummary": "nothing: print the module",
-    "ModelPruning": "nothing",
+    "ModelSummary": "the plugin summary",
+    "RichModelSummary": "the plugin summary",
+    "ModelPruning": "torch.nn.utils.prune in a callback of your own",
     "BatchSizeFinder": "the plugin batch_find",
     "LearningRateFinder": "the plugin lr_find",
     "SpikeDetection": "the plugin finite or guard",
+}
+RUNNING = {  # those that run beside a module of Lightning, and what does the same for other modules
+    "ModelCheckpoint": "the plugin checkpoint with keep_best and monitor, or model_saving",
+    "EarlyStopping": "the plugin early_stop",
     "Timer": "the option max_time",
 }
 
@@ -96,34 +99,35 @@ def refuse_unheard(bridge: Bridge, callbacks: Iterable[Any]) -> None:
             raise ValueError(f"{type(module).__name__}.{name}() is not called here: {why}")
     for callback in callbacks:
         for kind in type(callback).__mro__:
-            if kind.__module__.startswith(("lightning.pytorch", "pytorch_lightning")) and kind.__name__ in OWN:
+            if kind.__module__.startswith(HOMES) and kind.__name__ in OWN:
                 raise ValueError(
-                    f"the callback {type(callback).__name__} reaches into Lightning's own trainer; here it is "
-                    f"{OWN[kind.__name__]}"
+                    f"the callback {type(callback).__name__} is not called here: it is {OWN[kind.__name__]}; "
+                    "hookline_lightning.Trainer(callbacks=[…]) takes it as that"
                 )
     data = [] if bridge.view.datamodule is None else [(bridge.view.datamodule, OF_DATA)]
     for thing, known in [(module, OF_MODULES), *((callback, OF_CALLBACKS) for callback in callbacks), *data]:
         for name in dir(type(thing)):
             if not name.startswith("on_") or name in known or not callable(overridden(thing, name)):
                 continue
-            said, hint = f"{type(thing).__name__}.{name}() is no event that is told here", nearest(name, known)
             if calls_itself(thing, name):
                 continue  # a helper that the user's own code calls
-            if known is not OF_DATA and (hint or name in GONE):  # Lightning's own data modules have few
-                raise ValueError(f"{said}{hint}; name it otherwise if it is none")
+            said = f"{type(thing).__name__}.{name}() is no event that is told here"
+            meant = name in GONE or difflib.get_close_matches(name, known, 1, 0.8)
+            if meant and known is not OF_DATA:  # Lightning's own data modules have few events
+                raise ValueError(f"{said}{nearest(name, known)}; name it otherwise if it is none")
             log.warning("%s, and nothing in its class calls it", said)
 
 
 def listeners(bridge: Bridge, callbacks: Iterable[Any]) -> dict[str, list[Callable[..., Any]]]:
     """Return who hears which event: callbacks in their order, then the module.
 
-    Callbacks that look at a value (`monitor`) hear the end of a training epoch when its values are known.
+    Those that stop or save by a value hear the end of a training epoch last: what the module logs in it is known then.
     """
     found: dict[str, list[Callable[..., Any]]] = {}
     for callback in callbacks:
         for name in OF_CALLBACKS:
             if name not in SEPARATELY and (method := overridden(callback, name)):
-                late = name == "on_train_epoch_end" and member(callback, "monitor", callback) is not callback
+                late = name == "on_train_epoch_end" and any(k.__name__ in DECIDING for k in type(callback).__mro__)
                 found.setdefault(f"{name} late" if late else name, []).append(_bound(method, bridge))
     for name in OF_MODULES:
         if name not in SEPARATELY and (method := overridden(bridge.module, name)):

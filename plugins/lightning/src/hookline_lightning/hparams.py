@@ -5,27 +5,24 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Iterable, Mapping, MutableMapping
 from types import FrameType
 from typing import Any
 
-
-class AttributeDict(dict[str, Any]):
-    """Parameters, as items and as attributes."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"hparams have no {name!r}; they have {', '.join(self)}") from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self[name] = value
+from hookline_lightning.plain import AttributeDict
 
 
 class HasHparams:
     """Keeps what its `__init__` was called with."""
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+        """Return one that is made with saved parameters, a module with saved weights; see `reading`."""
+        return importlib.import_module("hookline_lightning.reading").load_from_checkpoint(
+            cls, checkpoint_path, *args, **options
+        )
 
     @property
     def hparams(self) -> Any:

@@ -28,6 +28,19 @@ class Manual(CallbackInterface):
                 "automatic_optimization = False and a model that ranks share (fsdp): backward would run within the "
                 "forward that gathers it; take ddp"
             )
+        self._limit(trainer)
+
+    @hookimpl
+    def on_end_train_step(self, trainer: hookline.Trainer) -> None:  # type: ignore[override]
+        self._limit(trainer)
+
+    def _limit(self, trainer: hookline.Trainer) -> None:
+        """Have `max_steps` count steps of each optimizer, where the run counts batches."""
+        options = trainer.options
+        if options.max_steps is not None:
+            last = trainer.global_step if self.bridge.steps >= options.max_steps else None
+            seconds = None if options.max_time is None else hookline.seconds(options.max_time)
+            trainer.ends.limit(last, options.epochs, seconds)
 
     @hookimpl
     def update(self, trainer: hookline.Trainer, window: Sequence[Any]) -> list[tuple[Any, ...]]:
@@ -42,7 +55,7 @@ class Manual(CallbackInterface):
                 "keep them company; let distributed.uneven be drop"
             )
         bridge, hook = self.bridge, trainer.hook
-        bridge.index = 0
+        bridge.now.index = 0
         for name, gradient in self._gradients.items():
             parameter = bridge.get_parameter(name)
             parameter.grad = gradient.to(parameter.device, copy=True)
@@ -56,11 +69,13 @@ class Manual(CallbackInterface):
             outputs = hook.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN)
         finally:
             trainer.built.use_model(model)
+        if not bridge.hears_behind:
+            bridge.values.begin_batch(None)
         bridge.lossless = not isinstance(outputs, torch.Tensor)
         return [() if bridge.lossless else (outputs.detach(),)]
 
     def get_state(self) -> dict[str, Any]:
-        """Return gradients that wait for a step to come."""
+        """Return how many steps there were, and gradients that wait for one to come."""
         waiting = {
             id(parameter)
             for optimizer in self.bridge.wrapped()
@@ -70,8 +85,9 @@ class Manual(CallbackInterface):
         }
         named = self.bridge.named_parameters()
         gradients = {name: one.grad for name, one in named if id(one) in waiting and one.grad is not None}
-        return {"gradients": gradients} if gradients else {}
+        return {"steps": self.bridge.steps, "gradients": gradients}
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take them back; the run clears all gradients after this."""
-        self._gradients = state["gradients"]
+        self._gradients = state.get("gradients", {})
+        self.bridge.steps = state.get("steps", 0)

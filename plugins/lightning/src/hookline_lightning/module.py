@@ -56,16 +56,18 @@ class Doors:
             sync_dist: over all ranks (an evaluation always is).
             sync_dist_group: has no meaning here.
             add_dataloader_idx: append the key of the loader where there are several.
-            batch_size: how much the value weighs in a mean; the samples of the batch unless given.
-            metric_attribute: has no meaning here.
+            batch_size: how much the value weighs in a mean; unless given, the first dimension of the batch's first
+                tensor, as in Lightning.
+            metric_attribute: the name of an object of torchmetrics that is no attribute of the module.
             rank_zero_only: only rank 0 logs it.
 
         Raises:
             ValueError: a reduction or a name that cannot be.
         """
-        connected(self).bridge.take(
+        connected(self).bridge.values.take(
             name, value, prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch, reduce_fx=reduce_fx,
             sync=sync_dist, with_key=add_dataloader_idx, first_rank=rank_zero_only, batch_size=batch_size,
+            metric_attribute=metric_attribute,
         )  # fmt: skip
 
     def log_dict(self, dictionary: Mapping[str, Any], *args: Any, **options: Any) -> None:

@@ -10,16 +10,25 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl, instantiate, kept_rng, set_seed
-from hookline_lightning import early, early_bridge
-from hookline_lightning.bridge import WORDS, Bridge, call, is_metric, overridden
-from hookline_lightning.events import LONG_STEPS, listeners, refuse_unheard
+from hookline_lightning import early, early_bridge, intervals
+from hookline_lightning.answers import USUAL
+from hookline_lightning.bridge import WORDS, Bridge, call, overridden
+from hookline_lightning.events import LONG_STEPS, OWN, RUNNING, listeners, refuse_unheard
 from hookline_lightning.following import Following, Steps
+from hookline_lightning.intervals import Intervals
 from hookline_lightning.loaders import batch_size, joined
 from hookline_lightning.manual import Manual
 from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
 from hookline_lightning.needs import require_loaders, require_methods
-from hookline_lightning.overrides import OVERRIDES, TRANSFERS, OwnTransfer, Schedules, written
+from hookline_lightning.overrides import OVERRIDES, TRANSFERS, Closes, OwnTransfer, Schedules, needs_closure, written
+from hookline_lightning.portions import Portions
+from hookline_lightning.predicting import Predicted
+from hookline_lightning.run_logger import RunLogger
+from hookline_lightning.running import AtLeast
+from hookline_lightning.saving import Files
+from hookline_lightning.translation import is_of, replaces, writes_checkpoints
+from hookline_lightning.values import is_metric
 
 
 @dataclass(eq=False)
@@ -30,24 +39,36 @@ class Lightning(CallbackInterface):
     """A LightningDataModule; without one the module has the loaders itself."""
     callbacks: list[Any] = field(default_factory=list)
     """Callbacks of Lightning."""
-    val_check_interval: float | None = None
-    """Validate after this fraction of an epoch's batches, in place of `evaluate_every`."""
+    val_check_interval: Any = None
+    """Validate after each such part of an epoch (a float) or so many batches of it; null leaves it to the run."""
+    check_val_every_n_epoch: int | None = 1
+    """With `val_check_interval`: only in each so many epochs; null counts its batches across epochs."""
+    hparams: dict[str, Any] = field(default_factory=dict)
+    """Parameters that trackers show as part of the configuration; `hookline_lightning.Trainer` fills them in."""
 
     def __post_init__(self) -> None:
-        if self.val_check_interval is not None and not 0 < self.val_check_interval <= 1:
-            raise ValueError(
-                f"lightning.val_check_interval={self.val_check_interval} must be above 0 and at most 1; for a number "
-                'of batches write trainer.evaluate_every: "100 batches"'
-            )
+        if self.val_check_interval is not None:
+            intervals.check(self.val_check_interval, self.check_val_every_n_epoch)
         self._bridge: Any = None
+        self._module: Any = None  # the user's
         self._clipping: tuple[float | None, str | None] = (None, None)
+        self._given: Any = USUAL
+        self._loggers: list[Any] | None = None
+        self._ckpt_path: str | None = None
+        self._intervals: Any = None
+        self._portions: dict[Stage, float] = {}  # of loaders
 
     @hookimpl(wrapper=True)
     def adapt_module(self, trainer: hookline.Trainer, module: Any) -> Generator[None, Any, Any]:
-        adapted = yield
+        adapted = self._module = yield
         if isinstance(adapted, hookline.ModuleInterface) or not isinstance(adapted, torch.nn.Module):
             return adapted
         kind = type(adapted)
+        if kind.__name__ == "OptimizedModule" and hasattr(adapted, "training_step"):
+            raise TypeError(
+                "this module is one of torch.compile: give the module itself, and the plugin compile, "
+                "plugins={'compile': {}}"
+            )
         if early.is_mine(adapted):
             self._bridge = early_bridge.Bridge(adapted)
         elif hasattr(kind, "training_step") and hasattr(kind, "configure_optimizers"):
@@ -59,6 +80,8 @@ class Lightning(CallbackInterface):
     @hookimpl
     def on_setup(self, trainer: hookline.Trainer) -> None:
         bridge = self._bridge
+        if not isinstance(bridge, Bridge):
+            self._refuse_unheard()
         if bridge is None:
             return
         trainer.plugins.register(Life(self), "lightning.life")
@@ -71,17 +94,38 @@ class Lightning(CallbackInterface):
         callbacks = instantiate(list(self.callbacks), "lightning.callbacks")
         configure = overridden(module, "configure_callbacks")
         more = configure() if configure else []
-        view.callbacks = [*callbacks, *(more if isinstance(more, (list, tuple)) else [more])]
+        more = list(more) if isinstance(more, (list, tuple)) else [more]
+        view.callbacks = [*(one for one in callbacks if not any(replaces(other, one) for other in more)), *more]
+        view.callbacks.sort(key=writes_checkpoints)  # behind all others
         view.gradient_clip_val, view.gradient_clip_algorithm = self._clipping
+        view.given, view.ckpt_path = self._given, self._ckpt_path
+        view.loggers = view.loggers if self._loggers is None else self._loggers
+        for logger in view.loggers:
+            if isinstance(logger, RunLogger):
+                logger.connect(view)
         refuse_unheard(bridge, view.callbacks)
         bridge.listeners = listeners(bridge, view.callbacks)
+        bridge.files = Files(bridge)
+        trainer.plugins.register(bridge.files, "lightning.files")
+        bridge.at_least = AtLeast(view.given.min_epochs, view.given.min_steps)
+        trainer.plugins.register(bridge.at_least, "lightning.at_least")
+        if any(is_of(one, "BasePredictionWriter") for one in view.callbacks):
+            trainer.plugins.register(Predicted(bridge), "lightning.predicted")
         trainer.plugins.register(Following(bridge), "lightning.following")
-        if any(event in bridge.listeners for event in LONG_STEPS) or overridden(module, "configure_gradient_clipping"):
+        if self._portions:
+            trainer.plugins.register(Portions(self._portions), "lightning.portions")
+        if self.val_check_interval is not None:
+            view.intervals = (self.val_check_interval, self.check_val_every_n_epoch)
+            if trainer.options.evaluate_every is not None:
+                self._intervals = Intervals(bridge, *view.intervals)
+                trainer.plugins.register(self._intervals, "lightning.intervals")
+        clips = overridden(module, "configure_gradient_clipping")
+        if any(event in bridge.listeners for event in LONG_STEPS) or clips or bridge.own_zero_grad:
             trainer.plugins.register(Steps(bridge), "lightning.steps")
         if bridge.manual:
             trainer.plugins.register(Manual(bridge), "lightning.manual")
         for name, hook in OVERRIDES.items():
-            if overridden(module, name):
+            if overridden(module, name) and not (bridge.manual and name == "optimizer_step"):  # as in Lightning
                 trainer.plugins.register(hook(bridge), f"lightning.{name}")
         if any(written(bridge, name) for name in TRANSFERS):
             trainer.plugins.register(OwnTransfer(bridge), "lightning.transfer")
@@ -90,13 +134,37 @@ class Lightning(CallbackInterface):
         if view.datamodule is not None:
             view.datamodule.trainer = view
 
+    def _refuse_unheard(self) -> None:
+        """Refuse what is only for modules of today's Lightning.
+
+        Raises:
+            ValueError: callbacks, data or an interval that nobody would hear of.
+        """
+        kinds = [type(callback).__name__ for callback in instantiate(list(self.callbacks), "lightning.callbacks")]
+        known = OWN | RUNNING
+        here = "; ".join(f"{kind} is {known[kind]} here" for kind in kinds if kind in known)
+        interval = None if (self.val_check_interval, self.check_val_every_n_epoch) in ((None, 1), (1.0, 1)) else True
+        for name, given, instead in (
+            ("callbacks", kinds, here or "write what they do as a plugin, or in hooks of the module"),
+            ("datamodule", self.datamodule, "loaders are methods of the module"),
+            ("val_check_interval", interval, "say trainer.evaluate_every"),
+        ):
+            if given:
+                what = f" ({', '.join(kinds)})" if name == "callbacks" else ""
+                raise ValueError(
+                    f"lightning.{name}{what}: {type(self._module).__name__} is no module of today's Lightning, so "
+                    f"nothing hears of it: {instead}"
+                )
+
     @hookimpl(wrapper=True)
     def setup_optimizers(self, trainer: hookline.Trainer) -> Generator[None, Any, Any]:
         made, bridge = (yield), self._bridge
         if isinstance(bridge, Bridge):
-            special = not all(config.is_plain for config in bridge.configs)
-            if special or bridge.manual or overridden(bridge.module, "lr_scheduler_step"):
+            if bridge.configs:
                 trainer.plugins.register(Schedules(bridge), "lightning.schedules")
+            own = overridden(bridge.module, "optimizer_step")
+            if not bridge.manual and (own or any(map(needs_closure, made[0]))):
+                trainer.plugins.register(Closes(bridge), "lightning.closes")
         return made
 
     @hookimpl(wrapper=True)
@@ -167,11 +235,15 @@ class Life(CallbackInterface):
         if today:
             bridge.word = WORDS[stage]
             require_methods(bridge, stage)
+            bridge.values.forget()
+            if stage is Stage.TRAIN and trainer.resuming is not None:
+                trainer.options.sanity_val_steps = 0  # it would change what was loaded
         else:
             bridge.connect()
         with kept_rng():
             set_seed(trainer.options.seed)  # data that are made at random are the same in each process and session
             if today:
+                self._begin_files(bridge)
                 self._prepare(trainer, bridge)
                 self._each(bridge, "setup", bridge.word)
                 if configure := overridden(bridge.module, "configure_model"):
@@ -187,8 +259,8 @@ class Life(CallbackInterface):
                 parts = trainer.shares * trainer.hook.get_window_size(trainer=trainer)
                 trainer.options.train_batch_size = batch_size(loader) * parts
                 loader = joined(loader)
-                if self.plugin.val_check_interval is not None:
-                    self._set_interval(trainer, loader, self.plugin.val_check_interval)
+                if self.plugin._intervals is not None:
+                    self.plugin._intervals.set_cadence(trainer.options, loader)
         try:
             return (yield)
         finally:
@@ -196,6 +268,17 @@ class Life(CallbackInterface):
                 self._each(bridge, "teardown", bridge.word)
             else:
                 bridge.disconnect()
+
+    @staticmethod
+    def _begin_files(bridge: Bridge) -> None:
+        """Lead files of callbacks into the folder of the run, and log what was logged before it."""
+        view = bridge.view
+        for callback in view.callbacks if view.loggers and bridge.word == "fit" else ():
+            if is_of(callback, "ModelCheckpoint") and callback.dirpath is None:
+                callback.dirpath = view.strategy.broadcast(str((bridge.trainer.run_dir / "checkpoints").resolve()))
+        for logger in view.loggers:
+            if isinstance(logger, RunLogger):
+                logger.tell_waiting()
 
     def _prepare(self, trainer: hookline.Trainer, bridge: Bridge) -> None:
         """Have one process of each machine (or of all) prepare the data, the others wait; an error is one of all."""
@@ -231,14 +314,3 @@ class Life(CallbackInterface):
                 call(method, view, module, word)
         if method := overridden(module, name):
             call(method, word)
-
-    @staticmethod
-    def _set_interval(trainer: hookline.Trainer, loader: Any, fraction: float) -> None:
-        try:
-            batches = len(loader) // trainer.shares
-        except TypeError:
-            raise ValueError(
-                f"lightning.val_check_interval={fraction} is a fraction, but the training loader does not know how "
-                "many batches it has; say a number of batches"
-            ) from None
-        trainer.options.evaluate_every = f"{max(int(batches * fraction), 1)} batches"

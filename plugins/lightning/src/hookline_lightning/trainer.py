@@ -2,191 +2,174 @@
 
 from __future__ import annotations
 
-import inspect
+import logging
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import hookline
-from hookline import CallbackInterface, hookimpl, nearest
-from hookline_lightning import early
+from hookline import nearest
+from hookline_lightning import arguments, early, portions
+from hookline_lightning.answers import BeforeRun
 from hookline_lightning.bridge import overridden
-from hookline_lightning.module import LightningDataModule
+from hookline_lightning.checkpoints import ModelCheckpoint
+from hookline_lightning.given_data import Predictions, data_of
+from hookline_lightning.given_loggers import OwnLoggers
+from hookline_lightning.given_loggers import listed as listed_loggers
+from hookline_lightning.plain import hparams_of
 from hookline_lightning.plugin import Lightning
+from hookline_lightning.results import results_of, table_of
+from hookline_lightning.run_logger import NoLogger, RunLogger
+from hookline_lightning.saving import FromFile, found, shared
+from hookline_lightning.translation import is_of, translated, writes_checkpoints
 
-PRECISIONS: dict[Any, dict[str, Any]] = {
-    "32-true": {}, "32": {}, 32: {},
-    "bf16-mixed": {"amp": {"precision": "bf16"}}, "bf16": {"amp": {"precision": "bf16"}},
-    "16-mixed": {"amp": {"precision": "fp16"}}, "16": {"amp": {"precision": "fp16"}},
-    16: {"amp": {"precision": "fp16"}},
-}  # fmt: skip
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "ddp": {"ddp": {}},
-    "ddp_find_unused_parameters_true": {"ddp": {"find_unused_parameters": True}},
-    "ddp_find_unused_parameters_false": {"ddp": {}},
-    "fsdp": {"fsdp": {}},
-}
-DEVICES = {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "mps": "mps"}
-NOT_HONOURED = {
-    "min_epochs": "training ends where its limits say; stop by a callback of your own that counts",
-    "min_steps": "training ends where its limits say; stop by a callback of your own that counts",
-    "num_nodes": "ranks are what the launcher says (torchrun, SLURM, MPI)",
-    "deterministic": "name plugin backend (deterministic: error)",
-    "benchmark": "name plugin backend (cudnn_benchmark: true)",
-    "inference_mode": "evaluations are under torch.no_grad",
-    "use_distributed_sampler": "loaders are shared between ranks, unless their sampler or hookline.sharded says so",
-    "profiler": "name plugin profile, or wrap the run in torch.profiler",
-    "detect_anomaly": "call torch.autograd.set_detect_anomaly(True) yourself",
-    "barebones": "leave plugins out by logger=False, enable_checkpointing=False, enable_progress_bar=False",
-    "sync_batchnorm": "call torch.nn.SyncBatchNorm.convert_sync_batchnorm on the module yourself",
-    "reload_dataloaders_every_n_epochs": "loaders are asked for once in a run",
-    "model_registry": "models are files in the folder of the run",
-    "enable_autolog_hparams": "parameters of a run are its configuration",
-    "enable_model_summary": "name plugin summary, or print the module yourself",
-}
-LOGGERS = {  # classes of the real package
-    "CSVLogger": "csv", "TensorBoardLogger": "tensorboard", "WandbLogger": "wandb", "MLFlowLogger": "mlflow",
-    "CometLogger": "comet", "NeptuneLogger": "no plugin",
-}  # fmt: skip
+log = logging.getLogger("hookline.lightning")
+
+ANSWERED = (  # what a trainer answers of the run of its newest fit, even where a test has come after it
+    "current_epoch", "global_step", "optimizers", "lr_scheduler_configs", "train_dataloader", "val_dataloaders",
+    "num_training_batches", "num_val_batches", "estimated_stepping_batches", "interrupted",
+)  # fmt: skip
 
 
 class Trainer:
-    """Trains a module of today's Lightning.
+    """Trains a module of today's Lightning; each argument has Lightning's name and default.
 
     Args:
+        accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
+        strategy: "auto", "ddp", "ddp_find_unused_parameters_true" or "fsdp"; others are plugins.
+        devices: ranks on this machine; more than one are started by a launcher.
+        num_nodes: machines, which the launcher starts.
+        precision: "32-true", "bf16-mixed", "16-mixed", "64-true", "bf16-true" or "16-true".
+        logger: False for none, True for the plugin csv, a logger, a name, several, or a mapping of names to options.
+        callbacks: one, or a list of them.
+        fast_dev_run: try everything with this many batches (True for one); nothing is logged or saved.
         max_epochs: epochs; 1000 unless something else says when to end. -1 for no such limit.
+        min_epochs: `should_stop` ends training after these at the earliest.
         max_steps: optimizer steps; -1 for no such limit.
-        max_time: of training, such as "10 min", or as Lightning writes it, "00:12:00:00" (days first).
-        accumulate_grad_batches: micro-batches of one optimizer step.
-        gradient_clip_val: the largest norm of all gradients, or of each value.
-        gradient_clip_algorithm: "norm" or "value".
-        precision: "32-true", "bf16-mixed" or "16-mixed".
-        val_check_interval: batches between validations, or (a float) a fraction of an epoch.
-        check_val_every_n_epoch: epochs between validations.
+        min_steps: `should_stop` ends training after these at the earliest.
+        max_time: of training: "10 min", Lightning's "00:12:00:00" (days first), a dict or a timedelta.
         limit_train_batches: a number of batches, or (a float) a fraction of the loader; so the others.
         limit_val_batches: 0 for no validation.
         limit_test_batches: as above.
         limit_predict_batches: as above.
-        overfit_batches: train and validate on the same first batches.
-        fast_dev_run: try everything with this many batches (True for one).
-        callbacks: one, or a list of them.
-        logger: False for none, True for the plugin csv, a name, a list of names, or a mapping of names to options.
-        default_root_dir: where folders of runs are made.
-        log_every_n_steps: optimizer steps from one flush of values to the next.
-        num_sanity_val_steps: validation batches to try before training.
+        overfit_batches: train on the same first batches, and validate on as many of the validation's.
+        val_check_interval: batches between validations, or (a float) a fraction of an epoch, or a time.
+        check_val_every_n_epoch: validate only in each so many epochs; None counts batches across epochs.
+        num_sanity_val_steps: validation batches to try before training; -1 for all.
+        log_every_n_steps: optimizer steps from one flush of values to the next; 0 for none.
+        enable_checkpointing: whether to save the run after each epoch, and its newest weights as a file.
         enable_progress_bar: whether to show one.
-        enable_checkpointing: whether to save the run after each epoch.
-        accelerator: "auto", "cpu", "gpu", "cuda" or "mps".
-        devices: ranks on this machine; more than one are started by a launcher.
-        strategy: "auto", "ddp", "ddp_find_unused_parameters_true" or "fsdp".
-        seed: of the order of samples and of all random states.
+        enable_model_summary: whether to show the layers.
+        accumulate_grad_batches: micro-batches of one optimizer step.
+        gradient_clip_val: the largest norm of all gradients, or of each value; 0 for none.
+        gradient_clip_algorithm: "norm" or "value".
+        deterministic: True raises where an operation is not deterministic, "warn" reports it.
+        benchmark: whether cuDNN tries which algorithm is the fastest.
+        inference_mode: evaluations are under `torch.no_grad` either way.
+        use_distributed_sampler: False is refused with several ranks.
+        profiler: "simple", "advanced" or "pytorch" for the plugin profile.
+        detect_anomaly: whether autograd raises where a gradient is NaN.
+        barebones: turn off what is not training.
         plugins: more plugins of hookline by name.
-        others: no argument, or one that is not honoured.
+        sync_batchnorm: whether batch norm sees the batches of all ranks (ddp on CUDA).
+        reload_dataloaders_every_n_epochs: refused, but for 0.
+        default_root_dir: where folders of runs are made.
+        enable_autolog_hparams: whether hparams are in the configuration that trackers get.
+        model_registry: refused, but for None.
+        seed: of the order of samples and of all random states; by default that of `seed_everything`, else 0.
 
     Raises:
-        TypeError: an argument that is none, or is not honoured, and why.
-        ValueError: a value that cannot be.
+        TypeError: an argument that is none.
+        ValueError: a value that cannot be, or is not honoured, and what to write instead.
     """
 
     def __init__(
-        self, *, max_epochs: int | None = None, max_steps: int = -1, max_time: str | None = None,
-        accumulate_grad_batches: int = 1, gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None, precision: Any = "32-true",
-        val_check_interval: int | float = 1.0, check_val_every_n_epoch: int = 1,
-        limit_train_batches: int | float = 1.0, limit_val_batches: int | float = 1.0,
-        limit_test_batches: int | float = 1.0, limit_predict_batches: int | float = 1.0,
-        overfit_batches: int | float = 0.0, fast_dev_run: int | bool = False, callbacks: Any = None,
-        logger: Any = True, default_root_dir: str | os.PathLike[str] | None = None, log_every_n_steps: int = 50,
-        num_sanity_val_steps: int = 2, enable_progress_bar: bool = True, enable_checkpointing: bool = True,
-        accelerator: str = "auto", devices: Any = "auto", strategy: str = "auto", seed: int = 0,
-        plugins: Mapping[str, Any] | None = None, **others: Any,
+        self, *, accelerator: Any = "auto", strategy: Any = "auto", devices: Any = "auto", num_nodes: int = 1,
+        precision: Any = None, logger: Any = None, callbacks: Any = None, fast_dev_run: int | bool = False,
+        max_epochs: int | None = None, min_epochs: int | None = None, max_steps: int = -1,
+        min_steps: int | None = None, max_time: Any = None, limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None, limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None, overfit_batches: int | float = 0.0,
+        val_check_interval: Any = None, check_val_every_n_epoch: int | None = 1,
+        num_sanity_val_steps: int | None = None, log_every_n_steps: int | None = None,
+        enable_checkpointing: bool | None = None, enable_progress_bar: bool | None = None,
+        enable_model_summary: bool | None = None, accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None,
+        deterministic: bool | str | None = None, benchmark: bool | None = None, inference_mode: bool = True,
+        use_distributed_sampler: bool = True, profiler: Any = None, detect_anomaly: bool = False,
+        barebones: bool = False, plugins: Any = None, sync_batchnorm: bool = False,
+        reload_dataloaders_every_n_epochs: int = 0, default_root_dir: str | os.PathLike[str] | None = None,
+        enable_autolog_hparams: bool = True, model_registry: str | None = None, seed: int | None = None,
+        **others: Any,
     ) -> None:  # fmt: skip
-        self._refuse(others)
-        self.callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
-        self.clipping = (gradient_clip_val, gradient_clip_algorithm)
-        if gradient_clip_algorithm not in (None, "norm", "value"):
-            raise ValueError(f"gradient_clip_algorithm={gradient_clip_algorithm!r} must be norm or value")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r} must be one of 32-true, bf16-mixed, 16-mixed")
-        if accelerator not in DEVICES:
-            raise ValueError(f"accelerator={accelerator!r} must be one of {', '.join(DEVICES)}")
-        every_epoch = isinstance(val_check_interval, float) and val_check_interval == 1.0
-        if not every_epoch and check_val_every_n_epoch != 1:
+        given = SimpleNamespace(**{name: value for name, value in locals().items() if name not in ("self", "others")})
+        for name in others:
+            known = sorted(vars(given))
+            raise TypeError(f"Trainer has no argument {name!r}{nearest(name, known)}; it has {', '.join(known)}")
+        arguments.refuse(given)
+        listed = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks] if callbacks else []
+        given.timed = any(is_of(one, "Timer") for one in listed)
+        running, translations = translated(listed, given)
+        writers = [one for one in running if writes_checkpoints(one)]
+        if enable_checkpointing is False and writers:
             raise ValueError(
-                f"val_check_interval={val_check_interval} and check_val_every_n_epoch={check_val_every_n_epoch} both "
-                "say when to validate; give one of them"
+                f"enable_checkpointing=False, and callbacks has {type(writers[0]).__name__}: leave one out"
             )
-        limits = {
-            "fast_dev_run": fast_dev_run or None,
-            "overfit_batches": overfit_batches or None,
-            **{
-                f"{stage}_batches": amount
-                for stage, amount in (
-                    ("train", limit_train_batches), ("val", limit_val_batches), ("test", limit_test_batches),
-                    ("predict", limit_predict_batches),
-                )
-                if not (isinstance(amount, float) and amount == 1.0) and not (stage == "val" and amount == 0)
-            },
-        }  # fmt: skip
-        limits = {name: amount for name, amount in limits.items() if amount is not None}
-        no_validation = limit_val_batches == 0
-        cadence = None if no_validation else f"{check_val_every_n_epoch} epochs"
-        self.fraction = None
-        if not every_epoch and not no_validation:
-            if isinstance(val_check_interval, float):
-                self.fraction = val_check_interval
-            else:
-                cadence = f"{val_check_interval} batches"
-        steps, epochs = (None if number in (None, -1) else number for number in (max_steps, max_epochs))
-        if epochs is None and steps is None and max_time is None and max_epochs == -1:
-            raise ValueError("max_epochs=-1 never ends: say max_steps or max_time")
-        if epochs is None and steps is None and max_time is None:
-            epochs = 1000
-        self.options: dict[str, Any] = {
-            "epochs": epochs,
-            "max_steps": steps,
-            "max_time": None if max_time is None else duration(max_time),
-            "evaluate_every": cadence,
-            "eval_when_finish": False,
-            "sanity_val_steps": 0 if no_validation else num_sanity_val_steps,
-            "log_every": f"{log_every_n_steps} steps",
-            "train_loss_metric_name": "loss",
-            "device": DEVICES[accelerator],
-            "seed": seed,
-            "runs_folder": os.fspath(default_root_dir) if default_root_dir is not None else "runs",
-            "run_name": "lightning",
-        }
+        arguments.defaults(given)
+        self._given_callbacks = list(running)
+        if (
+            enable_checkpointing is not False
+            and not barebones
+            and not any(is_of(one, "ModelCheckpoint") for one in running)
+        ):
+            running.append(ModelCheckpoint(save_weights_only=True))
+        self._given = given
+        self._callbacks = running
+        self._loggers = [NoLogger()] if given.fast_dev_run and given.logger else listed_loggers(given.logger)
+        value, algorithm = gradient_clip_val or None, gradient_clip_algorithm
+        self.clipping = (value, algorithm)
+        self.intervals = arguments.validation(given)
+        self.options: dict[str, Any] = arguments.options_of(given) | self._place()
+        own = arguments.plugins_of(given)
+        self._limits: dict[str, Any] = own.get("limits", {})
         self.plugins: dict[str, Any] = {
-            "jsonl": {},
-            **_of_strategy(strategy, devices),
-            **PRECISIONS[precision],
-            **({"accumulate": {"steps": accumulate_grad_batches}} if accumulate_grad_batches != 1 else {}),
-            **({"limits": limits} if limits else {}),
-            **({"checkpoint": {}} if enable_checkpointing else {}),
-            **({"progress": {}} if enable_progress_bar else {}),
-            **_of_logger(logger),
-            **(plugins or {}),
+            **own,
+            **self._around(bool({"ema", "swa"} & translations.keys())),
+            **translations,
+            **{one.plugin: one.options() for one in self._loggers if getattr(one, "plugin", "")},
+            **(given.plugins or {}),
         }
         self.core: Any = None
         """The `hookline.Trainer` of the newest run."""
+        self._fitted: Any = None
 
-    @staticmethod
-    def _refuse(others: Mapping[str, Any]) -> None:
-        known = [name for name in inspect.signature(Trainer.__init__).parameters if name not in ("self", "others")]
-        for name in others:
-            if name in NOT_HONOURED:
-                raise TypeError(f"Trainer({name}=…) is not honoured here: {NOT_HONOURED[name]}")
-            hint = nearest(name, [*known, *NOT_HONOURED])
-            raise TypeError(f"Trainer has no argument {name!r}{hint}; it has {', '.join(known)}")
+    def _place(self) -> dict[str, Any]:
+        """Return where the first logger wants the folders of runs, and what it calls them."""
+        places = [place for one in self._loggers if isinstance(one, RunLogger) and (place := one.place())]
+        if not places:
+            return {}
+        folder, name = places[0]
+        return {"run_name": name, **({"runs_folder": folder} if folder else {})}
+
+    def _around(self, averages: bool) -> dict[str, Any]:
+        """Return the plugins of this distribution that something is asked of."""
+        given, around = self._given, dict[str, Any]()
+        if given.overfit_batches:
+            around["lightning.unshuffled"] = {"_plugin_": "hookline_lightning.running.Unshuffled"}
+        if given.detect_anomaly:
+            around["lightning.anomaly"] = {"_plugin_": "hookline_lightning.running.Anomaly"}
+        if averages:
+            around["lightning.averaged"] = {"_plugin_": "hookline_lightning.running.Averaged"}
+        return around
 
     # Doors ----------------------------------------------------------------------------
 
     def fit(
         self, model: Any, train_dataloaders: Any = None, val_dataloaders: Any = None, datamodule: Any = None,
-        ckpt_path: Any = None,
+        ckpt_path: Any = None, weights_only: bool | None = None,
     ) -> None:  # fmt: skip
         """Train.
 
@@ -195,169 +178,250 @@ class Trainer:
             train_dataloaders: a loader, or a data module.
             val_dataloaders: a loader or several.
             datamodule: a data module, in place of loaders.
-            ckpt_path: "last", or the folder of a run or of one of its checkpoints, to go on with.
+            ckpt_path: "last", "best", a file of `save_checkpoint`, or the folder of a run or of one of its checkpoints,
+                to go on with.
+            weights_only: False runs what code the file holds; only for a file whose maker you trust.
 
         Raises:
             ValueError: data that are given twice, or a checkpoint that is none.
         """
-        data = _data(datamodule, train=train_dataloaders, val=val_dataloaders)
-        self._begin(model, data, ckpt_path).train()
+        data = data_of(datamodule, train=train_dataloaders, val=val_dataloaders)
+        if self._given.limit_train_batches == 0 and not self._given.overfit_batches:
+            log.warning("limit_train_batches=0: there is nothing to train on")
+            return
+        if ckpt_path is None and self._fitted is not None and self._is_done():
+            return
+        self._fitted = self._begin(model, data, ckpt_path, weights_only)
+        if self._fitted.options.epochs == 0 or self._fitted.options.max_steps == 0:
+            log.warning("max_epochs or max_steps is 0: there is nothing to train")
+            return
+        self._fitted.train()
+
+    def _is_done(self) -> bool:
+        """Return whether an earlier fit has done all that there is, as Lightning counts epochs and steps over all.
+
+        Raises:
+            ValueError: it was stopped before, and Lightning would go on.
+        """
+        if self._fitted.status == "stopped":
+            raise ValueError(
+                f"fit was called before, and was stopped at step {self._fitted.global_step}: to go on say "
+                "ckpt_path='last', to begin anew make another Trainer"
+            )
+        if self._fitted.status == "finished":
+            log.warning(
+                "fit was called before, and has trained to max_epochs=%s, max_steps=%s: nothing is left. Make another "
+                "Trainer for another training", self.max_epochs, self.max_steps,
+            )  # fmt: skip
+        return self._fitted.status == "finished"  # type: ignore[no-any-return]
 
     def validate(
-        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None
-    ) -> list[dict[str, float]]:
-        """Validate; return the metrics, in a list of one."""
-        return [self._again(model, _data(datamodule, val=dataloaders), ckpt_path).validate()]
+        self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
+        datamodule: Any = None, weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:  # fmt: skip
+        """Validate; return the metrics, of each loader where there are several.
+
+        Args:
+            model: a module; by default that of `fit`, with its best weights where it has written a file of them.
+            dataloaders: a loader, several, or a data module.
+            ckpt_path: "best", "last", or a file whose weights to take.
+            verbose: print the metrics.
+            datamodule: a data module, in place of loaders.
+            weights_only: False runs what code the file holds; only for a file whose maker you trust.
+        """
+        return self._evaluate("val", model, data_of(datamodule, val=dataloaders), ckpt_path, weights_only, verbose)
 
     def test(
-        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None
+        self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
+        datamodule: Any = None, weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:  # fmt: skip
+        """Test; return the metrics, of each loader where there are several; see `validate`."""
+        return self._evaluate("test", model, data_of(datamodule, test=dataloaders), ckpt_path, weights_only, verbose)
+
+    def _evaluate(
+        self, stage: str, model: Any, data: Any, ckpt_path: Any, weights_only: bool | None, verbose: bool
     ) -> list[dict[str, float]]:
-        """Test; return the metrics, in a list of one."""
-        return [self._again(model, _data(datamodule, test=dataloaders), ckpt_path).test()]
+        if getattr(self._given, f"limit_{stage}_batches") == 0:
+            return []
+        core = self._again(model, data, ckpt_path, weights_only)
+        metrics = core.validate() if stage == "val" else core.test()
+        word = "validate" if stage == "val" else "test"
+        results = results_of(metrics)
+        if verbose and core.rank == 0:
+            print(table_of(word, results))
+        return results
 
     def predict(
-        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None, ckpt_path: Any = None
-    ) -> list[Any]:
-        """Predict; return what `predict_step` returned of each batch, by loader where there are several."""
-        core, kept = self._again(model, _data(datamodule, predict=dataloaders), ckpt_path), Predictions()
-        core.plugins.register(kept, "predictions")
+        self, model: Any = None, dataloaders: Any = None, datamodule: Any = None,
+        return_predictions: bool | None = None, ckpt_path: Any = None, weights_only: bool | None = None,
+    ) -> list[Any] | None:  # fmt: skip
+        """Predict; return what `predict_step` returned of each batch, by loader where there are several.
+
+        Args:
+            model: as for `validate`; so the others.
+            dataloaders: as above.
+            datamodule: as above.
+            return_predictions: False keeps and returns nothing, for a callback that writes them.
+            ckpt_path: as above.
+            weights_only: as above.
+        """
+        if self._given.limit_predict_batches == 0:
+            return None
+        core = self._again(model, data_of(datamodule, predict=dataloaders), ckpt_path, weights_only)
+        kept = Predictions()
+        if return_predictions is not False:
+            core.plugins.register(kept, "predictions")
         try:
             core.predict()
         finally:
-            core.plugins.unregister(kept)
+            if return_predictions is not False:
+                core.plugins.unregister(kept)
+        if return_predictions is False:
+            return None
         return list(kept.outputs.values()) if len(kept.outputs) > 1 else next(iter(kept.outputs.values()), [])
 
     def plan(self, model: Any = None) -> list[dict[str, Any]]:
         """Return who does what in the run behind it, as `hookline plan` shows it."""
-        core = self.core if model is None else self._made(model, None, None)
+        core = self.core if model is None else self._made(model, None, None, None)
         if core is None:
             raise ValueError("plan() of a trainer that has not run needs the module: plan(model)")
         return core.plugins.plan()
 
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """Write a file in the form of Lightning's; every rank calls it.
+
+        Raises:
+            ValueError: there is no run yet, or options of a storage.
+        """
+        if self.core is None:
+            raise ValueError("save_checkpoint: there is no run yet; call fit, or validate with a model, before")
+        self._view.save_checkpoint(filepath, weights_only, storage_options)
+
+    def print(self, *arguments: Any, **options: Any) -> None:
+        """Print on rank 0."""
+        if self.is_global_zero:
+            print(*arguments, **options)
+
+    # What it knows ----------------------------------------------------------------------
+
+    @property
+    def _view(self) -> Any:
+        return getattr(self.core.module, "view", None) if self.core is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the run knows, and before it what the arguments say."""
+        if name.startswith("_") or "core" not in vars(self):
+            raise AttributeError(name)
+        run = self._fitted if name in ANSWERED and self._fitted is not None else self.core
+        return getattr(self._before if run is None else getattr(run.module, "view", run), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "should_stop" and self.core is not None:
+            self._view.should_stop = value
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def _before(self) -> Any:
+        return BeforeRun(self._given, self._callbacks, self._loggers)
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """Those that run here; the others are plugins."""
+        return self._callbacks
+
+    @callbacks.setter
+    def callbacks(self, callbacks: list[Any]) -> None:
+        self._callbacks = self._given_callbacks = list(callbacks)
+
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
         """The newest of all logged values."""
-        return self.core.module.view.callback_metrics if self.core else {}
+        return self._view.callback_metrics if self._view else {}
 
     @property
     def logged_metrics(self) -> dict[str, torch.Tensor]:
         """The newest values that trackers saw."""
-        return self.core.module.view.logged_metrics if self.core else {}
+        return self._view.logged_metrics if self._view else {}
 
     # The run behind it ----------------------------------------------------------------
 
-    def _again(self, model: Any, data: Any, ckpt_path: Any) -> Any:
+    def _again(self, model: Any, data: Any, ckpt_path: Any, weights_only: bool | None) -> Any:
         """Return the run of this module if there is one and nothing new is asked of it, else another."""
         core = self.core
         if model is None and core is None:
             raise ValueError("there is no module yet: give one")
+        if model is None and ckpt_path is None:
+            ckpt_path = self._best_of_fit()
         same = core is not None and (model is None or core.module.module is model)
         if same and data is None and ckpt_path is None:
             return core
-        return self._begin(core.module.module if model is None else model, data, ckpt_path)
+        if data is None and core is not None:
+            data = core.plugins.get_plugin("lightning").datamodule if same else None
+        made = self._begin(core.module.module if model is None else model, data, ckpt_path, weights_only)
+        if core is not None and hasattr(core.module, "view") and hasattr(made.module, "view"):
+            made.module.view.trained = (core.module.view.current_epoch, core.module.view.global_step)
+        return made
 
-    def _begin(self, model: Any, data: Any, ckpt_path: Any) -> Any:
-        self.core = self._made(model, data, ckpt_path)
+    def _best_of_fit(self) -> str | None:
+        """Return the file that Lightning takes where no module and no file are given: the best of the fit."""
+        writer = self.checkpoint_callback if self._fitted is not None else None
+        best = getattr(writer, "best_model_path", "")
+        if not best:
+            return None
+        steps = self._fitted.global_step if self.core is self._fitted else -1
+        newest = getattr(writer, "step", None) == steps and getattr(writer, "monitor", "") is None
+        if not newest:
+            log.warning(
+                "no model and no ckpt_path: taking the best weights, %s; ckpt_path='last' takes the newest", best
+            )
+        return None if newest else best
+
+    def _begin(self, model: Any, data: Any, ckpt_path: Any, weights_only: bool | None = None) -> Any:
+        self.core = self._made(model, data, ckpt_path, weights_only)
+        if self._view is not None:
+            self._callbacks = self._view.callbacks  # those of the module's own among them
         return self.core
 
-    def _made(self, model: Any, data: Any, ckpt_path: Any) -> hookline.Trainer:
+    def _made(self, model: Any, data: Any, ckpt_path: Any, weights_only: bool | None) -> hookline.Trainer:
         if early.is_mine(model):
             raise TypeError(
                 f"{type(model).__name__} is of Lightning's first year, for which there is no trainer of its own here: "
                 'hookline.Trainer(module, plugins={"lightning": {}}, epochs=…)'
             )
-        plugin = Lightning(data, self.callbacks, self.fraction)
-        plugin._clipping = self.clipping
+        if isinstance(model, torch.nn.Module) and shared(model):
+            raise ValueError(
+                f"the ranks of an earlier run share the weights of this {type(model).__name__}: give a new one, and "
+                "ckpt_path, or evaluate with the data that fit was given and without ckpt_path"
+            )
+        mine = hasattr(type(model), "training_step")  # another module has no file of weights in Lightning's form
+        plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, *self.intervals)
+        plugin._clipping, plugin._given, plugin._loggers = self.clipping, self._given, self._loggers
         plugins = {"lightning": plugin, **self.plugins}
+        if plugins.get("limits") is self._limits:  # and none of hookline's own
+            same, plugin._portions = portions.split(self._limits)
+            plugins = {**plugins, "limits": same} if same else {k: v for k, v in plugins.items() if k != "limits"}
         value, algorithm = self.clipping
         own = isinstance(model, torch.nn.Module) and overridden(model, "configure_gradient_clipping")
         if value is not None and not own:
             plugins["clip"] = {"max_norm": None, "max_value": value} if algorithm == "value" else {"max_norm": value}
         options = dict(self.options)
         if ckpt_path is not None:
-            plugins.setdefault("checkpoint", {"every": None})
-            options["resume"] = self._resume(ckpt_path)
+            begin = found(ckpt_path, self.checkpoint_callback)
+            if isinstance(begin, Path):
+                plugins["lightning.file"] = FromFile(begin, weights_only)
+                plugin._ckpt_path = str(begin)
+            else:
+                plugins.setdefault("checkpoint", {"every": None})
+                options["resume"] = begin
+        plugin.hparams = self._hparams(model, data)
+        if own_loggers := [one for one in self._loggers if not isinstance(one, RunLogger)]:
+            plugins["lightning.loggers"] = OwnLoggers(own_loggers, plugin.hparams)
         return hookline.Trainer(model, plugins, **options)
 
-    @staticmethod
-    def _resume(ckpt_path: Any) -> str | bool:
-        if ckpt_path == "last":
-            return True
-        path = Path(ckpt_path)
-        if not path.is_dir():
-            what = "is a file" if path.exists() else "is not there"
-            raise ValueError(
-                f'ckpt_path={str(ckpt_path)!r} {what}: say "last", or the folder of a run or of a checkpoint of it; '
-                'weights of a .ckpt of Lightning are read by hookline_checkpoint.load_foreign(file)["state_dict"]'
-            )
-        return str(path)
-
-
-class Predictions(CallbackInterface):
-    """Keeps predictions."""
-
-    def __init__(self) -> None:
-        self.outputs: dict[str, list[Any]] = {}
-
-    @hookimpl
-    def on_end_predict_step(self, outputs: Any, key: str) -> None:
-        self.outputs.setdefault(key, []).append(outputs)
-
-
-class Loaders(LightningDataModule):
-    """Loaders that were given as they are."""
-
-    def __init__(self, loaders: Mapping[str, Any]) -> None:
-        for stage, loader in loaders.items():
-            setattr(self, f"{stage}_dataloader", lambda loader=loader: loader)
-
-
-def _data(datamodule: Any, **loaders: Any) -> Any:
-    given = {stage: loader for stage, loader in loaders.items() if loader is not None}
-    if len(given) == 1 and hasattr(next(iter(given.values())), "prepare_data"):  # Lightning takes it there, too
-        datamodule, given = next(iter(given.values())), {}
-    if datamodule is not None and given:
-        raise ValueError("loaders and a datamodule are given; give one of them")
-    return datamodule if datamodule is not None else Loaders(given) if given else None
-
-
-def duration(text: str) -> str:
-    """Return a time of training as hookline writes it; Lightning's is days, hours, minutes and seconds."""
-    parts = str(text).split(":")
-    if len(parts) != 4 or not all(part.isdigit() for part in parts):
-        hookline.seconds(text, "max_time")
-        return text
-    days, hours, minutes, rest = map(int, parts)
-    return f"{((days * 24 + hours) * 60 + minutes) * 60 + rest} s"
-
-
-def _of_strategy(strategy: str, devices: Any) -> dict[str, Any]:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = len(devices) if isinstance(devices, Sequence) and not isinstance(devices, str) else devices
-    if wanted not in ("auto", -1, "-1") and int(wanted) > 1 and ranks == 1:
-        raise ValueError(
-            f"devices={devices!r}: this is one process; a launcher starts more of them, `torchrun --nproc-per-node "
-            f"{wanted} script.py`, and each is one device"
-        )
-    if strategy == "auto":
-        return dict(STRATEGIES["ddp"]) if ranks > 1 else {}
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} must be auto or one of {', '.join(STRATEGIES)}; others are plugins")
-    return {name: dict(options) for name, options in STRATEGIES[strategy].items()}
-
-
-def _of_logger(logger: Any) -> dict[str, Any]:
-    if logger is None or logger is False:
-        return {}
-    if logger is True:
-        return {"csv": {}}
-    if isinstance(logger, Mapping):
-        return dict(logger)
-    named: dict[str, Any] = {}
-    for one in logger if isinstance(logger, (list, tuple)) else [logger]:
-        if not isinstance(one, str):
-            kind = type(one).__name__
-            here = f"; here it is {LOGGERS[kind]!r}" if kind in LOGGERS else ""
-            raise ValueError(f"logger={kind}(…): loggers are plugins and are named, such as logger='csv'{here}")
-        named[one] = {}
-    return named
+    def _hparams(self, model: Any, data: Any) -> dict[str, Any]:
+        """Return what the module, the data and loggers know of parameters."""
+        known = {**hparams_of(data), **hparams_of(model)} if self._given.enable_autolog_hparams else {}
+        for one in self._loggers:
+            known.update(one.hparams if isinstance(one, RunLogger) else {})
+        return known

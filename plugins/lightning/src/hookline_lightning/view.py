@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import shutil
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +13,15 @@ import torch
 
 import hookline
 from hookline import Stage, nearest
+from hookline_lightning.answers import Answers, Loop
+from hookline_lightning.lengths import Lengths
+from hookline_lightning.run_logger import RunLogger
+
+STAGES = {Stage.TRAIN: "train", Stage.VAL: "validate", Stage.TEST: "test", Stage.PREDICT: "predict"}
+STATUS = {"running": "running", "finished": "finished", "stopped": "finished"}  # others are interrupted
 
 
-class View:
+class View(Lengths, Answers):
     """What `self.trainer` is: the part of Lightning's trainer that has a meaning here.
 
     A copy or a pickle of it is with no run.
@@ -22,11 +31,18 @@ class View:
         self._core = weakref.ref(core) if core is not None else None
         self._bridge = weakref.ref(bridge) if bridge is not None else None
         self.callbacks: list[Any] = []
+        self.loggers: list[Any] = [RunLogger()]
+        self.predictions: list[Any] = []
+        self.indices: list[list[Any]] = []  # of the samples of each batch that is predicted, by loader
         self.datamodule: Any = None
         self.gradient_clip_val: float | None = None
         self.gradient_clip_algorithm: str | None = None
-        self.values: dict[str, float] = {}
-        self.logged: dict[str, float] = {}
+        self.values: dict[str, torch.Tensor] = {}
+        self.logged: dict[str, torch.Tensor] = {}
+        self.shown: dict[str, torch.Tensor] = {}
+        self.intervals: tuple[Any, int | None] | None = None  # val_check_interval and check_val_every_n_epoch
+        self.stop_asked = False  # by should_stop
+        self.trained: tuple[int, int] | None = None  # epoch and step of the run before, where this one only evaluates
 
     def __reduce__(self) -> Any:
         return View, ()
@@ -61,18 +77,25 @@ class View:
 
     @property
     def current_epoch(self) -> int:
-        """Index of the epoch under way."""
-        return self.core.epoch
+        """Index of the epoch under way; behind one that was cut short the next one's, as in Lightning."""
+        epoch: int = self.core.epoch + self.bridge.cut if self.trained is None else self.trained[0]
+        return epoch
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps completed; in manual optimisation batches."""
-        return self.core.global_step
+        """Optimizer steps completed; in manual optimisation those of each optimizer."""
+        if self.trained is not None:
+            return self.trained[1]
+        steps: int = self.bridge.steps if self.bridge.manual else self.core.global_step + self.bridge.now.ahead
+        return steps
 
     @property
-    def max_epochs(self) -> int | None:
-        """Epochs of the run."""
-        return self.core.options.epochs if self.core.totals.epochs is None else self.core.totals.epochs
+    def max_epochs(self) -> int:
+        """Epochs of the run; -1 where steps or a time alone end it."""
+        options, totals = self.core.options, self.core.totals
+        if options.epochs is None and options.max_steps is None and options.max_time is None:
+            return totals.epochs or 1
+        return -1 if options.epochs is None else options.epochs
 
     @property
     def max_steps(self) -> int:
@@ -94,8 +117,13 @@ class View:
 
     @property
     def is_last_batch(self) -> bool:
-        """Whether the batch under way is the last of its epoch."""
-        return bool(self.core.position + self.bridge.index + 1 == self.num_training_batches)
+        """Whether the batch under way is the last of its epoch; `ValueError` where nobody can know."""
+        if self.core.totals.batches_per_epoch is None:
+            raise ValueError(
+                "trainer.is_last_batch: the training loader does not tell how many batches it has; give it a __len__, "
+                "or say Trainer(limit_train_batches=…)"
+            )
+        return bool(self.bridge.now.place + 1 == self.core.totals.batches_per_epoch)
 
     @property
     def train_dataloader(self) -> Any:
@@ -125,12 +153,12 @@ class View:
     @property
     def training(self) -> bool:
         """Whether a training step or epoch is under way."""
-        return self.core.stage is Stage.TRAIN
+        return self.core.stage is Stage.TRAIN and not self.core.sanity_checking
 
     @property
     def validating(self) -> bool:
-        """Whether a validation is under way."""
-        return self.core.stage is Stage.VAL
+        """Whether a validation is under way, and not one that is only tried."""
+        return self.core.stage is Stage.VAL and not self.core.sanity_checking
 
     @property
     def testing(self) -> bool:
@@ -144,8 +172,12 @@ class View:
 
     @property
     def state(self) -> Any:
-        """With `fn`: "fit", "validate", "test" or "predict", what the run was begun for."""
-        return SimpleNamespace(fn=self.bridge.word)
+        """With `fn`: "fit", "validate", "test" or "predict", what the run was begun for; and how it is."""
+        word = STATUS.get(self.core.status, "interrupted")
+        stage = "sanity_check" if self.sanity_checking else STAGES[self.core.stage]
+        return SimpleNamespace(
+            fn=self.bridge.word, status=word, stage=stage, finished=word == "finished", stopped=word != "running"
+        )
 
     @property
     def should_stop(self) -> bool:
@@ -155,29 +187,25 @@ class View:
     @should_stop.setter
     def should_stop(self, stop: bool) -> None:
         if stop and self.core.stop_reason is None:
-            self.core.stop("trainer.should_stop was set")
+            self.stop_asked = True
+            self.bridge.at_least.ask(self.core)
 
     # Values ---------------------------------------------------------------------------
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
-        """The newest of all values that were logged, those included that no tracker sees."""
-        return {name: torch.tensor(value) for name, value in self.values.items()}
+        """The newest of all values that `self.log` was given: of steps at once, of an epoch when it ends."""
+        return self.values
 
     @property
     def logged_metrics(self) -> dict[str, torch.Tensor]:
-        """The newest values that trackers saw."""
-        return {name: torch.tensor(value) for name, value in self.logged.items()}
+        """The newest values that trackers see."""
+        return self.logged
 
     @property
-    def logger(self) -> Any:
-        """What logs values by `log_metrics`; of services there are plugins."""
-        return Logger(self)
-
-    @property
-    def loggers(self) -> list[Any]:
-        """The same, as a list."""
-        return [self.logger]
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The newest values that progress displays show."""
+        return {name: value.item() for name, value in self.shown.items()}
 
     # Ranks ----------------------------------------------------------------------------
 
@@ -241,25 +269,95 @@ class View:
         """Where folders of runs are made."""
         return self.core.options.runs_folder
 
+    def print(self, *arguments: Any, **options: Any) -> None:
+        """Print on rank 0."""
+        if self.is_global_zero:
+            builtins.print(*arguments, **options)
+
+    def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
+        """Write a file in the form of Lightning's; every rank calls it."""
+        if storage_options is not None:
+            raise ValueError("save_checkpoint(storage_options=…): files are written to folders of this machine")
+        self.bridge.files.write(filepath, weights_only)
+
+    @property
+    def device_ids(self) -> list[int]:
+        """The index of the device of this rank."""
+        return [self.core.device.index or 0]
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal or the keyboard has ended the run."""
+        return self.core.status in ("preempted", "failed")
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether a signal asks for the end."""
+        return "SIGTERM" in (self.core.stop_reason or "")
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether a validation or a test is under way."""
+        return self.validating or self.testing
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether training validates."""
+        return self.core.options.evaluate_every is not None and self.bridge.loaders.get(Stage.VAL) is not None
+
+    @property
+    def test_dataloaders(self) -> Any:
+        """The test loaders as the user gave them."""
+        return self.bridge.loaders.get(Stage.TEST)
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        """The loaders of a prediction as the user gave them."""
+        return self.bridge.loaders.get(Stage.PREDICT)
+
+    @property
+    def fit_loop(self) -> Loop:
+        """What programs read of it."""
+        progress, tried = Loop(is_last_batch=self.is_last_batch), Loop(_has_run=self.core.counters.evaluations > 0)
+        within = Loop(batch_progress=progress, val_loop=tried, global_step=self.global_step)
+        return Loop(max_epochs=self.max_epochs, min_epochs=self.min_epochs, max_steps=self.max_steps,
+                    min_steps=self.min_steps, epoch_loop=within)  # fmt: skip
+
+    @property
+    def predict_loop(self) -> Loop:
+        """What is predicted, and of which samples, in the order of the data."""
+        current = self.indices[-1][-1] if self.indices and self.indices[-1] else None
+        several = len(self.predictions) > 1
+        return Loop(
+            current_batch_indices=current,
+            epoch_batch_indices=self.indices,
+            predictions=self.predictions if several else next(iter(self.predictions), []),
+        )
+
     @property
     def log_dir(self) -> str:
         """The folder of this run."""
         return str(self.core.run_dir)
 
     @property
-    def fast_dev_run(self) -> bool:
-        """Whether everything is only tried; callbacks hear it all the same."""
-        return False
+    def val_check_interval(self) -> Any:
+        """Batches between validations, or as a float a part of an epoch; 1.0 where they come at the end of epochs."""
+        return self._intervals[0]
 
     @property
-    def val_check_interval(self) -> float:
-        """1.0, as callbacks are told of each validation."""
-        return 1.0
+    def check_val_every_n_epoch(self) -> int | None:
+        """Epochs between validations; None where batches are counted across epochs."""
+        return self._intervals[1]
 
     @property
-    def check_val_every_n_epoch(self) -> int:
-        """1, as callbacks are told of each validation."""
-        return 1
+    def _intervals(self) -> tuple[Any, int | None]:
+        """What Lightning's words for `evaluate_every` are, unless they were given."""
+        if self.intervals is not None or self.core.options.evaluate_every is None:
+            return self.intervals or (1.0, 1)
+        number, unit = hookline.every(self.core.options.evaluate_every)
+        if unit == "epochs":
+            return (1.0, int(number)) if number >= 1 else (float(number), 1)
+        return number, None
 
 
 class Ranks:
@@ -279,24 +377,19 @@ class Ranks:
         core = self.view.core
         core.hook.all_gather(trainer=core, value=None)
 
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this rank."""
+        return self.view.core.device
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a file or a folder of a checkpoint, on rank 0."""
+        if self.view.is_global_zero and Path(filepath).is_dir():
+            shutil.rmtree(filepath)
+        elif self.view.is_global_zero:
+            Path(filepath).unlink(missing_ok=True)
+
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """Return the object of one rank."""
         core = self.view.core
         return core.hook.all_gather(trainer=core, value=value)[src]
-
-
-class Logger:
-    """Logs values; what is no number goes by `trainer.core.log_object`."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Log values at the step under way."""
-        self.view.core.log(**metrics)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"the logger that hookline gives to Lightning's modules has no {name!r}, only log_metrics; texts, images "
-            "and tables go to all trackers by self.trainer.core.log_object(name, value)"
-        )

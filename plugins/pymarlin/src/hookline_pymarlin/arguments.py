@@ -131,7 +131,7 @@ class TrainerArguments:
     stats_args: StatInitArguments = field(default_factory=StatInitArguments)
     writer_args: WriterInitArguments = field(default_factory=WriterInitArguments)
     disable_tqdm: bool = False
-    """Show no bars; what the writer stdout has then comes as lines."""
+    """Show no bars beside the lines of the writer stdout."""
     log_level: str = "INFO"
     backend: str = "sp"
     amp_backend_native: bool = False
@@ -239,7 +239,7 @@ class TrainerArguments:
         return {**plugins, **self._named_writers()}
 
     def own_writers(self) -> list[Writer]:
-        """Return the objects among the writers, and what prints lines where there are no bars.
+        """Return the objects among the writers, and the one that prints lines.
 
         Raises:
             TypeError: an object that is none.
@@ -251,7 +251,7 @@ class TrainerArguments:
                     f"writers: a {type(writer).__name__} is no writer: subclass hookline_pymarlin.Writer, or give "
                     "'stdout' or 'tensorboard'"
                 )
-        return [*own, *([Stdout()] if "stdout" in self.writers and self.disable_tqdm else [])]
+        return [*own, *([Stdout()] if "stdout" in self.writers else [])]
 
     def _named_writers(self) -> dict[str, Any]:
         plugins: dict[str, Any] = {}

@@ -148,7 +148,9 @@ class Checkpointed(CallbackInterface):
 
     @hookimpl
     def restore(self, trainer: Core, stage: Stage) -> bool:
-        given, self._loaded = self._loaded, Checkpoint()
+        given = self._loaded
+        if stage is Stage.TRAIN:  # else training, if it follows, needs it again
+            self._loaded = Checkpoint()
         if given.trainer_state:
             state = {**given.trainer_state, "module": given.module_interface_state}
             return bool(trainer.hook.set_run_state(trainer=trainer, state=state, stage=stage))

@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 import logging
+import sys
+from typing import TextIO
 
-HANDLER = logging.StreamHandler()
-HANDLER.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s : %(name)s : %(lineno)d : %(message)s"))
+
+class ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to the stderr of the moment, which bars of progress replace while they are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s:%(levelname)s : %(name)s : %(lineno)d : %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+HANDLER = ToStderr()
 
 
 def getlogger(name: str, log_level: int | str = "INFO") -> logging.Logger:

@@ -23,16 +23,26 @@ class DistributedTrainingArguments:
     gather_frequency: int | None = None
 
 
-def rank_zero_only(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have a function done by rank 0 alone; the others wait for it, and get None. It may raise: none waits for ever."""
+class RankZeroOnly:
+    """Has a function done by rank 0 alone; the others wait for it, and get None. It may raise: none waits for ever.
 
-    @functools.wraps(function)
-    def done(*args: Any, **kwargs: Any) -> Any:
-        several = dist.is_available() and dist.is_initialized()
-        try:
-            return function(*args, **kwargs) if not several or dist.get_rank() == 0 else None
-        finally:
-            if several:
-                dist.barrier()
+    Until a `Trainer` is made, each process does it, as in PyMarlin.
+    """
 
-    return done
+    rank = 0
+    """Of this process; a `Trainer` says it."""
+
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def done(*args: Any, **kwargs: Any) -> Any:
+            several = dist.is_available() and dist.is_initialized()
+            try:
+                return function(*args, **kwargs) if (dist.get_rank() if several else self.rank) == 0 else None
+            finally:
+                if several:
+                    dist.barrier()
+
+        return done
+
+
+rank_zero_only = RankZeroOnly()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline import tracking
+from hookline import Stage, tracking
 from hookline_pymarlin.writers import Writer, WriterInitArguments
 
 if TYPE_CHECKING:
@@ -195,8 +195,9 @@ class BasicStats:
     def _log(self, values: Mapping[str, Any]) -> None:
         trainer = self.trainer
         if trainer is not None and values:
+            training = trainer.stage is Stage.TRAIN  # else ranks agree on a value that one of them has given
             with trainer.logs.suffixed(""):  # the names are the user's, whatever loader is evaluated
-                trainer.log(reduce="last", **values)
+                trainer.log(reduce="last" if training else "mean", weighted_by=None if training else 1.0, **values)
 
     def _log_histogram(self, name: str, values: Any, step: int) -> None:
         if (trainer := self.trainer) is not None and step % self.writer_args.tb_log_hist_steps == 0:

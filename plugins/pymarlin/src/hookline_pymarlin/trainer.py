@@ -17,7 +17,7 @@ from hookline_pymarlin.backends import TrainerBackend, known_backend, refuse_alo
 from hookline_pymarlin.checkpointer import AbstractCheckpointer, Checkpointed, DefaultCheckpointer
 from hookline_pymarlin.overridden import OwnEpoch, OwnValidation, refuse_overrides, takes_outputs, validate_within
 from hookline_pymarlin.plugins import AutoStats, KeptSeed, ModelFile, OnHost, Outputs, Pymarlin, WholeEpoch, parts_of
-from hookline_pymarlin.ranks import DistributedTrainingArguments
+from hookline_pymarlin.ranks import DistributedTrainingArguments, rank_zero_only
 from hookline_pymarlin.stats import BasicStats, global_stats
 
 
@@ -65,6 +65,7 @@ class Trainer:
         ranks.local_rank, ranks.global_rank, ranks.world_size = (
             self.core.local_rank, self.core.rank, self.core.world_size
         )  # fmt: skip
+        rank_zero_only.rank = self.core.rank
         self._asked = contents(self.args)
         Trainer._seen_seed = torch.initial_seed()
         if self.is_main_process:

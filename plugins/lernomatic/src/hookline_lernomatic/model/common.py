@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +211,39 @@ class LernomaticModel:
 
 
 def networks(model: LernomaticModel) -> dict[str, torch.nn.Module]:
-    """Return the networks of a model by the names of their attributes; most have one, `net`."""
-    found = {name: value for name, value in vars(model).items() if isinstance(value, torch.nn.Module)}
-    return {"net": model.net} if not found and hasattr(type(model), "net") else found
+    """Return the networks of a model by the names of their attributes; most have one, `net`.
+
+    Those in a list or a dictionary have the number or the key behind the attribute's name. A part of another network,
+    which has an attribute of its own, is not among them.
+    """
+    found = {
+        name if key is None else f"{name}_{key}": value
+        for name, held in vars(model).items()
+        for key, value in _items(held)
+        if isinstance(value, torch.nn.Module)
+    }
+    if not found and hasattr(type(model), "net"):
+        return {"net": model.net}
+    parts = {id(part) for net in found.values() for part in net.modules() if part is not net}
+    return {name: net for name, net in found.items() if id(net) not in parts}
+
+
+def put_networks(model: LernomaticModel, nets: Mapping[str, torch.nn.Module]) -> None:
+    """Give a model other networks, by the names that `networks` gives them."""
+    for name, held in vars(model).items():
+        for key, _ in list(_items(held)):
+            net = nets.get(name if key is None else f"{name}_{key}")
+            if net is not None and key is None:
+                setattr(model, name, net)
+            elif net is not None:
+                held[key] = net
+
+
+def _items(held: Any) -> Iterable[tuple[Any, Any]]:
+    """Return what an attribute holds, with its places in a list or a dictionary; None for the attribute itself."""
+    if isinstance(held, list):
+        return enumerate(held)
+    return held.items() if isinstance(held, dict) else [(None, held)]
 
 
 def networks_of(models: Mapping[str, LernomaticModel]) -> list[tuple[str, str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -66,6 +67,9 @@ class Setup:
             options = {"lr": self.learning_rate, "weight_decay": self.weight_decay, "momentum": self.momentum}
             taken = inspect.signature(kind).parameters
             given = {name: value for name, value in options.items() if name in taken}
+            for name, usual in (("weight_decay", 1e-5), ("momentum", 0.5)):
+                if name not in taken and options[name] != usual:
+                    warnings.warn(f"{name}={options[name]} has no effect: {kind.__name__} has none", stacklevel=4)
             self.optimizer = kind(self.model.get_model_parameters(), **given)
 
     def _init_dataloaders(self) -> None:

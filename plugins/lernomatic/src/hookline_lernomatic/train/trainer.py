@@ -177,6 +177,7 @@ class Trainer(Checkpoints, Settings):
 
         Raises:
             ValueError: there are no data to train on; or `resume` is asked for by a `train` of a subclass.
+            RuntimeError: the epoch before was stopped, by a plugin or a signal.
         """
         self._require_init()
         if self._within is not None:
@@ -186,6 +187,11 @@ class Trainer(Checkpoints, Settings):
             raise ValueError(
                 f"resume={self.resume!r} goes on with a training that train() of the base does; a train() of one's own "
                 "goes on by load_checkpoint(file)"
+            )
+        if self.core is not None and self.core.status in ("stopped", "preempted"):
+            raise RuntimeError(
+                f"this training was stopped ({self.core.stop_reason}): a train() of one's own ends where "
+                'self.core.status is no more "finished"'
             )
         begun = self.start_epoch, self.cur_epoch
         core = self._ready(self.cur_epoch, self.cur_epoch + 1)
