@@ -787,6 +787,13 @@ def test_a_program_of_its_repository(caplog):
     assert "the third is of a test set" in caplog.text
 
 
+def test_a_loss_of_validation_may_be_a_whole_number():
+    core = trained(
+        with_steps(training_step=loss_of, validation_step=lambda self, batch: torch.tensor(3)), train=points()
+    )
+    assert rows(core, "val_loss") == [3.0, 3.0]
+
+
 class Broken(Metric):
     def compute(self, predictions, references):
         return {"other": 1.0} if self.comparator == ">" else {"hit": "high"}
