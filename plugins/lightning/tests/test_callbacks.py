@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from plugins.lightning.tests.programs import by_hand, loader, program
+from plugins.lightning.tests.programs import INPUTS, by_hand, loader, program
 from torch import nn
 
 import hookline
+from hookline.testing import on_ranks
 from hookline_lightning import Callback, LightningDataModule, LightningModule, Trainer, callbacks
 from hookline_lightning.callbacks import (
     BasePredictionWriter,
@@ -227,6 +228,30 @@ def test_a_run_that_fails_leaves_a_file():
         Trainer(callbacks=written, **QUIET).fit(Fails(), loader())
     for path in ("failed/on_exception.ckpt", "files/epoch=0-step=2.ckpt"):
         assert torch.load(path, weights_only=True)["global_step"] == 2
+
+
+def on_ranks_by(strategy):
+    """Train on several ranks, write files, and evaluate one; return the files, the best score and the loss."""
+    writer = ModelCheckpoint("files", monitor="val_loss", save_top_k=2, save_last=True)
+    options = QUIET | {"accelerator": "cpu", "strategy": strategy, "devices": 2}
+    trainer = Trainer(max_epochs=2, callbacks=[writer], **options)
+    trainer.fit(Program(), loader(), loader())
+    trainer.save_checkpoint("files/end.ckpt")
+    with pytest.raises(ValueError, match='has weights and no state that a run goes on with: say "last"'):
+        Trainer(**options).fit(Program(), loader(), ckpt_path="files/end.ckpt")
+    (tested,) = Trainer(**options).test(Program(), loader(), ckpt_path="files/end.ckpt", verbose=False)
+    return sorted(path.name for path in Path("files").iterdir()), writer.best_model_score.item(), tested["test_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_write_one_file_and_take_its_weights(strategy):
+    first, second = on_ranks(on_ranks_by, 2, strategy)
+    assert first == second
+    assert first[0] == ["end.ckpt", "epoch=0-step=2.ckpt", "epoch=1-step=4.ckpt", "last.ckpt"]
+    assert first[1] == pytest.approx(first[2])
+    module = Program.load_from_checkpoint("files/end.ckpt")
+    assert nn.functional.mse_loss(module.net(INPUTS), torch.zeros(16, 1)).item() == pytest.approx(first[2])
 
 
 # Files ------------------------------------------------------------------------------------

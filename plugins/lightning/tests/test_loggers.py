@@ -54,6 +54,9 @@ def test_the_default_is_csv_in_the_folder_of_the_run_and_false_is_none():
     class Looks(Program):
         def on_train_start(self):
             seen.append((self.logger, self.trainer.logger, self.trainer.loggers))
+            if self.logger is not None:  # what is written for TensorBoard, Lightning's default where it is installed
+                self.logger.experiment.add_scalar("written", 2.0, self.global_step)
+                self.logger.experiment.add_text("words", "x")
 
     seen = []
     trainer = Trainer(logger=False, **QUIET)
@@ -71,7 +74,8 @@ def test_the_default_is_csv_in_the_folder_of_the_run_and_false_is_none():
         "runs/lightning-2",
     )
     assert trainer.log_dir == logger.log_dir
-    assert "train_loss" in rows_of("runs/lightning-2/metrics.csv")[-1]
+    rows = rows_of("runs/lightning-2/metrics.csv")
+    assert {"train_loss", "written"} <= set(rows[-1])
 
 
 @pytest.mark.parametrize(
@@ -162,6 +166,7 @@ def test_what_is_logged_reaches_the_tracker_and_its_configuration():
     assert trainer.loggers[0] is logger
     trainer.fit(Logs(lr=0.05), loader(), loader())
     assert (logger.log_dir, logger.version, logger.name) == ("logs/exp/version-1", 1, "exp")
+    assert (logger.save_dir, logger.root_dir) == ("logs", "logs/exp")
     points = str(list(of_tensorboard(Path("logs/exp/version-1"))))
     found = {"mine": 3.0, "scalar": 4.0, "both/b": 2.0, "found": 2.0, "early": 5.0}
     rows = rows_of("logs/exp/version-1/metrics.csv")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import hookline
-from hookline.testing import TinyModule
+from hookline.testing import TinyModule, run_ranks
 from hookline_lightning import Callback, Lightning, LightningDataModule, LightningModule, Trainer
 
 pytestmark = pytest.mark.plugins  # its trainer names those of the house
@@ -92,6 +92,18 @@ def test_a_step_of_the_modules_own_in_automatic_optimisation_counts_though_none_
     )  # fmt: skip
     assert module.weight == weight
     assert trainer.core.counters.skipped_steps == -(-5 // window)
+
+
+def test_a_step_of_the_modules_own_beside_a_scaler_is_refused():
+    class Steps(Plain):
+        def training_step(self, batch):
+            self.net(batch[0]).sum().backward()
+            self.optimizers().step()
+
+    with pytest.raises(
+        ValueError, match="in automatic optimisation, and the plugin amp, which does backward in a way of"
+    ):
+        fit(Steps(), precision="16-mixed", accelerator="cpu")
 
 
 def test_gradients_that_training_step_leaves_do_not_join_those_of_its_loss():
@@ -757,6 +769,38 @@ def test_what_is_told_of_the_loader_is_so_only_where_there_are_several():
     assert module.seen == [0, (0, 0), 1, (0, 1)]
 
 
+class OfRanks(Objects):
+    """Values of ranks, some of which are reduced over them."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("synced", batch[1].mean(), sync_dist=True)
+        self.log("most", batch[1].mean(), sync_dist=True, reduce_fx="max", on_step=True)
+        self.log("own", batch[1].mean())
+        self.log("mean", batch[1].mean(), on_step=False, on_epoch=True, sync_dist=True)
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        self.seen.append({name: value.item() for name, value in self.trainer.callback_metrics.items()})
+
+
+def train_on_ranks():
+    torch.set_num_threads(1)
+    trainer = fit(module := OfRanks(), ones(8), ones(4), val_check_interval=2, strategy="ddp")
+    return module.seen[0], trainer.core.counters.evaluations
+
+
+@pytest.mark.xdist_group("ranks")
+def test_values_of_ranks_are_reduced_where_callbacks_decide_by_them():
+    first, second = run_ranks(train_on_ranks, 2)
+    assert [first.code, second.code] == [0, 0], first.output
+    (seen, evaluations), (other, _) = first.value, second.value
+    assert evaluations == 2
+    assert (seen["own"], other["own"]) == (6.0, 7.0)  # of the last step: each has its own
+    expected = {"synced": 6.5, "most": 7.0, "mean": 3.5, "of_epochs": 3.5, "val": 1.5, "best": 1.5}
+    for values in (seen, other):
+        assert {name: values[name] for name in expected} == expected
+
+
 # Modules of the run's own -----------------------------------------------------------------
 
 
@@ -778,7 +822,7 @@ class Given(LightningDataModule):
         ),
         (
             {"callbacks": [type("ModelCheckpoint", (Callback,), {})()]},
-            "ModelCheckpoint is the plugin checkpoint .* or model_saving here",
+            "ModelCheckpoint is the plugin checkpoint with keep_best and monitor, or model_saving here",
         ),
         (
             {"datamodule": Given()},

@@ -277,6 +277,14 @@ def dry(make):
     return trainer.checkpoint_callback.best_model_path, trainer.fast_dev_run
 
 
+def twice(make):
+    trainer, module = fitted(make)
+    trainer.fit(module, loader(), loader())
+    trainer.fit(other := Program(), loader())
+    sums = [round(one.net.weight.sum().item(), 5) for one in (module, other)]
+    return sums, trainer.global_step, trainer.current_epoch
+
+
 PROGRAMS = {
     "files": files(), "files of the best": files(monitor="val_loss"), "worst": files(monitor="val_loss", mode="max"),
     "two and the last": files(monitor="val_loss", save_top_k=2, save_last=True, filename="{epoch:02d}-{val_loss:.2f}"),
@@ -290,7 +298,7 @@ PROGRAMS = {
     "logger": at_the_logger, "best": best, "two loaders": of_two_loaders, "off": off,
     "predictions": predictions, "answers": answers, "minimum": minimum, "lengths": lengths, "precisions": precisions,
     "averages": averages, "finetuning": finetuning, "timer": timed, "failing": failing, "own logger": of_the_user,
-    "dry run": dry,
+    "dry run": dry, "second fit": twice,
 }  # fmt: skip
 
 

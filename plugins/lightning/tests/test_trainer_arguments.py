@@ -161,6 +161,26 @@ def test_how_long_a_fit_is(given, counts):
     assert (trainer.global_step, heard.train, heard.val) == counts
 
 
+def test_a_second_fit_trains_nothing_as_in_lightning(caplog):
+    trainer, module, other = Trainer(max_epochs=1, **QUIET), Program(), Program()
+    trainer.fit(module, loader())
+    before = module.net.weight.clone(), other.net.weight.clone()
+    trainer.fit(module, loader())
+    trainer.fit(other, loader())
+    assert torch.equal(module.net.weight, before[0])
+    assert torch.equal(other.net.weight, before[1])
+    assert "fit was called before, and has trained to max_epochs=1, max_steps=-1: nothing is left" in caplog.text
+
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer, *arguments):
+            trainer.should_stop = True
+
+    trainer = Trainer(callbacks=[Stops()], **QUIET)
+    trainer.fit(module, loader())
+    with pytest.raises(ValueError, match="fit was called before, and was stopped at step 1: to go on say"):
+        trainer.fit(module, loader())
+
+
 def test_nothing_is_evaluated_where_limits_are_0():
     trainer, module = Trainer(limit_val_batches=0, limit_test_batches=0, limit_predict_batches=0, **QUIET), Program()
     assert trainer.validate(module, loader()) == trainer.test(module, loader()) == []

@@ -201,6 +201,11 @@ class Bridge(ModuleInterface):
         for parameter, gradient in self.gradients.items():
             parameter.grad = gradient
 
+    @property
+    def hears_behind(self) -> bool:
+        """Whether something may be logged of a batch behind its backward."""
+        return bool(self.listeners.keys() & {"on_train_batch_end", "on_before_optimizer_step"})
+
     def end_batch(self) -> None:
         """Tell that a training batch is over."""
         if self.now.pending is None:
@@ -210,6 +215,7 @@ class Bridge(ModuleInterface):
         if outputs and not self.manual:
             outputs["loss"] = outputs["loss"] / self.trainer.window_size
         self.tell("on_train_batch_end", outputs, batch, self.now.place)
+        self.values.begin_batch(None)
 
     def _evaluation_step(self, name: str, batch: Any) -> Any:
         place = (self.batch_idx, *self.loader_number)

@@ -80,6 +80,11 @@ OWN = {  # callbacks of the real package, or ours in their place, that do not ru
     "LearningRateFinder": "the plugin lr_find",
     "SpikeDetection": "the plugin finite or guard",
 }
+RUNNING = {  # those that run beside a module of Lightning, and what does the same for other modules
+    "ModelCheckpoint": "the plugin checkpoint with keep_best and monitor, or model_saving",
+    "EarlyStopping": "the plugin early_stop",
+    "Timer": "the option max_time",
+}
 
 
 def refuse_unheard(bridge: Bridge, callbacks: Iterable[Any]) -> None:

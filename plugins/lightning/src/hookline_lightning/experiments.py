@@ -277,8 +277,8 @@ class OfComet(Experiment):
         """Do nothing: the run closes its trackers."""
 
 
-class OfAny(OfTensorBoard, OfWandb):
-    """The calls of TensorBoard and of wandb, where no logger says which service it is."""
+class OfAny(OfTensorBoard, OfWandb, OfCsv):
+    """The calls of TensorBoard, of wandb and of CSV, where no logger says which it is."""
 
     service = "the trackers"
 

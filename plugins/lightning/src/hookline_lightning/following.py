@@ -43,10 +43,13 @@ class Following(CallbackInterface):
 
     @hookimpl(wrapper=True)
     def forward_backward(self, index: int, size: int) -> Generator[None, Any, Any]:
-        self.bridge.now.index = index
+        bridge = self.bridge
+        bridge.now.index = index
         outputs = yield
         if index + 1 < size:
-            self.bridge.end_batch()
+            bridge.end_batch()
+        elif not (bridge.hears_behind or bridge.now.within_closure):
+            bridge.values.begin_batch(None)  # whose memory is free for the next one
         return outputs
 
     @hookimpl(wrapper=True)

@@ -93,7 +93,7 @@ def listed(given: Any) -> list[Any]:
     found = []
     for one in given if isinstance(given, (list, tuple)) else [given]:
         if one is True:
-            found.append(_named("csv", {}))
+            found.append(_named("csv", {}, experiments.OfAny))  # Lightning's would be TensorBoard, if it is installed
         elif isinstance(one, str):
             found.append(_named(one, {}))
         elif callable(getattr(one, "log_metrics", None)):
@@ -106,10 +106,10 @@ def listed(given: Any) -> list[Any]:
     return found
 
 
-def _named(name: str, options: Mapping[str, Any] | None) -> RunLogger:
+def _named(name: str, options: Mapping[str, Any] | None, kind: type[experiments.Experiment] | None = None) -> RunLogger:
     logger = RunLogger()
     logger.plugin = name
-    logger.kind = {kind.plugin: kind.kind for kind in OWN.values()}.get(name, experiments.OfAny)
+    logger.kind = kind or {one.plugin: one.kind for one in OWN.values()}.get(name, experiments.OfAny)
     given = dict(options or {})
     logger.options = lambda: given  # type: ignore[method-assign]
     return logger

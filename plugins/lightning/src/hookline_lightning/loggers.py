@@ -29,7 +29,17 @@ class _InFolder(RunLogger):
         if not re.fullmatch(r"[\w-][\w.-]*", word):
             raise ValueError(f"{type(self).__name__}(version={version!r}) must be a plain name of letters and digits")
         self._place = (os.path.join(os.fspath(save_dir), name or ""), word)
-        self._given_name = name
+        self._given_name, self._given_folder = name, os.fspath(save_dir)
+
+    @property
+    def save_dir(self) -> str:
+        """As it was given."""
+        return str(self._given_folder)
+
+    @property
+    def root_dir(self) -> str:
+        """The folder of runs."""
+        return str(self._place[0])
 
     def place(self) -> tuple[str, str] | None:
         """Return where."""

@@ -69,7 +69,7 @@ class Manual(CallbackInterface):
             outputs = hook.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN)
         finally:
             trainer.built.use_model(model)
-        if "on_train_batch_end" not in bridge.listeners:
+        if not bridge.hears_behind:
             bridge.values.begin_batch(None)
         bridge.lossless = not isinstance(outputs, torch.Tensor)
         return [() if bridge.lossless else (outputs.detach(),)]

@@ -69,6 +69,12 @@ class LightningOptimizer:
                 "self.optimizers().step() in automatic optimisation, and several processes: nobody averages these "
                 "gradients; set self.automatic_optimization = False in __init__"
             )
+        others = [name for name in core.plugins.performers("run_backward") if not name.startswith("lightning.")]
+        if others:
+            raise ValueError(
+                f"self.optimizers().step() in automatic optimisation, and the plugin {others[0]}, which does backward "
+                "in a way of its own (scaling the loss, say) and not this one: set self.automatic_optimization = False"
+            )
         if closure is None:
             core.hook.on_begin_optimizer_step(trainer=core, optimizers=one)
         else:

@@ -13,7 +13,7 @@ from hookline import CallbackInterface, Stage, hookimpl, instantiate, kept_rng, 
 from hookline_lightning import early, early_bridge, intervals
 from hookline_lightning.answers import USUAL
 from hookline_lightning.bridge import WORDS, Bridge, call, overridden
-from hookline_lightning.events import LONG_STEPS, OWN, listeners, refuse_unheard
+from hookline_lightning.events import LONG_STEPS, OWN, RUNNING, listeners, refuse_unheard
 from hookline_lightning.following import Following, Steps
 from hookline_lightning.intervals import Intervals
 from hookline_lightning.loaders import batch_size, joined
@@ -141,7 +141,8 @@ class Lightning(CallbackInterface):
             ValueError: callbacks, data or an interval that nobody would hear of.
         """
         kinds = [type(callback).__name__ for callback in instantiate(list(self.callbacks), "lightning.callbacks")]
-        here = "; ".join(f"{kind} is {OWN[kind]} here" for kind in kinds if kind in OWN)
+        known = OWN | RUNNING
+        here = "; ".join(f"{kind} is {known[kind]} here" for kind in kinds if kind in known)
         interval = None if (self.val_check_interval, self.check_val_every_n_epoch) in ((None, 1), (1.0, 1)) else True
         for name, given, instead in (
             ("callbacks", kinds, here or "write what they do as a plugin, or in hooks of the module"),

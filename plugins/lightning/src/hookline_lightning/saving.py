@@ -41,7 +41,8 @@ def dump(bridge: Bridge, weights_only: bool) -> dict[str, Any]:
             for one in view.callbacks
             if (ask := overridden(one, "state_dict")) and (state := ask())
         }
-        checkpoint["optimizer_states"] = [one.state_dict() for one in view.optimizers]
+        if not shared(module):  # each rank has a part of them, which is in the run's own checkpoints
+            checkpoint["optimizer_states"] = [one.state_dict() for one in view.optimizers]
         checkpoint["lr_schedulers"] = [one.scheduler.state_dict() for one in view.lr_scheduler_configs]
     for thing, key in ((module, HPARAMS), (view.datamodule, f"datamodule_{HPARAMS}")):
         if thing is not None and (hparams := getattr(thing, "hparams", None)):
@@ -60,6 +61,11 @@ def dump(bridge: Bridge, weights_only: bool) -> dict[str, Any]:
             "checkpoints; give them to load_from_checkpoint(path, …=…), or save_hyperparameters(ignore=[…])"
         )
     return checkpoint
+
+
+def shared(module: torch.nn.Module) -> bool:
+    """Tell whether ranks share the weights."""
+    return any(hasattr(weight, "device_mesh") for weight in module.parameters())
 
 
 def _name_of(thing: Any, hparams: Mapping[str, Any]) -> str:
@@ -91,6 +97,15 @@ class Files(CallbackInterface):
 
     @hookimpl(trylast=True)
     def on_boundary(self, trainer: hookline.Trainer) -> None:
+        self._complete(trainer)
+
+    @hookimpl(trylast=True)
+    def on_end_run(self, trainer: hookline.Trainer, status: str) -> None:
+        if status != "failed":  # what was written behind the last boundary
+            self._complete(trainer)
+        self._waiting = {}
+
+    def _complete(self, trainer: hookline.Trainer) -> None:
         waiting, self._waiting = self._waiting, {}
         there = {path: one for path, one in waiting.items() if path.exists()}
         if there:
@@ -174,5 +189,10 @@ class FromFile(CallbackInterface):
             return True
         if load := overridden(module, "on_load_checkpoint"):
             call(load, self.checkpoint)
-        module.load_state_dict(self.checkpoint["state_dict"], strict=getattr(module, "strict_loading", True))
+        weights = self.checkpoint["state_dict"]
+        if shared(module):
+            state = {"module": {f"module.{name}": weight for name, weight in weights.items()}}
+            trainer.hook.set_run_state(trainer=trainer, state={**state, "optimizers": [], "plugins": {}}, stage=stage)
+        else:
+            module.load_state_dict(weights, strict=getattr(module, "strict_loading", True))
         return done

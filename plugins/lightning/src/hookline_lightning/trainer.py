@@ -23,7 +23,7 @@ from hookline_lightning.plain import hparams_of
 from hookline_lightning.plugin import Lightning
 from hookline_lightning.results import results_of, table_of
 from hookline_lightning.run_logger import NoLogger, RunLogger
-from hookline_lightning.saving import FromFile, found
+from hookline_lightning.saving import FromFile, found, shared
 from hookline_lightning.translation import is_of, translated, writes_checkpoints
 
 log = logging.getLogger("hookline.lightning")
@@ -189,11 +189,31 @@ class Trainer:
         if self._given.limit_train_batches == 0 and not self._given.overfit_batches:
             log.warning("limit_train_batches=0: there is nothing to train on")
             return
+        if ckpt_path is None and self._fitted is not None and self._is_done():
+            return
         self._fitted = self._begin(model, data, ckpt_path, weights_only)
         if self._fitted.options.epochs == 0 or self._fitted.options.max_steps == 0:
             log.warning("max_epochs or max_steps is 0: there is nothing to train")
             return
         self._fitted.train()
+
+    def _is_done(self) -> bool:
+        """Return whether an earlier fit has done all that there is, as Lightning counts epochs and steps over all.
+
+        Raises:
+            ValueError: it was stopped before, and Lightning would go on.
+        """
+        if self._fitted.status == "stopped":
+            raise ValueError(
+                f"fit was called before, and was stopped at step {self._fitted.global_step}: to go on say "
+                "ckpt_path='last', to begin anew make another Trainer"
+            )
+        if self._fitted.status == "finished":
+            log.warning(
+                "fit was called before, and has trained to max_epochs=%s, max_steps=%s: nothing is left. Make another "
+                "Trainer for another training", self.max_epochs, self.max_steps,
+            )  # fmt: skip
+        return self._fitted.status == "finished"  # type: ignore[no-any-return]
 
     def validate(
         self, model: Any = None, dataloaders: Any = None, ckpt_path: Any = None, verbose: bool = True,
@@ -368,6 +388,11 @@ class Trainer:
             raise TypeError(
                 f"{type(model).__name__} is of Lightning's first year, for which there is no trainer of its own here: "
                 'hookline.Trainer(module, plugins={"lightning": {}}, epochs=…)'
+            )
+        if isinstance(model, torch.nn.Module) and shared(model):
+            raise ValueError(
+                f"the ranks of an earlier run share the weights of this {type(model).__name__}: give a new one, and "
+                "ckpt_path, or evaluate with the data that fit was given and without ckpt_path"
             )
         mine = hasattr(type(model), "training_step")  # another module has no file of weights in Lightning's form
         plugin = Lightning(data, self._callbacks if mine else self._given_callbacks, *self.intervals)
