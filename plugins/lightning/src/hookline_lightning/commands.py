@@ -13,7 +13,7 @@ from hookline import config, instantiate, nearest
 from hookline.commands import mendable, new_parser
 from hookline_lightning import intervals
 from hookline_lightning.bridge import overridden
-from hookline_lightning.loggers import RunLogger
+from hookline_lightning.run_logger import RunLogger
 from hookline_lightning.trainer import Trainer
 from hookline_lightning.written import class_of, is_node, resolved, target
 
