@@ -156,13 +156,13 @@ class Drops(Program):
         return self.net(nn.functional.dropout(batch[0], 0.5, self.training)).square().mean()
 
 
-@pytest.mark.parametrize("writer", ["epoch", "step", "validation", "after"])
+@pytest.mark.parametrize("writer", ["step", "validation", "after"])
 def test_a_run_goes_on_from_a_file_with_the_same_bits(writer):
     whole = Drops()
     Trainer(max_epochs=4, **QUIET).fit(whole, loader(shuffle=True), loader())
     kinds = {
         "step": {"every_n_train_steps": 3}, "validation": {"save_on_train_epoch_end": False},
-        "epoch": {}, "after": {},
+        "after": {},
     }  # fmt: skip
     made = ModelCheckpoint("files", save_top_k=-1, **kinds[writer])
     cut = Trainer(max_epochs=2, callbacks=[made], **QUIET)

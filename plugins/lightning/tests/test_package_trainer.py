@@ -69,6 +69,10 @@ def files(**given):
     return run
 
 
+def interval(make):
+    return files(monitor="val_loss", save_top_k=-1)(make, val_check_interval=0.5)
+
+
 def at_the_logger(make):
     writer = callbacks.ModelCheckpoint(monitor="val_loss")
     logger = CSVLogger("logs", name="exp")
@@ -295,7 +299,7 @@ PROGRAMS = {
     "of epochs": files(every_n_epochs=2, save_top_k=-1, save_last=True), "weights": files(save_weights_only=True),
     "plain names": files(filename="x-{epoch}", auto_insert_metric_name=False, save_top_k=-1),
     "none": files(save_top_k=0),
-    "logger": at_the_logger, "best": best, "two loaders": of_two_loaders, "off": off,
+    "interval": interval, "logger": at_the_logger, "best": best, "two loaders": of_two_loaders, "off": off,
     "predictions": predictions, "answers": answers, "minimum": minimum, "lengths": lengths, "precisions": precisions,
     "averages": averages, "finetuning": finetuning, "timer": timed, "failing": failing, "own logger": of_the_user,
     "dry run": dry, "second fit": twice,
