@@ -123,7 +123,8 @@ def trackers(session: nox.Session) -> None:
 def lightning(session: nox.Session) -> None:
     """Train the demo modules of the real Lightning, here and by its own trainer, to the same losses."""
     session.install("lightning==2.6.6", "-r", "requirements-dev.txt")
-    session.run("pytest", "-n", "0", "plugins/lightning/tests/test_package.py", "-m", "slow", *session.posargs)
+    tests = [f"plugins/lightning/tests/test_{name}.py" for name in ("package", "differential")]
+    session.run("pytest", "-n", "0", *tests, "-m", "slow", *session.posargs)
 
 
 @nox.session
