@@ -479,6 +479,7 @@ ENDLESS = {"max_epochs": -1}
         (Line, (TRAIN, VAL), {}),
         (Line, (TRAIN,), {}),
         (Line, (EVEN, VAL), TWO),
+        (Line, (LONG, VAL), {**TWO, "val_check_interval": 4}),
         (Line, (TRAIN, VAL), {"num_sanity_val_steps": 0}),
         (Line, (TRAIN, VAL), {"max_steps": 4, "max_epochs": 5}),
         (Line, (TRAIN, VAL), {"val_check_interval": 2}),

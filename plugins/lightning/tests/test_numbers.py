@@ -106,6 +106,15 @@ def test_a_step_of_the_modules_own_beside_a_scaler_is_refused():
         fit(Steps(), precision="16-mixed", accelerator="cpu")
 
 
+def test_a_short_last_window_weighs_less_as_in_lightning():
+    fit(module := Plain(), ones(5), accumulate_grad_batches=2)
+    assert module.weight == -2.5
+    module = Plain()
+    module.train_dataloader = lambda: ones(5)
+    hookline.Trainer(module, {"lightning": {}, "accumulate": {"steps": 2}}, epochs=1).train()
+    assert module.weight == -3.0  # the plugin's own way: a mean of each window
+
+
 def test_gradients_that_training_step_leaves_do_not_join_those_of_its_loss():
     class Leaves(Plain):
         def training_step(self, batch):

@@ -213,6 +213,15 @@ class Following(CallbackInterface):
                 call(method, self.bridge.view, self.bridge.module, exception)
 
 
+class ShortWindows(CallbackInterface):
+    """Divides the losses of a short last window as those of all others, as Lightning does."""
+
+    @hookimpl(wrapper=True)
+    def scale_loss(self, trainer: hookline.Trainer, size: int) -> Generator[None, torch.Tensor, torch.Tensor]:
+        loss, whole = (yield), trainer.window_size
+        return loss if size == whole else loss * (size / whole)
+
+
 class Steps(CallbackInterface):
     """Tells of what happens within a step; only where somebody listens."""
 

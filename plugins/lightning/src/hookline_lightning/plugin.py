@@ -13,7 +13,7 @@ from hookline import CallbackInterface, Stage, hookimpl, instantiate, kept_rng, 
 from hookline_lightning import early, intervals
 from hookline_lightning.bridge import WORDS, Bridge, call, overridden
 from hookline_lightning.events import LONG_STEPS, OWN, listeners, refuse_unheard
-from hookline_lightning.following import Following, Steps
+from hookline_lightning.following import Following, ShortWindows, Steps
 from hookline_lightning.intervals import Intervals
 from hookline_lightning.manual import Manual
 from hookline_lightning.metrics import Metrics
@@ -42,6 +42,7 @@ class Lightning(CallbackInterface):
         self._given: Any = None  # the user's module
         self._clipping: tuple[float | None, str | None] = (None, None)
         self._intervals: Any = None
+        self._accumulates = False  # by an argument of Lightning's trainer
         self._portions: tuple[Any, bool] = ({}, False)  # of loaders, by stage; whether to overfit
 
     @hookimpl(wrapper=True)
@@ -80,6 +81,8 @@ class Lightning(CallbackInterface):
         refuse_unheard(bridge, view.callbacks)
         bridge.listeners = listeners(bridge, view.callbacks)
         trainer.plugins.register(Following(bridge), "lightning.following")
+        if self._accumulates:
+            trainer.plugins.register(ShortWindows(), "lightning.short_windows")
         if self._portions[0]:
             trainer.plugins.register(Portions(*self._portions), "lightning.portions")
         if self.val_check_interval is not None:

@@ -133,6 +133,7 @@ class Trainer:
         }  # fmt: skip
         limits = {name: amount for name, amount in limits.items() if amount is not None}
         self._limits: dict[str, Any] = limits
+        self._accumulates = accumulate_grad_batches != 1
         no_validation = limit_val_batches == 0
         steps, epochs = (None if number in (None, -1) else number for number in (max_steps, max_epochs))
         if epochs is None and steps is None and max_time is None and max_epochs == -1:
@@ -265,6 +266,7 @@ class Trainer:
             )
         plugin = Lightning(data, self.callbacks, *self.intervals)
         plugin._clipping = self.clipping
+        plugin._accumulates = self._accumulates
         plugins = {"lightning": plugin, **self.plugins}
         if plugins.get("limits") is self._limits:  # and none of hookline's own
             same, otherwise = portions.split(self._limits)
