@@ -165,6 +165,17 @@ def test_each_step_of_an_optimizer_step_has_a_forward_of_its_own_and_the_schedul
     assert module.seen == ["start 0", "optimizer 0", *once, "start 1", "optimizer 1", *once]
 
 
+def test_an_optimizer_step_goes_through_the_scaler():
+    class Warms(Plain):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(closure=optimizer_closure)
+            optimizer.param_groups[0]["lr"] = 0.5
+
+    trainer = fit(module := Warms(), precision="16-mixed", accelerator="cpu")
+    skipped = trainer.core.counters.skipped_steps  # by the scaler, which looks for its scale
+    assert module.weight == (-2.5 if not skipped else -0.5 * (4 - skipped))
+
+
 def test_a_closure_that_is_not_called_or_called_twice_in_a_window_is_an_error():
     with pytest.raises(ValueError, match=r"optimizer_step has not called its closure.*optimizer\.step\(closure=opt"):
         fit(Closing(0))
