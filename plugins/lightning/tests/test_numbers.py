@@ -678,7 +678,7 @@ def test_a_batch_whose_tensors_disagree_is_told_of(caplog):
 @pytest.mark.parametrize(
     ("reduce", "value"),
     [("AVG", 1.5), (torch.mean, 1.5), ("sum", 6.0), (max, 3.0), (torch.min, 0.0), ("median", None), (torch.std, None)],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )
 def test_reductions_are_those_of_lightning(reduce, value):
     class Reduces(Plain):
