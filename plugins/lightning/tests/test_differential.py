@@ -55,7 +55,7 @@ def note_of(trainer, module, event, rest):
         "intervals": (trainer.val_check_interval, trainer.check_val_every_n_epoch),
         "rates": [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
         "values": {name: value.item() for name, value in trainer.callback_metrics.items()},
-        "bar": dict(trainer.progress_bar_metrics),
+        "bar": dict(trainer.progress_bar_metrics), "logged": logged_of(trainer),
     }  # fmt: skip
     if event in WITHIN:
         gradients = [one.grad for one in module.parameters()]
@@ -64,6 +64,12 @@ def note_of(trainer, module, event, rest):
     if event == "on_train_batch_end":
         note["outputs"] = {name: float(value) for name, value in rest[0].items()}
     return note
+
+
+def logged_of(trainer):
+    """Return what trackers see, without the loss that the run logs here by itself."""
+    own = {"loss_epoch", "loss"} - trainer.callback_metrics.keys()
+    return {name: value.item() for name, value in trainer.logged_metrics.items() if name not in own}
 
 
 def noting(events, of_callback):
@@ -95,8 +101,7 @@ def run(kind, make, data, callbacks=(), **options):
         "weights": digest(module.state_dict()),
         "stopped": [(one.stopped_epoch, one.wait_count) for one in callbacks if isinstance(one, EarlyStopping)],
         "values": {name: value.item() for name, value in trainer.callback_metrics.items()},
-        "logged": {name: trainer.logged_metrics[name].item() for name in trainer.callback_metrics
-                   if name in trainer.logged_metrics},
+        "logged": logged_of(trainer),
     }  # fmt: skip
 
 
@@ -474,6 +479,7 @@ ENDLESS = {"max_epochs": -1}
         (Line, (TRAIN, VAL), {}),
         (Line, (TRAIN,), {}),
         (Line, (EVEN, VAL), TWO),
+        (Line, (LONG, VAL), {**TWO, "val_check_interval": 4}),
         (Line, (TRAIN, VAL), {"num_sanity_val_steps": 0}),
         (Line, (TRAIN, VAL), {"max_steps": 4, "max_epochs": 5}),
         (Line, (TRAIN, VAL), {"val_check_interval": 2}),

@@ -106,6 +106,15 @@ def test_a_step_of_the_modules_own_beside_a_scaler_is_refused():
         fit(Steps(), precision="16-mixed", accelerator="cpu")
 
 
+def test_a_short_last_window_weighs_less_as_in_lightning():
+    fit(module := Plain(), ones(5), accumulate_grad_batches=2)
+    assert module.weight == -2.5
+    module = Plain()
+    module.train_dataloader = lambda: ones(5)
+    hookline.Trainer(module, {"lightning": {}, "accumulate": {"steps": 2}}, epochs=1).train()
+    assert module.weight == -3.0  # the plugin's own way: a mean of each window
+
+
 def test_gradients_that_training_step_leaves_do_not_join_those_of_its_loss():
     class Leaves(Plain):
         def training_step(self, batch):
@@ -154,6 +163,17 @@ def test_each_step_of_an_optimizer_step_has_a_forward_of_its_own_and_the_schedul
     assert module.weight == pytest.approx(weight)
     once = ["step", "before"] * times
     assert module.seen == ["start 0", "optimizer 0", *once, "start 1", "optimizer 1", *once]
+
+
+def test_an_optimizer_step_goes_through_the_scaler():
+    class Warms(Plain):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(closure=optimizer_closure)
+            optimizer.param_groups[0]["lr"] = 0.5
+
+    trainer = fit(module := Warms(), precision="16-mixed", accelerator="cpu")
+    skipped = trainer.core.counters.skipped_steps  # by the scaler, which looks for its scale
+    assert module.weight == (-2.5 if not skipped else -0.5 * (4 - skipped))
 
 
 def test_a_closure_that_is_not_called_or_called_twice_in_a_window_is_an_error():

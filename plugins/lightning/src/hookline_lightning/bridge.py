@@ -67,8 +67,6 @@ class Now:
     """The step for which gradients are cleared."""
     within_closure: Any = None
     """The closure of the step that does forward and backward."""
-    closed = False
-    """Whether it has been called."""
 
 
 class Bridge(ModuleInterface):
@@ -179,6 +177,7 @@ class Bridge(ModuleInterface):
             return
         self.now.cleared_for = key
         if self.gradients:
+            self.show_gradients()
             self.gradients = {}
         self.tell("on_before_zero_grad", core.optimizers[0])
         if self.own_zero_grad is None:

@@ -56,50 +56,31 @@ class OwnBackward(CallbackInterface):
         return True
 
 
-class OwnStep(CallbackInterface):
-    """Has the module step its optimizer, by the closure that does forward and backward."""
-
-    def __init__(self, bridge: Bridge) -> None:
-        self.bridge = bridge
-
-    @hookimpl
-    def step_optimizer(self, trainer: hookline.Trainer, optimizer: torch.optim.Optimizer, closure: Any) -> bool:
-        bridge = self.bridge
-        if closure is None:  # a step of the module's own, in training_step
-            optimizer.step()
-        else:
-            stepping = Stepping(optimizer, bridge, closure)
-            bridge.module.optimizer_step(trainer.epoch, bridge.now.place, stepping, bridge.now.within_closure)
-            if not bridge.now.closed:
-                raise ValueError(
-                    "optimizer_step has not called its closure, which does forward and backward: write "
-                    "optimizer.step(closure=optimizer_closure), or call optimizer_closure()"
-                )
-        return True
-
-
 class Stepping(LightningOptimizer):
-    """The optimizer that `optimizer_step` is given: the hooks of a step come when it steps, not with its closure."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, bridge: Bridge, completed: Any) -> None:
-        super().__init__(optimizer, bridge)
-        self._completed = completed
+    """The optimizer that `optimizer_step` is given: a step goes through all gates, behind its closure."""
 
     def step(self, closure: Any = None, **options: Any) -> Any:
-        """Step, with the hooks behind the closure."""
-        if closure is not None and closure is self._bridge.now.within_closure:
-            return self.optimizer.step(self._completed, **options)
-        return self.optimizer.step(self._completing(closure or (lambda: None)), **options)
+        """Step; return what the closure answers."""
+        if options:
+            raise TypeError(f"step() takes a closure alone, not {', '.join(options)}")
+        core = self._bridge.trainer
+        if closure is not None and needs_closure(self.optimizer):
+            core.step([self.optimizer], closure)
+            return None
+        answer = None if closure is None else closure()
+        core.step([self.optimizer])
+        return answer
 
 
 class Closes(CallbackInterface):
     """Gives the optimizer, or the module's `optimizer_step`, a closure that does forward and backward of a batch.
 
-    It may be called several times, each of which is a forward and a backward of its own.
+    It may be called several times; each is a forward and a backward of its own. Schedulers move once, behind all.
     """
 
     def __init__(self, bridge: Bridge) -> None:
         self.bridge = bridge
+        self.own = overridden(bridge.module, "optimizer_step")
 
     @hookimpl
     def on_begin_train(self, trainer: hookline.Trainer) -> None:
@@ -132,24 +113,27 @@ class Closes(CallbackInterface):
                     "gradients would count twice; leave accumulate_grad_batches at 1"
                 )
             bridge.now.cleared_for = None if size == 1 else bridge.now.cleared_for  # each call begins with no gradients
-            bridge.now.closed = True
             calls.append(hook.forward_backward(trainer=trainer, batch=batch, index=size - 1, size=size))
             if bridge.now.skipped:
                 trainer.zero_grad()  # optimizers leave weights alone that have no gradient
             loss: torch.Tensor = calls[-1][0]
             return loss.detach()
 
-        bridge.now.within_closure, bridge.now.closed = closure, False
+        bridge.now.within_closure = closure
         try:
-            stepped = trainer.step(None, closure)
-            if not stepped and not calls:  # a gate has refused the step
+            if self.own is not None:
+                self.own(trainer.epoch, bridge.now.place, Stepping(trainer.optimizers[0], bridge), closure)
+            elif not trainer.step(None, closure) and not calls:  # a gate has refused the step
                 closure()
         finally:
             bridge.now.within_closure = None
+        if not calls:
+            raise ValueError(
+                "optimizer_step has not called its closure, which does forward and backward: write "
+                "optimizer.step(closure=optimizer_closure), or call optimizer_closure()"
+            )
+        hook.step_schedulers(trainer=trainer, when="step", optimizers=trainer.optimizers, metrics=trainer.metrics)
         return [*outputs, calls[-1]]
-
-
-OVERRIDES = {"optimizer_step": OwnStep, "backward": OwnBackward}
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -170,8 +154,8 @@ class Schedules(CallbackInterface):
 
     @hookimpl
     def step_schedulers(self, trainer: hookline.Trainer, when: str) -> bool:
-        if self.bridge.manual or when == "validation":
-            return True
+        if self.bridge.manual or when == "validation" or self.bridge.now.within_closure is not None:
+            return True  # those of a step within a closure move behind it
         if when == "epoch":
             self._move_epoch(trainer)
             return True

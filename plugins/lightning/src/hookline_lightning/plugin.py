@@ -21,7 +21,7 @@ from hookline_lightning.manual import Manual
 from hookline_lightning.members import member
 from hookline_lightning.metrics import Metrics
 from hookline_lightning.needs import require_loaders, require_methods
-from hookline_lightning.overrides import OVERRIDES, TRANSFERS, Closes, OwnTransfer, Schedules, needs_closure, written
+from hookline_lightning.overrides import TRANSFERS, Closes, OwnBackward, OwnTransfer, Schedules, needs_closure, written
 from hookline_lightning.portions import Portions
 from hookline_lightning.predicting import Predicted
 from hookline_lightning.run_logger import RunLogger
@@ -124,9 +124,8 @@ class Lightning(CallbackInterface):
             trainer.plugins.register(Steps(bridge), "lightning.steps")
         if bridge.manual:
             trainer.plugins.register(Manual(bridge), "lightning.manual")
-        for name, hook in OVERRIDES.items():
-            if overridden(module, name) and not (bridge.manual and name == "optimizer_step"):  # as in Lightning
-                trainer.plugins.register(hook(bridge), f"lightning.{name}")
+        if overridden(module, "backward"):
+            trainer.plugins.register(OwnBackward(bridge), "lightning.backward")
         if any(written(bridge, name) for name in TRANSFERS):
             trainer.plugins.register(OwnTransfer(bridge), "lightning.transfer")
         if any(is_metric(one) for one in module.modules()):

@@ -73,6 +73,16 @@ class Unshuffled(CallbackInterface):
 
 
 @dataclass(eq=False)
+class ShortWindows(CallbackInterface):
+    """Divide the losses of a short last window as those of all others, as Lightning does."""
+
+    @hookimpl(wrapper=True)
+    def scale_loss(self, trainer: hookline.Trainer, size: int) -> Generator[None, torch.Tensor, torch.Tensor]:
+        loss, whole = (yield), trainer.window_size
+        return loss if size == whole else loss * (size / whole)
+
+
+@dataclass(eq=False)
 class Averaged(CallbackInterface):
     """Leave the average of the weights in the module when training has ended, as Lightning's callbacks do."""
 

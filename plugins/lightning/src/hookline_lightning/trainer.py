@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,7 +138,7 @@ class Trainer:
         self._limits: dict[str, Any] = own.get("limits", {})
         self.plugins: dict[str, Any] = {
             **own,
-            **self._around(bool({"ema", "swa"} & translations.keys())),
+            **self._around({*own, *translations}),
             **translations,
             **{one.plugin: one.options() for one in self._loggers if getattr(one, "plugin", "")},
             **(given.plugins or {}),
@@ -154,16 +155,16 @@ class Trainer:
         folder, name = places[0]
         return {"run_name": name, **({"runs_folder": folder} if folder else {})}
 
-    def _around(self, averages: bool) -> dict[str, Any]:
-        """Return the plugins of this distribution that something is asked of."""
-        given, around = self._given, dict[str, Any]()
-        if given.overfit_batches:
-            around["lightning.unshuffled"] = {"_plugin_": "hookline_lightning.running.Unshuffled"}
-        if given.detect_anomaly:
-            around["lightning.anomaly"] = {"_plugin_": "hookline_lightning.running.Anomaly"}
-        if averages:
-            around["lightning.averaged"] = {"_plugin_": "hookline_lightning.running.Averaged"}
-        return around
+    def _around(self, named: Collection[str]) -> dict[str, Any]:
+        """Return the plugins of this distribution that something is asked of, beside those that are named."""
+        asked = {
+            "Unshuffled": self._given.overfit_batches,
+            "Anomaly": self._given.detect_anomaly,
+            "Averaged": "ema" in named or "swa" in named,
+            "ShortWindows": "accumulate" in named,
+        }
+        home = "hookline_lightning.running"
+        return {f"lightning.{kind.lower()}": {"_plugin_": f"{home}.{kind}"} for kind, wanted in asked.items() if wanted}
 
     # Doors ----------------------------------------------------------------------------
 
