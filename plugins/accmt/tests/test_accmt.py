@@ -557,6 +557,7 @@ def test_arguments_become_plugins():
     assert plan() == {"checkpoint", "jsonl", "model_saving"}
     assert plan(verbose=True) == plan() | {"progress"}
     assert "accumulate" not in plan(grad_accumulation_steps=1)
+    assert plan(checkpoint_every="eval") == plan()
     every = {"grad_accumulation_steps": 2, "clip_grad": 0.5, "compile": True, "handlers": Handler.ALL, "monitor": {}}
     assert plan(**every) == plan() | {"accumulate", "clip", "compile", "guard", "monitor"}
     assert {row["hook"] for row in made().plan()} >= {"adapt_module", "save", "update"}
@@ -784,6 +785,13 @@ def test_a_program_of_its_repository(caplog):
     assert json.loads(Path("dummy_model/best_accuracy/model.json").read_text())["step"] == 1
     assert caplog.text.count("'my_own_metric', and no metric has this name") == 1
     assert "the third is of a test set" in caplog.text
+
+
+def test_a_loss_of_validation_may_be_a_whole_number():
+    core = trained(
+        with_steps(training_step=loss_of, validation_step=lambda self, batch: torch.tensor(3)), train=points()
+    )
+    assert rows(core, "val_loss") == [3.0, 3.0]
 
 
 class Broken(Metric):
@@ -1656,6 +1664,8 @@ def test_what_a_yaml_cannot_say():
         made(sampler=WeightedRandomSampler([1.0], 1)).to_yaml(Regressor)
     with pytest.raises(TypeError, match="cannot be imported from a file; move it into one"):
         made(collate_fn=lambda samples: samples).to_yaml(Regressor)
+    with pytest.raises(TypeError, match=r"to_yaml: metrics are objects; have get_metrics\(\) of the module answer"):
+        made(metrics=Hit("hit")).to_yaml(Regressor)
 
 
 def test_the_plugin_trains_without_this_trainer():

@@ -249,6 +249,25 @@ def test_a_file_with_every_argument_at_its_default_is_translated(program, capsys
     assert (trainer.epoch, trainer.options.seed) == (2, 0)
 
 
+@pytest.mark.parametrize(
+    ("argument", "steps", "validations"),
+    [
+        ("limit_train_batches: 0.45", 3, 1),  # of 8, which Lightning rounds down
+        ("limit_train_batches: 3", 3, 1),
+        ("limit_train_batches: 5\n  limit_val_batches: 0.45", 5, 1),
+        ("val_check_interval: 0.3", 8, 4),  # after each 2 batches
+        ("val_check_interval: 3", 8, 2),
+        ("limit_val_batches: 0", 8, 0),
+    ],
+)
+def test_limits_and_intervals_are_those_of_the_trainer(argument, steps, validations, program, capsys, tmp_path):
+    head = f"trainer:\n  max_epochs: 1\n  num_sanity_val_steps: 0\n  {argument}\n"
+    text = head + "model: {class_path: of_the_user.Small}\ndata: {class_path: of_the_user.Data}\n"
+    _, trainer = translated(text, capsys, tmp_path)
+    trainer.train()
+    assert (trainer.global_step, trainer.counters.evaluations) == (steps, validations)
+
+
 NAMES = """
 trainer:
   max_epochs: 9

@@ -40,7 +40,7 @@ class Scripted(ModuleInterface):
     def val_step(self, global_step, batch, device):
         if self.score:
             self.log(val_iou=self.score[global_step - 1])
-        return torch.tensor(self.valid[global_step - 1] if self.valid else 1.0)
+        return torch.tensor(float(self.valid[global_step - 1]) if self.valid else 1.0)
 
     def get_train_dataloader(self, sampler, batch_size):
         return sharded([torch.zeros(1)])

@@ -39,8 +39,17 @@ class Session:
             self.stage = before
 
     def do(self, stage: Stage, folder: str) -> None:
-        """Do a run of one stage; `folder` is logged if it is already known."""
+        """Do a run of one stage; `folder` is logged if it is already known.
+
+        Raises:
+            RuntimeError: a run of this trainer is under way.
+        """
         run, began = self.run, time.monotonic()
+        if self.status == "running":
+            raise RuntimeError(
+                f"a run of this trainer ({self.stage.value}) is under way, and another one within it would end it for "
+                "its plugins: in a hook, validate by trainer.evaluation.validate(), or ask for the end by trainer.stop"
+            )
         self.stage, self.status = stage, "running"
         self.ends.begin_run()
         place = f" in {folder}" if folder else ""

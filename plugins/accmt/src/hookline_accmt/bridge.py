@@ -136,6 +136,8 @@ class Bridge(ModuleInterface):
                 pairs[name] = tuple(value)
             elif name != "loss":
                 self._log_number(name, value, step_name)
+        if not loss.is_floating_point():  # which the core would take for a count
+            loss = loss.double()
         return loss.reshape(()), self._given_to_metrics(pairs)
 
     def _log_number(self, name: str, value: Any, step_name: str) -> None:

@@ -243,7 +243,7 @@ class Trainer:
 
     def plan(self) -> list[dict[str, Any]]:
         """Return who does what in the run behind it, as `hookline plan` shows it."""
-        core = self.core or self._build(_Blank(), {"train_dataset": [0], "val_dataset": None})
+        core = self.core or self._build(_Blank(), {"train_dataset": [0], "val_dataset": [0]})
         return core.plugins.plan()
 
     def to_yaml(self, module: Any, train_dataset: Any = None, val_dataset: Any = None) -> str:
@@ -257,6 +257,10 @@ class Trainer:
         Raises:
             TypeError: an object, of which nobody can know how it was made.
         """
+        if self.metrics:
+            raise TypeError(
+                "to_yaml: metrics are objects; have get_metrics() of the module answer metrics of torchmetrics"
+            )
         made = {"train_dataset": train_dataset, "val_dataset": val_dataset}
         described = {name: described_by(name, given) for name, given in made.items() if given is not None}
         functions = {name: paths(name, given) for name, given in self._objects.items() if given is not None}

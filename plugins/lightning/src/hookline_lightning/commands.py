@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from hookline import config, instantiate, nearest
 from hookline.commands import mendable, new_parser
-from hookline_lightning import intervals
+from hookline_lightning import intervals, portions
 from hookline_lightning.bridge import overridden
 from hookline_lightning.run_logger import RunLogger
 from hookline_lightning.trainer import Trainer
@@ -94,6 +94,8 @@ def translated(tree: Mapping[str, Any], classes: Mapping[str, str | None]) -> di
         raise ValueError("model: there is none; say its class, --model package.module.Name")
     trainer, callbacks = _trainer(tree)
     plugins: dict[str, Any] = {"lightning": {}, **trainer.plugins}
+    if "limits" in plugins and "limits" not in ((tree.get("trainer") or {}).get("plugins") or {}):
+        plugins |= _limits(plugins.pop("limits"))
     for name, value in (
         ("datamodule", target(nodes["data"])), ("callbacks", callbacks),
     ):  # fmt: skip
@@ -196,6 +198,13 @@ def _made(name: str, value: Any) -> Any:
     if not is_node(value):
         return value
     return instantiate(target(_named(name, value) if name in SHORT else value), f"trainer.{name}")
+
+
+def _limits(limits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plugins that limit batches; fractions are rounded as Lightning rounds them."""
+    same, fractions = portions.split(limits)
+    portion = {"_plugin_": "hookline_lightning.portions.Portions", **fractions}
+    return {**({"limits": same} if same else {}), **({"lightning.portions": portion} if fractions else {})}
 
 
 def _clip(trainer: Trainer, path: str) -> dict[str, Any] | None:

@@ -56,7 +56,7 @@ class Lightning(CallbackInterface):
         self._loggers: list[Any] | None = None
         self._ckpt_path: str | None = None
         self._intervals: Any = None
-        self._portions: dict[Stage, float] = {}  # of loaders
+        self._portions: dict[str, float] = {}  # of loaders
 
     @hookimpl(wrapper=True)
     def adapt_module(self, trainer: hookline.Trainer, module: Any) -> Generator[None, Any, Any]:
@@ -113,7 +113,7 @@ class Lightning(CallbackInterface):
             trainer.plugins.register(Predicted(bridge), "lightning.predicted")
         trainer.plugins.register(Following(bridge), "lightning.following")
         if self._portions:
-            trainer.plugins.register(Portions(self._portions), "lightning.portions")
+            trainer.plugins.register(Portions(**self._portions), "lightning.portions")
         if self.val_check_interval is not None:
             view.intervals = (self.val_check_interval, self.check_val_every_n_epoch)
             if trainer.options.evaluate_every is not None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl
 
 
-def split(limits: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Stage, float]]:
+def split(limits: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the options of the plugin limits that mean the same in Lightning, and fractions, which it rounds down."""
-    fractions = {stage: limits[f"{stage.value}_batches"] for stage in Stage if f"{stage.value}_batches" in limits}
-    fractions = {stage: amount for stage, amount in fractions.items() if isinstance(amount, float)}
-    gone = {f"{stage.value}_batches" for stage in fractions}
-    return {name: amount for name, amount in limits.items() if name not in gone}, fractions
+    known = [field.name for field in fields(Portions)]
+    fractions = {name: amount for name, amount in limits.items() if name in known and isinstance(amount, float)}
+    return {name: amount for name, amount in limits.items() if name not in fractions}, fractions
 
 
 class Portion:
@@ -38,19 +38,18 @@ class Portion:
         return self.batches
 
 
+@dataclass(eq=False)
 class Portions(CallbackInterface):
-    """Gives parts of loaders.
+    """Gives parts of loaders, each a fraction of its batches."""
 
-    Args:
-        fractions: of the batches, by stage.
-    """
-
-    def __init__(self, fractions: Mapping[Stage, float]) -> None:
-        self.fractions = fractions
+    train_batches: float | None = None
+    val_batches: float | None = None
+    test_batches: float | None = None
+    predict_batches: float | None = None
 
     @hookimpl(wrapper=True, tryfirst=True)
     def setup_loader(self, trainer: hookline.Trainer, stage: Stage) -> Generator[None, Iterable[Any], Iterable[Any]]:
-        loader, fraction = (yield), self.fractions.get(stage)
+        loader, fraction = (yield), getattr(self, f"{stage.value}_batches")
         if fraction is None:
             return loader
         return Portion(loader, self._count(fraction, loader, stage), trainer if stage is Stage.TRAIN else None)
