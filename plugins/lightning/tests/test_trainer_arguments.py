@@ -266,6 +266,11 @@ def test_what_a_trainer_answers_before_and_after_a_run():
     assert [getattr(trainer, name) for name in said] == before
     with pytest.raises(AttributeError, match="trainer.log_dir is known once fit, validate, test or predict has begun"):
         _ = trainer.log_dir
+    for name in ("max_epochs", "logger", "limit_val_batches", "log_dir"):
+        with pytest.raises(AttributeError, match=f"trainer.{name} cannot be set: it is an argument of the Trainer"):
+            setattr(trainer, name, 1)
+    trainer.should_stop = True  # a fit begins without it
+    assert trainer.should_stop is False
     with pytest.raises(ValueError, match="save_checkpoint: there is no run yet"):
         trainer.save_checkpoint("x.ckpt")
     seen = {}

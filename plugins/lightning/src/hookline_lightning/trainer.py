@@ -26,6 +26,7 @@ from hookline_lightning.results import results_of, table_of
 from hookline_lightning.run_logger import NoLogger, RunLogger
 from hookline_lightning.saving import FromFile, found, shared
 from hookline_lightning.translation import is_of, translated, writes_checkpoints
+from hookline_lightning.view import View
 
 log = logging.getLogger("hookline.lightning")
 
@@ -317,8 +318,11 @@ class Trainer:
         return getattr(self._before if run is None else getattr(run.module, "view", run), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "should_stop" and self.core is not None:
-            self._view.should_stop = value
+        if name == "should_stop":  # a fit begins without it
+            if self.core is not None:
+                self._view.should_stop = value
+        elif hasattr(View, name) and name != "core" and not hasattr(type(self), name):
+            raise AttributeError(f"trainer.{name} cannot be set: it is an argument of the Trainer, or known by its run")
         else:
             super().__setattr__(name, value)
 
