@@ -1728,3 +1728,40 @@ def test_a_model_of_transformers_by_its_class():
     made().fit(("start", transformers.GPT2LMHeadModel), data)
     with pytest.raises(ValueError, match="transformers has no class 'AutoModelFor'"):
         AcceleratorModule.from_hf("start", "AutoModelFor")
+
+
+# What has no effect is said -------------------------------------------------------------
+
+
+class OwnLoaders(ExampleModule):
+    def get_train_dataloader(self):
+        return DataLoader(points(), batch_size=8)
+
+    def get_validation_dataloader(self):
+        return DataLoader(points(), batch_size=8)
+
+
+def test_datasets_beside_loaders_of_the_module_are_told_to_have_no_effect(caplog):
+    sampler = WeightedRandomSampler([1.0] * 40, 40)
+    Trainer({"epochs": 1, "batch_size": 8}, "model", sampler=sampler).fit(OwnLoaders(), points(), points())
+    assert "OwnLoaders.get_train_dataloader() gives the loader, so train_dataset and sampler have" in caplog.text
+    assert "OwnLoaders.get_validation_dataloader() gives the loader, so val_dataset has no effect" in caplog.text
+
+
+def test_a_tracker_that_is_not_named_is_told_to_get_nothing(caplog):
+    Trainer({"epochs": 1}, "model", logging_dir="here", track_name="mine")
+    assert "track_name and logging_dir without log_with: there is no tracker" in caplog.text
+
+
+@pytest.mark.parametrize("slip", ["get_val_dataloader", "get_optimizers", "get_schedulers"])
+def test_a_slip_of_a_method_name_is_refused_before_training(slip):
+    module = type("Slipped", (ExampleModule,), {slip: lambda self: None})()
+    with pytest.raises(TypeError, match=rf"Slipped.{slip}\(\) would not be called: name it get_"):
+        Trainer({"epochs": 1}, "model").fit(module, points())
+
+
+def test_the_seed_of_a_fit_is_the_last_that_was_set():
+    trainer = Trainer({"epochs": 1, "batch_size": 8}, "model")
+    set_seed(42)
+    trainer.fit(ExampleModule(), points())
+    assert trainer.core.options.seed == 42

@@ -425,3 +425,23 @@ def test_data_are_prepared_on_each_machine_or_once(each, prepared):
     data = Data()
     hookline.Trainer(Line(), {"place": Place(), "lightning": {"datamodule": data}}, epochs=1).train()
     assert data.prepared == prepared
+
+
+def test_the_cause_of_a_property_that_fails_is_told():
+    class Gan(Line):
+        automatic_optimization = property(lambda self: not self.config.gan)
+
+    with pytest.raises(RuntimeError, match="Gan.automatic_optimization: 'Gan' object has no attribute 'config'"):
+        fit(Gan())
+
+
+@pytest.mark.parametrize("options", [{"enable_graph": True}, {"sync_dist_group": object()}])
+def test_what_log_cannot_do_is_refused(options):
+    class Logs(Line):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("mine", loss, **options)
+            return loss
+
+    with pytest.raises(ValueError, match=r"self.log\('mine'\): enable_graph=True and sync_dist_group are not here"):
+        fit(Logs())

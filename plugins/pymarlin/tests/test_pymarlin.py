@@ -345,6 +345,8 @@ def test_fp16_is_off_on_a_cpu_and_said(caplog):
     caplog.clear()
     arguments(amp_backend_native=True)
     assert "amp_backend_native=True has no effect, as in PyMarlin: backend='sp' trains in full pre" in caplog.text
+    arguments(amp_level_apex="O3")
+    assert "amp_level_apex='O3' has no effect: fp16 is that of torch" in caplog.text
 
 
 def test_optimizers_may_begin_anew_from_a_checkpoint():

@@ -183,7 +183,7 @@ class Bridge(ModuleInterface):
 
     def get_train_dataloader(self, sampler: Any, batch_size: int) -> Any:
         """Return the module's own loader, or one of the dataset."""
-        given, accmt = self._own_loader("get_train_dataloader"), self.accmt
+        given, accmt = self._own_loader("get_train_dataloader", "train_dataset", "sampler"), self.accmt
         dataset, samplers = accmt.made["train_dataset"], accmt.made["sampler"]
         if given is not None:
             return given
@@ -191,17 +191,23 @@ class Bridge(ModuleInterface):
 
     def get_val_dataloaders(self, sampler: Any, batch_size: int) -> Any:
         """Return the module's own loader, or one of the dataset; None where there is neither."""
-        given, dataset = self._own_loader("get_validation_dataloader"), self.accmt.made["val_dataset"]
+        given = self._own_loader("get_validation_dataloader", "val_dataset")
+        dataset = self.accmt.made["val_dataset"]
         if given is not None or dataset is None:
             return given
         return data.loader(dataset, batch_size, sampler, self.accmt.shuffle_validation, **self._loading())
 
-    def _own_loader(self, name: str) -> Any:
-        """Return what a method of the module gives, which is asked once."""
+    def _own_loader(self, name: str, *instead_of: str) -> Any:
+        """Return what a method of the module gives, which is asked once; say what it is taken in the place of."""
         if not hasattr(self.user, name):
             return None
         if name not in self._loaders:
             self._loaders[name] = getattr(self.user, name)()
+            unused = [argument for argument in instead_of if self.accmt.made[argument] is not None]
+            if unused and self._loaders[name] is not None:
+                kind = type(self.user).__name__
+                have = "has" if len(unused) == 1 else "have"
+                log.warning("%s.%s() gives the loader, so %s %s no effect", kind, name, " and ".join(unused), have)
         return self._loaders[name]
 
     def _loading(self) -> dict[str, Any]:

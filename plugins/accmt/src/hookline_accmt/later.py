@@ -25,12 +25,18 @@ ARGUMENTS = {
 """Arguments of `Trainer`."""
 
 METHODS = {
+    "get_optimiser": "name it get_optimizer",
+    "get_optimizers": "name it get_optimizer, and return one",
+    "get_schedulers": "name it get_scheduler, and return one",
+    "get_training_dataloader": "name it get_train_dataloader",
+    "get_val_dataloader": "name it get_validation_dataloader",
+    "get_valid_dataloader": "name it get_validation_dataloader",
     "after_eval": "do it at the end of validation_step",
     "before_eval": "do it at the beginning of validation_step",
     "collate_fn_train": "write collate_fn, or get_train_dataloader with one of its own",
     "collate_fn_val": "write collate_fn, or get_validation_dataloader with one of its own",
 }
-"""Methods of a module that would be called."""
+"""Methods of a module that look as if they were called: of later versions, or slips of a name."""
 
 COLLATOR = "is not here: take the one of transformers, `from transformers import {}`"
 EXPORTS = {

@@ -148,7 +148,7 @@ def check(module: AcceleratorModule) -> None:
         raise TypeError(f"{name} has neither training_step(self, batch) nor step(self, batch); write one of them")
     for method, instead in METHODS.items():
         if hasattr(module, method):
-            raise TypeError(f"{name}.{method}() is of a later ACCMT, and would not be called: {instead}")
+            raise TypeError(f"{name}.{method}() would not be called: {instead}")
     if hasattr(module, "test_step"):
         log.warning("%s.test_step() is not called: fit trains and validates", name)
     teacher = module.teacher

@@ -10,7 +10,7 @@ from typing import Any
 
 import hookline
 
-_seed = [0]  # of the trainers that are made from here on
+_seed = [0]  # of each fit from here on
 
 
 def set_seed(seed: int) -> None:

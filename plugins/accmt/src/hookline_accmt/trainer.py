@@ -163,7 +163,6 @@ class Trainer:
             "log_every": f"{log_every} steps",
             "train_loss_metric_name": train_loss_metric_name,
             "val_loss_metric_name": val_loss_metric_name,
-            "seed": current_seed(),
             "runs_folder": str(self.checkpoint.parent),
             "run_name": self.checkpoint.name,
         }
@@ -192,6 +191,9 @@ class Trainer:
             if name in ARGUMENTS:
                 raise TypeError(f"Trainer has no {name!r}, which is of another version of ACCMT: use {ARGUMENTS[name]}")
         known = [name for name in inspect.signature(Trainer).parameters if name != "kwargs"]
+        aimed = [name for name, given in (("track_name", track_name), ("logging_dir", logging_dir != "logs")) if given]
+        if log_with is None and aimed:
+            log.warning("%s without log_with: there is no tracker that it could be said to", " and ".join(aimed))
         self._plugins |= plugins_of(log_with, track_name or self.model_path.name, str(logging_dir), kwargs, known)
         check_options({"accmt": self._accmt, **self._all_plugins(True, False)})
 
@@ -271,7 +273,7 @@ class Trainer:
         resume = self.resume if isinstance(self.resume, str) else self.resume is not False
         tree = {
             "module": node,
-            "trainer": {**self._options, "resume": resume},
+            "trainer": {**self._options, "seed": current_seed(), "resume": resume},
             "plugins": {"accmt": {**self._accmt, **described, **functions}, **plugins},
         }
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
@@ -293,7 +295,8 @@ class Trainer:
         accmt.use(**{name: given for name, given in {**self._objects, **datasets}.items() if given is not None})
         validates = datasets["val_dataset"] is not None or hasattr(module, "get_validation_dataloader")
         plugins = self._all_plugins(validates, hasattr(module, "get_metrics"))
-        return hookline.Trainer(module, {"accmt": accmt, **plugins}, **self._options, resume=resume)
+        options = {**self._options, "seed": current_seed(), "resume": resume}
+        return hookline.Trainer(module, {"accmt": accmt, **plugins}, **options)
 
     def _all_plugins(self, validates: bool, has_metrics: bool) -> dict[str, Any]:
         saving = dict(self._model_saving)

@@ -117,8 +117,15 @@ class Bridge(ModuleInterface):
 
     @property
     def manual(self) -> bool:
-        """Whether the module steps its optimizers itself."""
-        return not member(self.module, "automatic_optimization", True)
+        """Whether the module steps its optimizers itself.
+
+        Raises:
+            RuntimeError: the module's own property fails; torch would take its AttributeError for ours.
+        """
+        try:
+            return not member(self.module, "automatic_optimization", True)
+        except AttributeError as error:
+            raise RuntimeError(f"{type(self.module).__name__}.automatic_optimization: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()

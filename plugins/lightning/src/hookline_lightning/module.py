@@ -52,9 +52,9 @@ class Doors:
             on_step: the mean of each interval of `log_every`; by default in `training_step`.
             on_epoch: over the epoch; by default everywhere else.
             reduce_fx: "mean", "sum", "min" or "max" of an epoch.
-            enable_graph: has no meaning here, values are detached.
+            enable_graph: True is refused, values are detached.
             sync_dist: over all ranks (an evaluation always is).
-            sync_dist_group: has no meaning here.
+            sync_dist_group: others than None are refused.
             add_dataloader_idx: append the key of the loader where there are several.
             batch_size: how much the value weighs in a mean; unless given, the first dimension of the batch's first
                 tensor, as in Lightning.
@@ -62,8 +62,13 @@ class Doors:
             rank_zero_only: only rank 0 logs it.
 
         Raises:
-            ValueError: a reduction or a name that cannot be.
+            ValueError: a reduction, a name, a graph or a group of ranks that cannot be.
         """
+        if enable_graph or sync_dist_group is not None:
+            raise ValueError(
+                f"self.log({name!r}): enable_graph=True and sync_dist_group are not here: values are detached, and "
+                "reduced over all ranks; keep the tensor yourself, or reduce it before you log it"
+            )
         connected(self).bridge.values.take(
             name, value, prog_bar=prog_bar, logger=logger, on_step=on_step, on_epoch=on_epoch, reduce_fx=reduce_fx,
             sync=sync_dist, with_key=add_dataloader_idx, first_rank=rank_zero_only, batch_size=batch_size,

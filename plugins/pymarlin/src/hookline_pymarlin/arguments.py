@@ -172,6 +172,9 @@ class TrainerArguments:
                     "%s=True has no effect, as in PyMarlin: backend=%r trains in full precision; backend=%r in fp16",
                     name, self.backend, f"{self.backend}-amp",
                 )  # fmt: skip
+        if self.amp_level_apex != "O1":
+            said = "amp_level_apex=%r has no effect: fp16 is that of torch, which has no levels"
+            log.warning(said, self.amp_level_apex)
 
     def _check_ranks(self) -> None:
         _, rank, processes = launched()
