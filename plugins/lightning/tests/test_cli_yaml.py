@@ -11,7 +11,7 @@ from hookline.commands import UserError
 from hookline.config import build_trainer, load_config
 from hookline.testing import digest
 from hookline_lightning import Trainer
-from hookline_lightning.commands import main
+from hookline_lightning.cli.commands import main
 
 pytestmark = pytest.mark.plugins
 

@@ -335,7 +335,7 @@ def test_each_reads_the_files_of_the_other():
 
 
 def ours(kind, path):
-    from hookline_lightning.reading import load_from_checkpoint
+    from hookline_lightning.files.reading import load_from_checkpoint
 
     return load_from_checkpoint(kind, path)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hookline import hookspecs
-from hookline_lightning.view import View
+from hookline_lightning.run.view import View
 
 
 def nothing(self: Any, *arguments: Any, **options: Any) -> None:

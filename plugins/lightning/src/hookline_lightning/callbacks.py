@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from hookline import seconds
-from hookline_lightning.arguments import duration as written
-from hookline_lightning.checkpoints import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from hookline_lightning.files.checkpoints import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 from hookline_lightning.module import Callback
-from hookline_lightning.standing import (
+from hookline_lightning.translating.arguments import duration as written
+from hookline_lightning.translating.standing import (
     BatchSizeFinder,
     DeviceStatsMonitor,
     EMAWeightAveraging,

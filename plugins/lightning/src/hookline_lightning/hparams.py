@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from types import FrameType
 from typing import Any
 
-from hookline_lightning.plain import AttributeDict
+from hookline_lightning.files.plain import AttributeDict
 
 
 class HasHparams:
@@ -20,7 +20,7 @@ class HasHparams:
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **options: Any) -> Any:
         """Return one that is made with saved parameters, a module with saved weights; see `reading`."""
-        return importlib.import_module("hookline_lightning.reading").load_from_checkpoint(
+        return importlib.import_module("hookline_lightning.files.reading").load_from_checkpoint(
             cls, checkpoint_path, *args, **options
         )
 

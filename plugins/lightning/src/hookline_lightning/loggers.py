@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hookline_lightning import experiments
-from hookline_lightning.plain import plain
-from hookline_lightning.run_logger import Logger, RunLogger
+from hookline_lightning.files.plain import plain
+from hookline_lightning.logs import experiments
+from hookline_lightning.logs.run_logger import Logger, RunLogger
 
 __all__ = ["CSVLogger", "CometLogger", "Logger", "MLFlowLogger", "TensorBoardLogger", "WandbLogger"]
 

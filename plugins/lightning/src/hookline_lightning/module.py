@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hookline_lightning.bases import DataHooks, Events, ModuleHooks, nothing
 from hookline_lightning.hparams import HasHparams
-from hookline_lightning.view import View
+from hookline_lightning.run.view import View
 
 
 class Doors:

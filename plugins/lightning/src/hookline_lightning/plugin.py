@@ -10,25 +10,35 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl, instantiate, kept_rng, set_seed
-from hookline_lightning import early, early_bridge, intervals
-from hookline_lightning.answers import USUAL
-from hookline_lightning.bridge import WORDS, Bridge, call, overridden
-from hookline_lightning.events import LONG_STEPS, OWN, RUNNING, listeners, refuse_unheard
-from hookline_lightning.following import Following, Steps
-from hookline_lightning.intervals import Intervals
-from hookline_lightning.loaders import batch_size, joined
-from hookline_lightning.manual import Manual
-from hookline_lightning.members import member
-from hookline_lightning.metrics import Metrics
-from hookline_lightning.needs import require_loaders, require_methods
-from hookline_lightning.overrides import TRANSFERS, Closes, OwnBackward, OwnTransfer, Schedules, needs_closure, written
-from hookline_lightning.portions import Portions
-from hookline_lightning.predicting import Predicted
-from hookline_lightning.run_logger import RunLogger
-from hookline_lightning.running import AtLeast
-from hookline_lightning.saving import Files
-from hookline_lightning.translation import is_of, replaces, writes_checkpoints
-from hookline_lightning.values import is_metric
+from hookline_lightning import early
+from hookline_lightning.files.saving import Files
+from hookline_lightning.first_year import bridge as early_bridge
+from hookline_lightning.logs.run_logger import RunLogger
+from hookline_lightning.run import intervals
+from hookline_lightning.run.answers import USUAL
+from hookline_lightning.run.bridge import WORDS, Bridge, call, overridden
+from hookline_lightning.run.events import LONG_STEPS, OWN, RUNNING, listeners, refuse_unheard
+from hookline_lightning.run.following import Following, Steps
+from hookline_lightning.run.intervals import Intervals
+from hookline_lightning.run.loaders import batch_size, joined
+from hookline_lightning.run.manual import Manual
+from hookline_lightning.run.members import member
+from hookline_lightning.run.metrics import Metrics
+from hookline_lightning.run.needs import require_loaders, require_methods
+from hookline_lightning.run.overrides import (
+    TRANSFERS,
+    Closes,
+    OwnBackward,
+    OwnTransfer,
+    Schedules,
+    needs_closure,
+    written,
+)
+from hookline_lightning.run.portions import Portions
+from hookline_lightning.run.predicting import Predicted
+from hookline_lightning.run.values import is_metric
+from hookline_lightning.translating.running import AtLeast
+from hookline_lightning.translating.translation import is_of, replaces, writes_checkpoints
 
 
 @dataclass(eq=False)

@@ -13,20 +13,22 @@ import torch
 
 import hookline
 from hookline import nearest
-from hookline_lightning import arguments, early, portions
-from hookline_lightning.answers import BeforeRun
-from hookline_lightning.bridge import overridden
-from hookline_lightning.checkpoints import ModelCheckpoint
-from hookline_lightning.given_data import Predictions, data_of
-from hookline_lightning.given_loggers import OwnLoggers
-from hookline_lightning.given_loggers import listed as listed_loggers
-from hookline_lightning.plain import hparams_of
+from hookline_lightning import early
+from hookline_lightning.files.checkpoints import ModelCheckpoint
+from hookline_lightning.files.plain import hparams_of
+from hookline_lightning.files.saving import FromFile, found, shared
+from hookline_lightning.logs.run_logger import NoLogger, RunLogger
 from hookline_lightning.plugin import Lightning
-from hookline_lightning.results import results_of, table_of
-from hookline_lightning.run_logger import NoLogger, RunLogger
-from hookline_lightning.saving import FromFile, found, shared
-from hookline_lightning.translation import is_of, translated, writes_checkpoints
-from hookline_lightning.view import View
+from hookline_lightning.run import portions
+from hookline_lightning.run.answers import BeforeRun
+from hookline_lightning.run.bridge import overridden
+from hookline_lightning.run.view import View
+from hookline_lightning.translating import arguments
+from hookline_lightning.translating.given_data import Predictions, data_of
+from hookline_lightning.translating.given_loggers import OwnLoggers
+from hookline_lightning.translating.given_loggers import listed as listed_loggers
+from hookline_lightning.translating.results import results_of, table_of
+from hookline_lightning.translating.translation import is_of, translated, writes_checkpoints
 
 log = logging.getLogger("hookline.lightning")
 
@@ -164,7 +166,7 @@ class Trainer:
             "Averaged": "ema" in named or "swa" in named,
             "ShortWindows": "accumulate" in named,
         }
-        home = "hookline_lightning.running"
+        home = "hookline_lightning.translating.running"
         return {f"lightning.{kind.lower()}": {"_plugin_": f"{home}.{kind}"} for kind, wanted in asked.items() if wanted}
 
     # Doors ----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from hookline import Stage
-from hookline_lightning.bridge import LONG, Bridge, overridden
+from hookline_lightning.run.bridge import LONG, Bridge, overridden
 
 STEPS = {Stage.TRAIN: "training_step", Stage.VAL: "validation_step", Stage.TEST: "test_step"}
 LOADERS = {stage: f"{'val' if stage is Stage.VAL else LONG[stage]}_dataloader" for stage in Stage}

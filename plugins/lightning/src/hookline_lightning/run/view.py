@@ -13,9 +13,9 @@ import torch
 
 import hookline
 from hookline import Stage, nearest
-from hookline_lightning.answers import Answers, Loop
-from hookline_lightning.lengths import Lengths
-from hookline_lightning.run_logger import RunLogger
+from hookline_lightning.logs.run_logger import RunLogger
+from hookline_lightning.run.answers import Answers, Loop
+from hookline_lightning.run.lengths import Lengths
 
 STAGES = {Stage.TRAIN: "train", Stage.VAL: "validate", Stage.TEST: "test", Stage.PREDICT: "predict"}
 STATUS = {"running": "running", "finished": "finished", "stopped": "finished"}  # others are interrupted

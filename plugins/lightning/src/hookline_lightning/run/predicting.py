@@ -6,7 +6,7 @@ from typing import Any
 
 import hookline
 from hookline import CallbackInterface, hookimpl
-from hookline_lightning.bridge import Bridge
+from hookline_lightning.run.bridge import Bridge
 
 
 class Predicted(CallbackInterface):

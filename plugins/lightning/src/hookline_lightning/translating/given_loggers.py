@@ -7,9 +7,9 @@ from typing import Any
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline_lightning import experiments
 from hookline_lightning.loggers import OWN
-from hookline_lightning.run_logger import Logger, RunLogger
+from hookline_lightning.logs import experiments
+from hookline_lightning.logs.run_logger import Logger, RunLogger
 
 PACKAGES = ("lightning.", "pytorch_lightning.")
 

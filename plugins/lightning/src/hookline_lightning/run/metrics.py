@@ -7,8 +7,8 @@ from typing import Any
 
 import hookline
 from hookline import CallbackInterface
-from hookline_lightning.bridge import Bridge
-from hookline_lightning.values import is_metric
+from hookline_lightning.run.bridge import Bridge
+from hookline_lightning.run.values import is_metric
 
 
 class Metrics(CallbackInterface):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import yaml
 
-from hookline_lightning.calls import call, overridden
-from hookline_lightning.plain import AttributeDict
+from hookline_lightning.files.plain import AttributeDict
+from hookline_lightning.run.calls import call, overridden
 
 HPARAMS = "hyper_parameters"
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from hookline import nearest
-from hookline_lightning.bridge import Bridge, call, overridden
-from hookline_lightning.members import calls_itself
-from hookline_lightning.translation import HOMES
+from hookline_lightning.run.bridge import Bridge, call, overridden
+from hookline_lightning.run.members import calls_itself
+from hookline_lightning.translating.translation import HOMES
 
 log = logging.getLogger("hookline.lightning")
 

@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 
 import hookline
 from hookline import CallbackInterface, ModuleInterface, Stage, copy_state, hookimpl
-from hookline_lightning.bridge import overridden
 from hookline_lightning.early import View
-from hookline_lightning.members import calls_itself, member
+from hookline_lightning.run.bridge import overridden
+from hookline_lightning.run.members import calls_itself, member
 
 UNHEARD = (  # methods of later versions of the first year, which change how a run goes
     "optimizer_step", "training_end", "train_dataloader", "configure_apex", "configure_ddp", "init_ddp_connection",

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import hookline
-from hookline_lightning import experiments
-from hookline_lightning.plain import plain
+from hookline_lightning.files.plain import plain
+from hookline_lightning.logs import experiments
 
 
 class Logger(abc.ABC):

@@ -10,9 +10,9 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl, kept_rng
-from hookline_lightning.bridge import LONG, Bridge, call, overridden
-from hookline_lightning.events import LONG_STEPS
-from hookline_lightning.values import INSTEAD
+from hookline_lightning.run.bridge import LONG, Bridge, call, overridden
+from hookline_lightning.run.events import LONG_STEPS
+from hookline_lightning.run.values import INSTEAD
 
 
 class Following(CallbackInterface):

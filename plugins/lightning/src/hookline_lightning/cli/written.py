@@ -72,7 +72,7 @@ def target(node: Any) -> Any:
         kind = class_of(path)
         arguments = {name: _as_wanted(kind, name, value) for name, value in arguments.items()}
         if isinstance(kind, type) and issubclass(kind, (torch.optim.Optimizer, LRScheduler, ReduceLROnPlateau)):
-            return {"_target_": "hookline_lightning.written.later", "class_path": path, **target(arguments)}
+            return {"_target_": "hookline_lightning.cli.written.later", "class_path": path, **target(arguments)}
         return {"_target_": path, **target(arguments)}
     if isinstance(node, Mapping):
         return {str(key): target(value) for key, value in node.items()}
@@ -91,7 +91,7 @@ def _as_wanted(kind: Any, name: str, value: Any) -> Any:
         return value
     hints = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     wanted = any((typing.get_origin(one) or one) in (Callable, type, typing.Callable) for one in hints)
-    return {"_target_": "hookline_lightning.written.class_of", "path": value} if wanted else value
+    return {"_target_": "hookline_lightning.cli.written.class_of", "path": value} if wanted else value
 
 
 # What the configuration names ----------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 from types import SimpleNamespace
 from typing import Any
 
-from hookline_lightning.translation import is_of, writes_checkpoints
+from hookline_lightning.translating.translation import is_of, writes_checkpoints
 
 WORDS = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}  # of precision
 USUAL = SimpleNamespace(

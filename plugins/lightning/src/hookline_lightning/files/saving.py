@@ -12,9 +12,9 @@ import torch
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl
 from hookline.files import make_folder, replacing
-from hookline_lightning.bridge import Bridge, call, overridden
-from hookline_lightning.plain import plain
-from hookline_lightning.reading import HPARAMS, arguments_of, read
+from hookline_lightning.files.plain import plain
+from hookline_lightning.files.reading import HPARAMS, arguments_of, read
+from hookline_lightning.run.bridge import Bridge, call, overridden
 
 log = logging.getLogger("hookline.lightning")
 

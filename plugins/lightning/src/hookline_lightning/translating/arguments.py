@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hookline
-from hookline_lightning import intervals
+from hookline_lightning.run import intervals
 
 AMP = {"bf16-mixed": "bf16", "bf16": "bf16", "16-mixed": "fp16", "16": "fp16"}
 WHOLE = {"64-true": "float64", "64": "float64", "16-true": "float16", "bf16-true": "bfloat16"}
@@ -241,7 +241,9 @@ def _of_precision(given: SimpleNamespace) -> dict[str, Any]:
     if word in AMP:
         return {"amp": {"precision": AMP[word]}}
     if word in WHOLE:
-        return {"lightning.precision": {"_plugin_": "hookline_lightning.running.Whole", "dtype": WHOLE[word]}}
+        return {
+            "lightning.precision": {"_plugin_": "hookline_lightning.translating.running.Whole", "dtype": WHOLE[word]}
+        }
     if word not in FULL:
         known = [one for one in (*FULL, *AMP, *WHOLE) if one != "None"]
         raise ValueError(f"precision={given.precision!r} must be one of {', '.join(known)}")

@@ -10,9 +10,9 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl, hookspecs
-from hookline_lightning.bridge import Bridge, call, overridden
-from hookline_lightning.configure import SchedulerConfig
-from hookline_lightning.optimizer import LightningOptimizer
+from hookline_lightning.run.bridge import Bridge, call, overridden
+from hookline_lightning.run.configure import SchedulerConfig
+from hookline_lightning.run.optimizer import LightningOptimizer
 
 TRANSFERS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 

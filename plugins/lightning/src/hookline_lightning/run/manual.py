@@ -9,7 +9,7 @@ import torch
 
 import hookline
 from hookline import CallbackInterface, Stage, hookimpl
-from hookline_lightning.bridge import Bridge
+from hookline_lightning.run.bridge import Bridge
 
 
 class Manual(CallbackInterface):

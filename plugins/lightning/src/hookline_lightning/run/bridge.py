@@ -11,15 +11,15 @@ import torch
 
 import hookline
 from hookline import ModuleInterface, Stage
-from hookline_lightning.calls import call as call
-from hookline_lightning.calls import overridden as overridden
-from hookline_lightning.configure import SchedulerConfig, read_optimizers
-from hookline_lightning.loaders import in_turn, joined
-from hookline_lightning.members import member
 from hookline_lightning.module import DOORS, Doors, LightningModule
-from hookline_lightning.optimizer import LightningOptimizer
-from hookline_lightning.values import Values
-from hookline_lightning.view import View
+from hookline_lightning.run.calls import call as call
+from hookline_lightning.run.calls import overridden as overridden
+from hookline_lightning.run.configure import SchedulerConfig, read_optimizers
+from hookline_lightning.run.loaders import in_turn, joined
+from hookline_lightning.run.members import member
+from hookline_lightning.run.optimizer import LightningOptimizer
+from hookline_lightning.run.values import Values
+from hookline_lightning.run.view import View
 
 log = logging.getLogger("hookline.lightning")
 

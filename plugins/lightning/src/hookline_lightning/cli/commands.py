@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from hookline import config, instantiate, nearest
 from hookline.commands import mendable, new_parser
-from hookline_lightning import intervals, portions
-from hookline_lightning.bridge import overridden
-from hookline_lightning.run_logger import RunLogger
+from hookline_lightning.cli.written import class_of, is_node, resolved, target
+from hookline_lightning.logs.run_logger import RunLogger
+from hookline_lightning.run import intervals, portions
+from hookline_lightning.run.bridge import overridden
 from hookline_lightning.trainer import Trainer
-from hookline_lightning.written import class_of, is_node, resolved, target
 
 EXAMPLES = """\
 examples:
@@ -137,7 +137,7 @@ def _module(nodes: Mapping[str, Any]) -> Any:
         if scheduler is not None:
             raise ValueError("lr_scheduler: there is one and no optimizer; say both, or neither")
         return module
-    made = {"_target_": "hookline_lightning.written.configured", "module": module, "optimizer": target(optimizer)}
+    made = {"_target_": "hookline_lightning.cli.written.configured", "module": module, "optimizer": target(optimizer)}
     if scheduler is None:
         return made
     if scheduler["class_path"] in PLATEAUS:
@@ -203,7 +203,7 @@ def _made(name: str, value: Any) -> Any:
 def _limits(limits: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plugins that limit batches; fractions are rounded as Lightning rounds them."""
     same, fractions = portions.split(limits)
-    portion = {"_plugin_": "hookline_lightning.portions.Portions", **fractions}
+    portion = {"_plugin_": "hookline_lightning.run.portions.Portions", **fractions}
     return {**({"limits": same} if same else {}), **({"lightning.portions": portion} if fractions else {})}
 
 

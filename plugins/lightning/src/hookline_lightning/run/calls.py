@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hookline_lightning.members import member
+from hookline_lightning.run.members import member
 
 BASES = (  # what stands in classes of these modules is nobody's override
     "torch.nn", "hookline_lightning.module", "hookline_lightning.bases", "hookline_lightning.early",

@@ -12,8 +12,8 @@ import torch
 log = logging.getLogger("hookline.lightning")
 
 HOMES = (
-    "lightning.pytorch", "pytorch_lightning", "hookline_lightning.callbacks", "hookline_lightning.checkpoints",
-    "hookline_lightning.standing",
+    "lightning.pytorch", "pytorch_lightning", "hookline_lightning.callbacks", "hookline_lightning.files.checkpoints",
+    "hookline_lightning.translating.standing",
 )  # fmt: skip
 INSTEAD = {  # refused, and what does the same
     "BatchSizeFinder": "the command `hookline batch-find run.yaml`, before a run, or plugin batch_find",

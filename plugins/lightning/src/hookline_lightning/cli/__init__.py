@@ -1,0 +1,1 @@
+"""`hookline from-lightning`: configurations of LightningCLI."""

@@ -1,0 +1,1 @@
+"""Lightning's first year, behind `hookline_lightning.early`."""
