@@ -121,6 +121,7 @@ BEFORE_A_RUN = ("get_ranks", "get_share", "get_device", "adapt_module", "on_setu
 SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start their services; csv is a tracker, too
 ELSEWHERE = {  # methods that this run does not come to: they want other ranks, Ray, a module of a certain kind, or a
     # plugin that asks
+    "accmt": {"get_mode", "on_checkpoint"},
     "distributed": {"get_mesh"},
     "ema": {"convert_model"},
     "fsdp": {"adapt_module"},

@@ -262,7 +262,7 @@ class Ranked(CallbackInterface):
         self.losses = []
 
     def on_end_train_step(self, global_step, losses):
-        self.losses += losses.tolist()
+        self.losses += losses.reshape(-1).tolist()
 
 
 def intervals():

@@ -51,7 +51,7 @@ class Watch(CallbackInterface):
         self.told, self.logged = [], []
 
     def on_end_train_step(self, global_step, losses, predictions):
-        self.told.append((global_step, len(losses), len(predictions)))
+        self.told.append((global_step, losses.numel(), len(predictions)))
 
     @hookimpl
     def on_log(self, metrics):

@@ -110,6 +110,7 @@ def warned(caplog):
 
 def test_contract_and_a_healthy_run_keeps_its_bits(warned):
     check_plugin(Finite, policy="rollback")
+    warned.clear()
     assert bits(end_of(rollback(), Spoilt(), save="3 steps")[1].state) == reference(())
     assert warned.messages == []
 

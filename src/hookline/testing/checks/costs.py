@@ -24,7 +24,7 @@ def check_cost(subject: Subject) -> None:
         _steps(subject, lambda counter=counter: [counter, subject.make()])(steps)  # type: ignore[misc]
         collectives.append(counter.count)
     more = (collectives[1] - collectives[0]) / (MANY - FEW)
-    assert more == 0, f"it communicates {more:g} times a step: do so at boundaries that are due"
+    assert more <= 0.05, f"it communicates {more:g} times a step: do so at boundaries that are due"
     without, ours = _measure(subject, list), _measure(subject, lambda: [subject.make()])
     waits = ours.syncs - without.syncs
     assert waits <= 0.05, f"it waits for the device {waits:g} times a step (.item(), float(tensor), if tensor)"

@@ -47,8 +47,9 @@ def check_configuration(subject: Subject) -> None:
     """Send the options through YAML, and look at what the class itself holds."""
     plugin_class, name = subject.plugin_class, subject.plugin_class.__name__
     written = OmegaConf.to_yaml(OmegaConf.create(dict(subject.own)))
-    read: Any = merge_schema(f"plugins.{subject.name}", plugin_class, OmegaConf.to_container(OmegaConf.create(written)))
-    again = plugin_class(**(dict(subject.own) | dict(read)))
+    given = OmegaConf.to_container(OmegaConf.create(written))
+    read: Any = OmegaConf.to_container(merge_schema(f"plugins.{subject.name}", plugin_class, given))
+    again = plugin_class(**(dict(subject.own) | read))
     assert options_of(again).keys() == {one.name for one in subject.fields}, f"{name} has other options from YAML"
     inherited = {one for base in plugin_class.__mro__[1:] for one in vars(base)}
     declared = inherited | inspect.get_annotations(plugin_class).keys()
@@ -99,7 +100,7 @@ def check_imports(subject: Subject) -> None:
     package = subject.plugin_class.__module__.partition(".")[0]
     others = {point.value.partition(":")[0].partition(".")[0] for point in installed().values()} - {package}
     for path in _files_of(subject.plugin_class):
-        for name in _imports_of(path):
+        for name in () if path.name.startswith("test_") else _imports_of(path):
             first, *rest = name.split(".")
             assert first not in others, f"{path.name} imports {name}, which is of another plugin: use a hook instead"
             if first == PROJECT and rest and rest[0] != "__version__":
@@ -113,7 +114,7 @@ def _files_of(plugin_class: type) -> list[Path]:
         return sorted(Path(package.__file__).parent.rglob("*.py"))
     try:
         return [Path(inspect.getsourcefile(plugin_class) or "")]
-    except TypeError:
+    except (TypeError, OSError):
         return []  # it was typed in
 
 
