@@ -1198,7 +1198,7 @@ def test_names_of_other_versions_say_what_to_write_instead(caplog):
     ):
         made(patience=2)
     with pytest.raises(
-        TypeError, match=r"Own.collate_fn_val\(\) is of a later ACCMT, and would not be called: write coll"
+        TypeError, match=r"Own.collate_fn_val\(\) would not be called: write coll"
     ):
         trained(with_steps(step=loss_of, collate_fn_val=list))
     with pytest.raises(
