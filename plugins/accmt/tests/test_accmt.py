@@ -1197,9 +1197,7 @@ def test_names_of_other_versions_say_what_to_write_instead(caplog):
         TypeError, match="Trainer has no 'patience', which is of another version of ACCMT: use the plugin"
     ):
         made(patience=2)
-    with pytest.raises(
-        TypeError, match=r"Own.collate_fn_val\(\) would not be called: write coll"
-    ):
+    with pytest.raises(TypeError, match=r"Own.collate_fn_val\(\) would not be called: write coll"):
         trained(with_steps(step=loss_of, collate_fn_val=list))
     with pytest.raises(
         ImportError, match="DataCollatorForSeq2Seq of ACCMT is not here: take the one of transformers, `f"
