@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import pickle
 import signal
@@ -12,7 +11,6 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ import torch
 
 from hookline.interfaces import CallbackInterface, Stage
 from hookline.marks import hookimpl
+from hookline.testing.caught import warnings_of
 from hookline.testing.digest import digest
 from hookline.testing.faults import kill, run
 from hookline.testing.memory import Memory
@@ -175,7 +174,7 @@ def check_killed_tracker(
     told = Told(_keeps_batches(make()))
     tiny_trainer([told], runs_folder=str(folder / "alone"), **OPTIONS).train()
     memory = Memory(torch.load(cut / "state.pt", weights_only=False))
-    with _warned() as warned:
+    with warnings_of("tracking") as warned:
         trainer = tiny_trainer([*plugins, memory, make()], runs_folder=str(cut.parent), resume=str(cut), **OPTIONS)
         trainer.train()
     assert trainer.run_dir == cut
@@ -232,7 +231,7 @@ def _check_a_run(
 ) -> None:
     tracker = make()
     told = Told(_keeps_batches(tracker))
-    with _warned() as warned:
+    with warnings_of("tracking") as warned:
         trainer = tiny_trainer([*plugins, told, _Service(), tracker], runs_folder=str(folder), **OPTIONS)
         trainer.train()
     assert trainer.status == "finished"
@@ -243,7 +242,7 @@ def _check_a_run(
     assert same, f"{type(tracker).__name__} changes what is trained"
 
     notes = _notes(trainer.run_dir)
-    with _warned() as warned:
+    with warnings_of("tracking") as warned:
         trainer.test()
     _compare(_points(read, trainer.run_dir), told.points, stored, "after an evaluation on its own", warned)
     assert _notes(trainer.run_dir) == notes, "a training would go on with the run of an evaluation"
@@ -278,7 +277,7 @@ def _check_failures(make: Callable[[], Tracker], folder: Path, sdk: str | None) 
 
 def _trained_all_the_same(tracker: Tracker, folder: Path) -> str:
     """Train to the end with a tracker that cannot start; return its warnings."""
-    with _warned() as warned:
+    with warnings_of("tracking") as warned:
         trainer = tiny_trainer([tracker], runs_folder=str(folder), epochs=1)
         trainer.train()
     assert trainer.status == "finished"
@@ -314,17 +313,3 @@ def _contents(folder: Path) -> Iterator[tuple[str, bytes]]:
         if path.is_file() and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 yield from ((f"{path}/{name}", archive.read(name)) for name in archive.namelist())
-
-
-@contextmanager
-def _warned() -> Iterator[list[str]]:
-    """Collect the warnings of trackers."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("hookline.tracking")
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)

@@ -38,11 +38,11 @@ def check_state(subject: Subject) -> None:
     """Ask for the state before, during and after a training, and give it back."""
     plugin = subject.make()
     subject.trainer(plugin)
-    _is_plain(plugin.get_state(), "get_state() before any training")
+    _is_plain_dict(plugin.get_state(), "get_state() before any training")
     memory = Memory(every="3 steps")
     subject.train(memory, plugin, max_steps=6)
     state = plugin.get_state()
-    _is_plain(state, "get_state()")
+    _is_plain_dict(state, "get_state()")
     if not state:
         return
     takes = type(plugin).update_state is not CallbackInterface.update_state
@@ -76,9 +76,12 @@ def _state_in(kept: Any, name: str) -> Any:
     return {**kept["plugins"], **kept["own_plugins"]}.get(name, {})
 
 
+def _is_plain_dict(state: Any, path: str) -> None:
+    assert isinstance(state, dict), f"{path} must return a dict, not {type(state).__name__}"
+    _is_plain(state, path)
+
+
 def _is_plain(value: Any, path: str) -> None:
-    if path.endswith(")") or path.endswith("training"):
-        assert isinstance(value, dict), f"{path} must return a dict, not {type(value).__name__}"
     if isinstance(value, dict):
         for key, inner in value.items():
             assert isinstance(key, (str, int)), f"{path} has the key {key!r}, which is neither text nor a whole number"
