@@ -135,8 +135,9 @@ def test_it_keeps_the_contract_with_a_store_for_several_runs(empty, tmp_path, mo
 
     monkeypatch.chdir(tmp_path)  # MLflow would keep artifacts below the working folder
     uri = f"sqlite:///{shutil.copy(empty, tmp_path)}"
-    check_plugin(Mlflow, tracking_uri=uri, runs_folder="runs")
-    train(empty, tmp_path / "runs", tracker=Mlflow(tracking_uri=uri))
+    check_plugin(Mlflow, tracking_uri=uri, experiment="of the kit", runs_folder=tmp_path / "kit")
+    for _ in range(2):
+        train(empty, tmp_path / "runs", tracker=Mlflow(tracking_uri=uri))
     client = MlflowClient(uri)
     found = client.search_runs([client.get_experiment_by_name("hookline").experiment_id])
     assert sorted(run.info.run_name for run in found) == ["run-1", "run-2"]
