@@ -212,6 +212,17 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def peers(session: nox.Session) -> None:
+    """Measure a step through each framework that people would use instead: counts, and times where it is quiet."""
+    session.install(
+        *("lightning==2.6.6", "accelerate==1.15.0", "transformers==5.23.0", "pytorch-ignite==0.5.5", "skorch==1.4.0"),
+        *("pytorch-accelerated==0.1.61", "keras==3.15.1", "torchtnt==0.2.4", "setuptools==80.9.0", "matplotlib==3.11.2"),
+        *("-r", "requirements.txt"),
+    )
+    session.run("python", "-m", "benchmarks.peers", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Build the wheels of the core and of every plugin into dist/."""
     session.install("build", "flit_core")
