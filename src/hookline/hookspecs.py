@@ -37,6 +37,8 @@ from hookline.state import (
     get_optimizer_state,
     join_late_groups,
     lost_with_ranks,
+    other_options,
+    refuse_others,
     set_gradients,
     set_optimizer_state,
     take_shares,
@@ -256,13 +258,16 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
     trainer.training.update_state(state["trainer"])
     if not trainer.options.reset_optimizers_schedulers:
         as_built = trainer.options.schedulers == "as_built"
-        moved = list(go_on(trainer.schedulers, state["schedulers"], as_built))
+        moved = list(go_on(trainer.schedulers, state["schedulers"], as_built, trainer.counters))
+        refuse_others(trainer.optimizers, state["optimizers"])
         for optimizer, kept in zip(trainer.optimizers, state["optimizers"], strict=True):
+            if not trainer.schedulers and not state["schedulers"]:  # they set options too
+                trainer.say_once(other_options(optimizer, kept))
             join_late_groups(optimizer, trainer.module, kept)
             names = {id(parameter): name for name, parameter in trainer.module.named_parameters()}
             set_optimizer_state(optimizer, names, kept)
         for replayed in moved:
-            replayed.tell()
+            trainer.say_once(replayed.set())
     window = state.get("window", {"outputs": [], "gradients": {}})
     trainer.window.cut(data.to_device(window["outputs"], trainer.device))
     set_gradients(trainer.module, window["gradients"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch.optim import lr_scheduler
 
-log = logging.getLogger("hookline.schedulers")
+from hookline.counters import Counters
 
 PROGRESS = {  # the parts of a scheduler's state that are progress, not construction
     "last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial", "best", "num_bad_epochs",
@@ -116,20 +115,29 @@ class Moved(NamedTuple):
     settings: list[dict[str, Any]]
     """The values it sets in each of the optimizer's groups, if it was replayed."""
 
-    def tell(self) -> None:
-        """Log a warning, and set the values in the optimizer, whose own state is loaded by then."""
-        for group, values in zip(self.optimizer.param_groups, self.settings, strict=False):
+    def set(self) -> str:
+        """Set the values in the optimizer, whose own state is loaded by then; return the warning."""
+        for group, values in zip(self.optimizer.param_groups if self.settings else (), self.settings, strict=False):
             group.update(values)
-        log.warning("%s", self.said)
+        return self.said
 
 
-def go_on(schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], as_built: bool) -> Iterator[Moved]:
+def go_on(
+    schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], as_built: bool, counters: Counters
+) -> Iterator[Moved]:
     """Move schedulers to the place of saved ones; yield those that continue differently.
 
     A schedule that is built as before loads its state. One that is built differently, for a longer run say, moves to
-    the place of the saved one if `as_built`; otherwise it becomes the saved one. Call this before the optimizer's state
-    is loaded, and `tell` afterwards.
+    the place of the saved one if `as_built`; otherwise it becomes the saved one. If schedulers were added, removed or
+    exchanged, all move to the place that the counters of the run give. Call this before the optimizer's state is
+    loaded, and `set` afterwards.
+
+    Raises:
+        ValueError: the saved schedules are asked for, and other schedulers are built.
     """
+    if [_kind(one.scheduler.state_dict()) for one in schedulers] != [_kind(kept) for kept in saved]:
+        yield from _go_on_with_others(schedulers, saved, as_built, counters)
+        return
     for (scheduler, *_), kept in zip(schedulers, saved, strict=True):
         settings: list[dict[str, Any]] = []
         built = scheduler.state_dict()
@@ -141,7 +149,7 @@ def go_on(schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], a
         if not different or not as_built:
             scheduler.load_state_dict(kept)
             how = "as it was saved, since trainer.schedulers=as_saved"
-        elif is_plateau(scheduler) or scheduler.last_epoch > 0:  # its place depends on its history
+        elif not _replays(scheduler):  # its place depends on its history
             scheduler.load_state_dict({name: (kept if name in PROGRESS else built)[name] for name in built})
             how = "as it is built now, from where it was"
         else:
@@ -150,6 +158,43 @@ def go_on(schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], a
         if different:
             said = f"{type(scheduler).__name__} was another one when it was saved ({'; '.join(different)}): it goes on "
             yield Moved(said + how, scheduler.optimizer, settings)
+
+
+def _go_on_with_others(
+    schedulers: Sequence[Scheduled], saved: Sequence[Mapping[str, Any]], as_built: bool, counters: Counters
+) -> Iterator[Moved]:
+    names = ", ".join(type(one.scheduler).__name__ for one in schedulers) or "none"
+    were = "; ".join(map(_construction, saved)) or "none"
+    said = f"the checkpoint has other schedulers ({were}) than the run builds ({names})"
+    if not as_built:
+        raise ValueError(f"{said}, and trainer.schedulers=as_saved: build those of the checkpoint, or set as_built")
+    said += ": those of the run go on from here as they are built" if schedulers else ": its learning rates stay"
+    moves = {"step": counters.global_step - counters.skipped_steps, "epoch": counters.epochs}
+    for scheduler, when, _ in schedulers:
+        optimizer = getattr(scheduler, "optimizer", None)
+        if _replays(scheduler):
+            yield Moved(said, optimizer, replay(scheduler, moves.get(when, counters.evaluations)))
+        else:
+            yield Moved(said, optimizer, [{"lr": group["lr"]} for group in optimizer.param_groups] if optimizer else [])
+    if not schedulers:
+        yield Moved(said, None, [])
+
+
+def _kind(state: Mapping[str, Any]) -> Any:
+    """Return what the states of schedulers of one class have in common; None for objects of other libraries."""
+    inner = [_kind(kept) for kept in state.get("_schedulers") or () if isinstance(kept, Mapping)]
+    return ({*state} - PROGRESS, inner) if "last_epoch" in state else None
+
+
+def _construction(state: Mapping[str, Any]) -> str:
+    plain = (f"{name}={value}" for name, value in state.items() if isinstance(value, (int, float, str)))
+    return ", ".join(said for said in plain if said.partition("=")[0] not in PROGRESS)
+
+
+def _replays(scheduler: Any) -> bool:
+    """Tell whether the place of a scheduler follows from its number of moves."""
+    known = isinstance(scheduler, lr_scheduler.LRScheduler) and not is_plateau(scheduler)
+    return known and scheduler.last_epoch == 0
 
 
 def by_group(scheduler: Any) -> Iterator[tuple[Any, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,6 +97,8 @@ def set_gradients(module: torch.nn.Module, gradients: Mapping[str, torch.Tensor]
         parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
 
 
+FRESH = "trainer.reset_optimizers_schedulers=true begins with those of the run"
+
 # Optimizers ---------------------------------------------------------------------------
 
 
@@ -111,11 +113,26 @@ def get_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, st
     name_of = _names_in(optimizer, names)
     return {
         **state,
+        "class": type(optimizer).__name__,
         "state": {name_of[number]: kept for number, kept in state["state"].items()},
         "param_groups": [
             {**group, "params": [name_of[number] for number in group["params"]]} for group in state["param_groups"]
         ],
     }
+
+
+def refuse_others(optimizers: Sequence[torch.optim.Optimizer], saved: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse saved states of another number or other classes of optimizers.
+
+    Raises:
+        ValueError: the optimizers of both, and what to do.
+    """
+    names = [type(optimizer).__name__ for optimizer in optimizers]
+    were = [kept.get("class", name) for kept, name in zip(saved, [*names, *["one more"] * len(saved)], strict=False)]
+    if names != were:
+        raise ValueError(
+            f"the optimizers of the checkpoint are {', '.join(were)}, the run's {', '.join(names)}; {FRESH}"
+        )
 
 
 def join_late_groups(optimizer: torch.optim.Optimizer, module: torch.nn.Module, state: Mapping[str, Any]) -> None:
@@ -126,6 +143,18 @@ def join_late_groups(optimizer: torch.optim.Optimizer, module: torch.nn.Module, 
         late = [parameters.get(name) for name in group["params"]]
         if not any(parameter is None or id(parameter) in here for parameter in late):
             optimizer.add_param_group({**group, "params": late})
+
+
+def other_options(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> str:
+    """Return a note if options of an optimizer are not those of its saved state, which count; else ""."""
+    said = [
+        f"{name} {saved[name]} (not {value})"
+        for built, saved in zip(optimizer.param_groups, state["param_groups"], strict=False)
+        for name, value in built.items()
+        if isinstance(value, (int, float, str, tuple)) and saved.get(name, value) != value
+    ]
+    options = ", ".join(dict.fromkeys(said))
+    return f"{type(optimizer).__name__} goes on with the options of the checkpoint: {options}; {FRESH}" if said else ""
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str], state: Mapping[str, Any]) -> None:
@@ -142,7 +171,8 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, st
     if [{here[number] for number in group} for group in groups] != [set(group) for group in of_groups]:
         raise ValueError(
             f"the saved {type(optimizer).__name__} is over other parameters than this one, or groups them otherwise: "
-            f"only saved {sorted(set(saved) - set(here))}, only here {sorted(set(here) - set(saved))}"
+            f"only saved {sorted(set(saved) - set(here))}, only here {sorted(set(here) - set(saved))}; parameters by "
+            f"group: saved {[len(group) for group in of_groups]}, here {[len(group) for group in groups]}; {FRESH}"
         )
     number_of = {name: number for number, name in enumerate(here)}
     optimizer.load_state_dict(

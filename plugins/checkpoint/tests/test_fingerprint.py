@@ -129,9 +129,14 @@ def test_a_plugin_that_is_gone(tmp_path, caplog):
     class Extra(CallbackInterface):
         pass
 
-    make(tmp_path, Extra(), max_steps=1).train()
+    @dataclass(eq=False)
+    class Keeps(Extra):
+        def get_state(self):
+            return {"kept": 1}
+
+    make(tmp_path, Extra(), Keeps(), max_steps=1).train()
     make(tmp_path, Doubler(), max_steps=2).train()
-    assert "plugins: now without extra and with doubler" in warnings(caplog)[0]
+    assert "plugins: now without extra, keeps (its state is not used) and with doubler" in warnings(caplog)[0]
 
 
 def test_evaluations_ask_for_nothing_of_it(tmp_path, caplog):

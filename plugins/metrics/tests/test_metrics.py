@@ -260,7 +260,24 @@ def test_training_metrics_survive_a_resume_in_mid_epoch():
         assert resumed.values(name) == whole.values(name)[1:], name
 
 
-def test_an_epoch_cut_short_goes_on_where_it_was():
+@pytest.mark.parametrize("other", [MulticlassF1Score(CLASSES), torchmetrics.classification.MulticlassAccuracy(CLASSES)])
+@pytest.mark.parametrize("cut", [10, 14])
+def test_a_metric_that_was_added_or_exchanged_says_what_its_first_value_covers(cut, other, caplog):
+    memory, resumed = Memory(every="1 step"), Classifier()
+    train(
+        Classifier(), [Metrics(train={"accuracy": ACCURACY, "other": ACCURACY}), memory], epochs=3, evaluate_every=None
+    )
+    caplog.clear()
+    begun = Memory(memory.states[cut])
+    train(resumed, [Metrics(train={"accuracy": ACCURACY, "other": other, "more": other.clone()}), begun], epochs=3)
+    said = "other, more: the checkpoint has no such metric, so the first value covers the rest of the epoch alone, from"
+    assert [record.message for record in caplog.records if "no such metric" in record.message] == (
+        [f"{said} batch 3 on"] if cut == 10 else []
+    )
+    assert len(resumed.values("train_more")) == len(resumed.values("train_accuracy"))
+
+
+def test_an_epoch_cut_short_goes_on_where_it_was(caplog):
     module = Classifier()
     trainer = make(module, [Metrics(train={"accuracy": ACCURACY})], evaluate_every=None)
 
@@ -274,6 +291,7 @@ def test_an_epoch_cut_short_goes_on_where_it_was():
     trainer.train()
     assert module.values("train_accuracy") == []
     trainer.train()
+    assert "no such metric" not in caplog.text
     predicted, references = module.given(Stage.TRAIN)
     assert module.values("train_accuracy") == pytest.approx([accuracy_score(references[:50], predicted[:50])], abs=1e-7)
 

@@ -1,49 +1,73 @@
-"""Blame: the hook and the plugin that raised an exception."""
+"""Blame: the plugin that raised an exception, what of it was called, and the line."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
 
-from pluggy import HookImpl
 from pluggy._callers import _multicall
 
 from hookline.installed import distribution_of
 from hookline.plugins.routes import TELL
 
+Blamed = tuple[str, str, Any]
+"""A hook or a method, the name of a plugin, and the plugin."""
 
-def blame(error: BaseException, specs: Collection[str]) -> None:
-    """Add a note to an exception: the hook, the plugin and the distribution that raised it.
+
+def blame(error: BaseException, specs: Mapping[str, Any], plugins: Mapping[int, tuple[str, Any]]) -> None:
+    """Add a note to an exception, once: the hook or the method, the plugin, its distribution and the line.
 
     Walks the traceback to the innermost implementation: a frame of `tell_all` holds it; after a frame of pluggy it is
-    the one whose code the next frame runs. Costs nothing until an exception is raised.
+    the one whose code the next frame runs. A method that another plugin or the core calls, such as `get_state`, is
+    known by its `self`. Costs nothing until an exception is raised.
 
     Args:
         error: the exception.
-        specs: names of the hook specifications, whose bodies are not plugins.
+        specs: hook specifications by name, whose bodies are not plugins.
+        plugins: name and object of each plugin by its `id`.
     """
-    blamed: tuple[str, HookImpl] | None = None
-    traceback = error.__traceback__
-    while traceback is not None:
-        frame, below = traceback.tb_frame, traceback.tb_next
-        if frame.f_code.co_qualname == TELL and "impl" in frame.f_locals:
-            blamed = frame.f_locals["name"], frame.f_locals["impl"]
-        elif frame.f_code is _multicall.__code__ and below is not None:
+    blamed: Blamed | None = None
+    for frame, below in _frames(error.__traceback__):
+        code, names = frame.f_code, frame.f_code.co_varnames
+        if code.co_qualname in TELL and "impl" in frame.f_locals:
+            blamed = frame.f_locals["hook"], frame.f_locals["impl"].plugin_name, frame.f_locals["impl"].plugin
+        elif code is _multicall.__code__ and below is not None:
             hook = frame.f_locals["hook_name"]
             for impl in frame.f_locals["hook_impls"]:
                 function = inspect.unwrap(impl.function)
-                if getattr(function, "__code__", None) is not below.tb_frame.f_code:
+                mine = below.tb_frame.f_locals.get("self", impl.plugin) is impl.plugin
+                if not mine or getattr(function, "__code__", None) is not below.tb_frame.f_code:
                     continue
                 if impl.plugin_name not in specs:
-                    blamed = hook, impl
+                    blamed = hook, impl.plugin_name, impl.plugin
                 elif blamed is not None and blamed[0] == hook:  # it only passed through the wrapper
                     blamed = None
-        traceback = below
-    text = note(*blamed) if blamed is not None else None
-    if text is not None and text not in getattr(error, "__notes__", ()):
-        error.add_note(text)
+        elif names[:1] == ("self",) and (found := plugins.get(id(frame.f_locals.get("self")))) is not None:
+            if blamed is None or blamed[2] is not found[1]:
+                blamed = code.co_name, *found
+    if blamed is not None:
+        _add_note(error, *blamed)
 
 
-def note(hook: str, impl: HookImpl) -> str:
-    """Return the note for an exception of a plugin."""
-    return f"raised in {hook} by plugin {impl.plugin_name!r} ({distribution_of(type(impl.plugin))})"
+def _add_note(error: BaseException, called: str, name: str, plugin: Any) -> None:
+    """Add the note to an exception of a plugin, unless there is one: that one is of the innermost call."""
+    if any(said.startswith("raised in ") and " by plugin " in said for said in getattr(error, "__notes__", ())):
+        return
+    home, place = _package(type(plugin).__module__), ""
+    for frame, _ in _frames(error.__traceback__):
+        if _package(frame.f_globals.get("__name__", "")) == home:
+            place = f", {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    error.add_note(f"raised in {called} by plugin {name!r} ({distribution_of(type(plugin))}){place}")
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, TracebackType | None]]:
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_next
+        traceback = traceback.tb_next
+
+
+def _package(module: str) -> str:
+    return module.partition(".")[0]

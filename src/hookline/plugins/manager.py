@@ -19,7 +19,7 @@ from hookline import hookspecs
 from hookline.installed import name_of
 from hookline.interfaces import CallbackInterface, seed_call
 from hookline.marks import PROJECT
-from hookline.plugins.blame import blame, note
+from hookline.plugins.blame import blame
 from hookline.plugins.checks import check
 from hookline.plugins.observers import Failures, is_observer
 from hookline.plugins.routes import answered, tell_all
@@ -69,15 +69,16 @@ class PluginManager(pluggy.PluginManager):
         """
         name = name or name_of(type(plugin))
         check(self, plugin, name)
-        registered = super().register(plugin, name)
         try:
+            registered = super().register(plugin, name)  # which tells it on_setup, if the trainer exists
             self._check_conflicts()
-        except ValueError:
+        except BaseException as error:
+            self.blame(error)
             super().unregister(plugin)
             raise
         self._route()
         if name in self._pending and hasattr(plugin, "update_state"):
-            plugin.update_state(self._pending.pop(name))
+            self._give(name, plugin, self._pending.pop(name))
         return registered
 
     def register_all(self, plugins: Mapping[str, Any]) -> None:
@@ -135,8 +136,9 @@ class PluginManager(pluggy.PluginManager):
                 continue
             try:
                 state = plugin.get_state()
-            except Exception as error:
-                if not is_observer(plugin):
+            except BaseException as error:
+                if not is_observer(plugin) or not isinstance(error, Exception):
+                    self.blame(error)
                     raise
                 self._failures.take("get_state", name, error)  # no hook, so no route changes
             else:
@@ -149,9 +151,18 @@ class PluginManager(pluggy.PluginManager):
         plugins = dict(self.listed())
         for name, state in states.items():
             if name in plugins:
-                plugins[name].update_state(state)
+                self._give(name, plugins[name], state)
             else:
                 self._pending[name] = state
+
+    def _give(self, name: str, plugin: Any, state: Any) -> None:
+        try:
+            plugin.update_state(state)
+        except BaseException as error:
+            if not is_observer(plugin) or not isinstance(error, Exception):
+                self.blame(error)
+                raise
+            self._failures.say("update_state", name, error)
 
     def listed(self) -> list[tuple[str, Any]]:
         """Return the plugins by name in the order of their calls, without core and module."""
@@ -167,7 +178,7 @@ class PluginManager(pluggy.PluginManager):
                 if is_observer(impl.plugin) and isinstance(error, Exception):
                     self._failures.say(hook, impl.plugin_name, error)  # once per run, so never switched off
                 else:
-                    error.add_note(note(hook, impl))
+                    self.blame(error)
                     errors.append(error)
         return errors
 
@@ -201,10 +212,11 @@ class PluginManager(pluggy.PluginManager):
             return caller.spec.function
         if not caller.spec.opts.get("firstresult"):
             defaults = caller.spec.kwargdefaults
-            return tell_all(name, plugged, defaults, self._failures, self.cost, self._route)
+            return tell_all(name, plugged, defaults, self._failures, self.cost, self._route, self.blame)
         performed = any(not impl.wrapper for impl in plugged)
         # A performer that returns None must not fall through to the core's way.
-        return answered(name, self.subset_hook_caller(name, self._specs.values()) if performed else caller, plugged)
+        call = self.subset_hook_caller(name, self._specs.values()) if performed else caller
+        return answered(name, call, plugged, self.blame)
 
     def _check_conflicts(self) -> None:
         for hook in self._verbs():
@@ -244,5 +256,5 @@ class PluginManager(pluggy.PluginManager):
         return rows
 
     def blame(self, error: BaseException) -> None:
-        """Add a note to an exception: the hook, the plugin and the distribution that raised it."""
-        blame(error, self._specs)
+        """Add a note to an exception: the hook or the method, the plugin and the distribution that raised it."""
+        blame(error, self._specs, {id(plugin): (name, plugin) for name, plugin in self.listed()})

@@ -12,12 +12,13 @@ from hookline.plugins.observers import Failures, is_observer
 
 
 def tell_all(
-    name: str,
+    hook: str,
     plugged: Sequence[HookImpl],
     defaults: Mapping[str, Any],
     failures: Failures,
     cost: dict[str, float],
     reroute: Callable[[], None],
+    blame: Callable[[BaseException], None],
 ) -> Callable[..., None]:
     """Return a function that calls an event in pluggy's order: plugins first, then observers, guarded and timed.
 
@@ -26,41 +27,51 @@ def tell_all(
     calls = [(impl, impl.function, (*impl.argnames, *impl.kwargnames)) for impl in reversed(plugged)]
     matter = [call for call in calls if not is_observer(call[0].plugin)]
     watching = [call for call in calls if is_observer(call[0].plugin)]
-    watchers = [call for call in watching if (name, call[0].plugin_name) not in failures.switched_off]
+    watchers = [call for call in watching if (hook, call[0].plugin_name) not in failures.switched_off]
     off = [call[0].plugin_name for call in watching if call not in watchers]
     clock, failing = time.perf_counter, failures.in_a_row
 
     def tell(**arguments: Any) -> None:
         if defaults:
             arguments = {**defaults, **arguments}
-        for impl, function, names in matter:  # noqa: B007 - `impl` is for `blame`
-            function(*map(arguments.__getitem__, names))
+        try:
+            for impl, function, names in matter:  # noqa: B007 - `blame` reads `hook` and `impl`
+                function(*map(arguments.__getitem__, names))
+        except BaseException as error:
+            blame(error)
+            raise
         for impl, function, names in watchers:
             begin = clock()
             try:
                 function(*map(arguments.__getitem__, names))
             except Exception as error:
-                if failures.take(name, impl.plugin_name, error):
+                if failures.take(hook, impl.plugin_name, error):
                     reroute()
             else:
                 if failing:
-                    failing.pop((name, impl.plugin_name), None)
+                    failing.pop((hook, impl.plugin_name), None)
             cost[impl.plugin_name] = cost.get(impl.plugin_name, 0.0) + clock() - begin
         for plugin_name in off:
-            failures.lose(name, plugin_name)
+            failures.lose(hook, plugin_name)
 
     return tell
 
 
-TELL = tell_all.__qualname__ + ".<locals>.tell"
-"""The qualified name of such a function's code, by which `blame` finds it."""
+TELL = (tell_all.__qualname__ + ".<locals>.tell", "PluginManager.tell_each")
+"""The qualified names of the functions that call events, by which `blame` finds their frames."""
 
 
-def answered(name: str, call: Callable[..., Any], plugged: Sequence[HookImpl]) -> Callable[..., Any]:
+def answered(
+    name: str, call: Callable[..., Any], plugged: Sequence[HookImpl], blame: Callable[[BaseException], None]
+) -> Callable[..., Any]:
     """Return a call of a verb that raises if the result is None."""
 
     def answer(**arguments: Any) -> Any:
-        given = call(**arguments)
+        try:
+            given = call(**arguments)
+        except BaseException as error:
+            blame(error)
+            raise
         if given is None:
             chain = " around ".join(impl.plugin_name for impl in reversed(plugged))
             raise TypeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,14 @@ def take(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what is another one, in words; what either side does not know is not compared."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], states: Container[str] = ()) -> list[str]:
+    """Return what is another one, in words; what either side does not know is not compared.
+
+    Args:
+        before: of the run that saved.
+        now: of this run.
+        states: the plugins of which the checkpoint has a state.
+    """
     said = []
     for key, value in now.items():
         was = before.get(key)
@@ -45,6 +51,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             continue
         if key == "plugins":
             gone, new = sorted(set(was) - set(value)), sorted(set(value) - set(was))
+            gone = [f"{name} (its state is not used)" if name in states else name for name in gone]
             parts = (f"without {', '.join(gone)}" if gone else "", f"with {', '.join(new)}" if new else "")
             said.append(f"plugins: now {' and '.join(filter(None, parts))}")
         else:

@@ -53,7 +53,8 @@ def restore(trainer: Trainer, stage: Stage, strict: bool) -> bool:
         _object(trainer, strict, said, "take the right from them")
     if stage is Stage.TRAIN:
         before = storage.read_manifest(path).get("fingerprint", {})
-        if different := fingerprint.differences(before, fingerprint.take(trainer)):
+        states = {*state["plugins"], *state.get("own_plugins", {})}
+        if different := fingerprint.differences(before, fingerprint.take(trainer), states):
             said = f"what follows is not what an unbroken run would do, since {path} was written otherwise: "
             _object(trainer, strict, said + "; ".join(different), "go on as before")
     if trainer.world_size > 1:

@@ -131,6 +131,18 @@ class TrainMetrics(StageMetrics):
     """Metrics over the batches of a training epoch, each with the weights of its step."""
 
     state_of_rank = True  # each has gathered its own share of the epoch under way
+    _gone_on: frozenset[str] = frozenset()  # the metrics that have what the epoch under way has had so far
+
+    @hookimpl
+    def on_begin_train_epoch(self, trainer: Trainer) -> None:  # type: ignore[override]
+        """Warn of metrics that miss the beginning of an epoch that is gone on with."""
+        late = [name for name in self.metrics if name not in self._gone_on]
+        if trainer.position and late and trainer.rank == 0:
+            log.warning(
+                "%s: the checkpoint has no such metric, so the first value covers the rest of the epoch alone, from "
+                "batch %d on", ", ".join(late), trainer.position,
+            )  # fmt: skip
+        self._gone_on = frozenset(self.metrics)
 
     @hookimpl
     def on_end_train_step(self, train_step_collated_outputs: list[Any]) -> None:  # type: ignore[override]
@@ -155,11 +167,22 @@ class TrainMetrics(StageMetrics):
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take it back; a metric that has joined since begins with the rest of the epoch."""
-        for name, kept in state.items():
-            if name in self.metrics:
-                for path, part in parts(self.metrics[name]).items():
-                    for attribute, value in kept[path].items():
-                        setattr(part, attribute, copied(value, part.device))
+        here = {name: parts(metric) for name, metric in self.metrics.items() if name in state}
+        self._gone_on = frozenset(name for name, found in here.items() if _fits(found, state[name]))
+        for name in self._gone_on:
+            for path, part in here[name].items():
+                for attribute, value in state[name][path].items():
+                    setattr(part, attribute, copied(value, part.device))
+
+
+def _fits(found: Mapping[str, Metric], state: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Tell whether a state is one of these metrics, not of other ones or for other classes under the same name."""
+    if found.keys() != state.keys() or any(
+        part.metric_state.keys() != state[path].keys() for path, part in found.items()
+    ):
+        return False
+    pairs = [(value, state[path][name]) for path, part in found.items() for name, value in part.metric_state.items()]
+    return all(getattr(one, "shape", None) == getattr(other, "shape", None) for one, other in pairs)
 
 
 class EvaluationMetrics(StageMetrics):
