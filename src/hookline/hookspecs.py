@@ -29,6 +29,7 @@ from hookline.counters import Cursor, lesser
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
 from hookline.monitored import mode_of
+from hookline.optimizers import as_lists
 from hookline.outputs import Outputs, WindowCut, detached, with_loss
 from hookline.schedulers import go_on
 from hookline.state import (
@@ -193,8 +194,7 @@ def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], lis
     """Return (optimizers, schedulers); the model is complete, and `trainer.totals` is known."""
     module, totals = trainer.module, trainer.totals
     epochs = totals.epochs if totals.epochs is not None else 1
-    optimizers, schedulers = module.get_optimizers_schedulers(totals.steps_per_epoch, epochs)
-    return list(optimizers), list(schedulers)
+    return as_lists(module.get_optimizers_schedulers(totals.steps_per_epoch, epochs), module)
 
 
 @verb

@@ -265,7 +265,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     def get_optimizers_schedulers(
         self, estimated_global_steps_per_epoch: int | None, epochs: int
-    ) -> tuple[Iterable[torch.optim.Optimizer], Iterable[Any]]:
+    ) -> Any:
         """Return the optimizers and the learning-rate schedulers.
 
         Called once, by position, when the model is on its device.
@@ -276,7 +276,8 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             epochs: epochs to train.
 
         Returns:
-            Optimizers, and schedulers. A scheduler moves after each optimizer step; a
+            An optimizer; or an optimizer and a scheduler, each alone or several in a list; or a
+            list of optimizers. A scheduler moves after each optimizer step; a
             `ReduceLROnPlateau` moves after each evaluation, by `val_loss`. A pair
             `(scheduler, "step" | "epoch" | "validation")` overrides this.
 
