@@ -318,7 +318,8 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
     if trainer.position == 0:
         raise ValueError(
             f"the training loader gave no batch: {type(trainer.module).__name__}.get_train_dataloader() was asked for "
-            f"batches of {trainer.micro_batch_size}; is the data set empty, or smaller than one batch with drop_last?"
+            f"batches of {trainer.micro_batch_size}; is the data set empty, smaller than one batch with drop_last, or "
+            "an iterator that has ended (return a new one in each call)?"
         )
     return True
 

@@ -263,9 +263,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     # Optimizers -----------------------------------------------------------------------
 
-    def get_optimizers_schedulers(
-        self, estimated_global_steps_per_epoch: int | None, epochs: int
-    ) -> Any:
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int | None, epochs: int) -> Any:
         """Return the optimizers and the learning-rate schedulers.
 
         Called once, by position, when the model is on its device.
