@@ -520,3 +520,104 @@ def test_who_performs_an_update_steps_where_it_likes():
     plain = TinyModule()
     tiny_trainer(module=plain).train()
     assert digest(module.state_dict()) == digest(plain.state_dict())
+
+
+# A forward of the module's own --------------------------------------------------------
+
+
+class Own(TinyModule):
+    """Calls itself, as any `torch.nn.Module`."""
+
+    def forward(self, x):
+        return self.net(x)
+
+    def train_step(self, global_step, batch, device):
+        predictions = self(batch[0])
+        return torch.nn.functional.mse_loss(predictions, batch[1]), predictions
+
+
+class Doubles(Own):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class AnyArguments(TinyModule):
+    def forward(self, **inputs):
+        return self.net(**inputs)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = 3
+
+    def forward(self, x):
+        return self.scale * x
+
+
+class Mixed(TinyModule, Net): ...
+
+
+class MixedFirst(Net, TinyModule): ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "expected"),
+    [
+        (Own, lambda module, x: module(x), lambda module, x: module.net(x)),
+        (Own, lambda module, x: module.forward(x=x), lambda module, x: module.net(x)),
+        (Doubles, lambda module, x: module(x), lambda module, x: 2 * module.net(x)),
+        (AnyArguments, lambda module, x: module(input=x), lambda module, x: module.net(x)),
+        (Mixed, lambda module, x: module(x), lambda module, x: 3 * x),
+        (MixedFirst, lambda module, x: module(x), lambda module, x: 3 * x),
+    ],
+)
+def test_a_module_has_a_forward_of_its_own(kind, call, expected):
+    class Inherits(kind): ...
+
+    for made in (kind, Inherits):
+        module, plain, x = made(), TinyModule(), torch.ones(4, 8)
+        for one in (module, plain):
+            tiny_trainer(module=one).train()
+        state = {name: tensor for name, tensor in module.state_dict().items() if name != "scale"}
+        assert (digest(state) == digest(plain.state_dict())) != (kind is Doubles)
+        module.eval()
+        assert torch.equal(call(module, x), expected(module, x))
+
+
+@pytest.mark.parametrize("own", [TinyModule, Own])
+def test_a_forward_that_takes_the_stage_wraps_the_steps(own):
+    seen = []
+
+    class Named(own):
+        def forward(self, stage, global_step, batch, device):
+            seen.append(stage)
+            return super().forward(stage, global_step, batch, device)
+
+    class PassesOn(own):
+        def forward(self, *args, **given):
+            seen.append(given["stage"])
+            return super().forward(*args, **given)
+
+    for kind in (Named, PassesOn):
+        tiny_trainer(module=kind(), epochs=1).train()
+        assert seen == [Stage.TRAIN] * 7 + [Stage.VAL] * 7
+        seen.clear()
+
+    class OwnBelow(Named):
+        def forward(self, x):
+            return self.net(x)
+
+    tiny_trainer(module=OwnBelow(), epochs=1).train()
+    assert seen == [Stage.TRAIN] * 7 + [Stage.VAL] * 7
+
+
+def test_a_module_without_a_forward_of_its_own_says_so():
+    with pytest.raises(AttributeError, match=r"stage must be a hookline.Stage, not tensor.* define forward\(self, x\)"):
+        TinyModule()(torch.ones(2, 8))
+
+
+def test_a_module_with_a_forward_is_copied_and_pickled():
+    module, x = Own().eval(), torch.ones(2, 8)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), module(x))

@@ -61,7 +61,8 @@ class Loaders:
     def _checked(self, given: Any, stage: Stage) -> Any:
         """Return what the module gave, several loaders by key; refuse what is no loader."""
         trainer, options, training = self.trainer, self.trainer.options, stage is Stage.TRAIN
-        if isinstance(given, (list, tuple)) and any(isinstance(one, torch.utils.data.DataLoader) for one in given):
+        kinds = {*map(type, given)} if isinstance(given, (list, tuple)) else set()  # a list may hold many batches
+        if any(issubclass(kind, torch.utils.data.DataLoader) for kind in kinds):
             given = given[0] if len(given) == 1 else {str(number): loader for number, loader in enumerate(given)}
         method = f"{type(trainer.module).__name__}.get_{stage.value}_dataloader{'' if training else 's'}"
         several = isinstance(given, Mapping)
