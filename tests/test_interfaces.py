@@ -314,3 +314,310 @@ def test_adapters_wrap_and_several_may_be_active():
 @pytest.mark.parametrize("stage", list(Stage))
 def test_stages_have_words(stage):
     assert stage.value in ("train", "val", "test", "predict")
+
+
+# Optimizers ---------------------------------------------------------------------------
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.1)
+
+
+def trained_with(make, **methods):
+    """Train two epochs with what `make(module)` returns as optimizers; return the trainer."""
+
+    def get_optimizers_schedulers(self, steps, epochs):
+        return make(self)
+
+    methods["get_optimizers_schedulers"] = get_optimizers_schedulers
+    trainer = tiny_trainer(module=type("Mine", (TinyModule,), methods)())
+    trainer.train()
+    return trainer
+
+
+def decayed(module, wrap):
+    optimizer = sgd(module.parameters())
+    return wrap(optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "moves"),
+    [
+        (lambda optimizer, scheduler: optimizer, 0),
+        (lambda optimizer, scheduler: [optimizer], 0),
+        (lambda optimizer, scheduler: (optimizer, None), 0),
+        (lambda optimizer, scheduler: (optimizer, []), 0),
+        (lambda optimizer, scheduler: (optimizer, scheduler), 14),
+        (lambda optimizer, scheduler: ([optimizer], scheduler), 14),
+        (lambda optimizer, scheduler: [[optimizer], (scheduler,)], 14),
+        (lambda optimizer, scheduler: (iter([optimizer]), iter([scheduler])), 14),
+        (lambda optimizer, scheduler: (optimizer, (scheduler, "epoch")), 2),
+        (lambda optimizer, scheduler: ([optimizer], [(scheduler, "epoch")]), 2),
+    ],
+)
+def test_optimizers_and_schedulers_alone_or_in_lists(wrap, moves):
+    trainer = trained_with(lambda module: decayed(module, wrap))
+    (optimizer,) = trainer.optimizers
+    assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**moves
+
+
+def test_two_optimizers_in_a_tuple_both_step():
+    def two(module):
+        layers = list(module.net.parameters())
+        return sgd(layers[:2]), sgd(layers[2:])
+
+    trainer = trained_with(two)
+    assert len(trainer.optimizers) == 2
+    assert not trainer.schedulers
+    alone = trained_with(lambda module: sgd(module.parameters()))
+    assert digest(trainer.module.state_dict()) == digest(alone.module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda module: {"optimizer": sgd(module.parameters())}, r"Mine.* returned a dict with keys \['optimizer'\]"),
+        (lambda module: [{"optimizer": sgd(module.parameters()), "lr_scheduler": 1}], r"'optimizer', 'lr_scheduler'\]"),
+        (lambda module: None, r"get_optimizers_schedulers returned None where an optimizer is meant: return an optim"),
+        (lambda module: torch.optim.SGD, r"returned <class .*SGD'> where an optimizer is meant"),
+        (lambda module: "sgd", r"returned 'sgd' where an optimizer is meant"),
+        (lambda module: (sgd(module.parameters()), {"scheduler": 1}), "returned a dict where a scheduler is meant"),
+        (lambda module: (sgd(module.parameters()), torch.optim.lr_scheduler.StepLR), "the class StepLR where a sched"),
+    ],
+)
+def test_what_is_no_optimizer_and_no_scheduler(make, message):
+    with pytest.raises(TypeError, match=message):
+        trained_with(make)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda module: sgd(copy.deepcopy(module.net).parameters()),
+            "6 of the 6 tensors of SGD are no parameters of",
+        ),
+        (lambda module: sgd([*module.parameters(), torch.zeros(3, requires_grad=True)]), r"1 of the 7 .* shape \(3,\)"),
+        (
+            lambda module: (
+                sgd(module.parameters()),
+                torch.optim.lr_scheduler.StepLR(sgd(module.parameters()), 1),
+            ),
+            "StepLR moves the rates of an optimizer that is not returned",
+        ),
+    ],
+)
+def test_an_optimizer_of_something_else_than_the_module(make, message):
+    with pytest.raises(ValueError, match=message):
+        trained_with(make)
+
+
+def test_an_optimizer_that_was_made_before_a_part_was_replaced():
+    class Early(TinyModule):
+        def __init__(self):
+            super().__init__()
+            self.early = sgd(self.parameters())
+            self.net[4] = torch.nn.Linear(16, 1)
+
+        def get_optimizers_schedulers(self, steps, epochs):
+            return self.early
+
+    with pytest.raises(ValueError, match="2 of the 6 tensors of SGD are no parameters of Early"):
+        tiny_trainer(module=Early()).train()
+
+
+def test_parameters_that_the_first_step_does_not_train_are_said_once(caplog):
+    class Heads(TinyModule):
+        def __init__(self, frozen):
+            super().__init__()
+            self.unused, self.forgotten = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+            self.unused.requires_grad_(not frozen)
+            self.forgotten.requires_grad_(not frozen)
+
+        def get_optimizers_schedulers(self, steps, epochs):
+            return sgd([*self.net.parameters(), *self.unused.parameters()])
+
+    tiny_trainer(module=Heads(frozen=False)).train()
+    assert [record.message.partition(". Freeze")[0] for record in caplog.records] == [
+        "2 parameter(s) of Heads that require gradients are in no optimizer, so they are not trained: "
+        "forgotten.weight, forgotten.bias",
+        "2 parameter(s) of Heads that require gradients have no gradient in the first step: the loss does not depend "
+        "on them: unused.weight, unused.bias",
+    ]
+    caplog.clear()
+    tiny_trainer(module=Heads(frozen=True)).train()
+    assert not caplog.records
+
+
+def test_a_layer_that_is_made_in_the_first_step_is_in_no_optimizer(caplog):
+    class Late(TinyModule):
+        def train_step(self, global_step, batch, device):
+            if not hasattr(self, "head"):
+                self.head = torch.nn.Linear(1, 1)
+            return self.head(super().train_step(global_step, batch, device)[1]).square().mean()
+
+    tiny_trainer(module=Late()).train()
+    assert "2 parameter(s) of Late that require gradients are in no optimizer" in caplog.text
+
+
+def test_a_loss_that_depends_on_no_parameter_of_the_optimizers():
+    def train_step(self, global_step, batch, device):
+        return copy.deepcopy(self.net)(batch[0]).square().mean()
+
+    with pytest.raises(ValueError, match="train_step returned depends on no parameter of the optimizers, so nothing"):
+        trained_with(lambda module: sgd(module.parameters()), train_step=train_step)
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        lambda trainer, loss: loss.backward(retain_graph=True),
+        lambda trainer, loss: trainer.optimizers[0].step(),
+        lambda trainer, loss: trainer.schedulers[0].scheduler.step(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_a_train_step_that_does_what_the_loop_does(twice):
+    def train_step(self, global_step, batch, device):
+        loss = TinyModule.train_step(self, global_step, batch, device)[0]
+        twice(self.trainer, loss)
+        return loss
+
+    with pytest.raises(TypeError, match=r"Mine.train_step has called backward\(\), zero_grad\(\) or step\(\), which"):
+        trained_with(lambda module: decayed(module, lambda *pair: pair), train_step=train_step)
+
+
+def test_a_train_step_that_clears_the_gradients_of_the_micro_batches_before():
+    class Clears(TinyModule):
+        def train_step(self, global_step, batch, device):
+            self.trainer.zero_grad()
+            return super().train_step(global_step, batch, device)
+
+        @hookimpl
+        def get_window_size(self):
+            return 2
+
+    with pytest.raises(TypeError, match=r"Clears.train_step has called backward\(\), zero_grad\(\)"):
+        tiny_trainer(module=Clears()).train()
+
+
+def test_who_performs_an_update_steps_where_it_likes():
+    class Manual(TinyModule):
+        def train_step(self, global_step, batch, device):
+            loss = super().train_step(global_step, batch, device)[0]
+            loss.backward()
+            self.trainer.step()
+            return loss.detach()
+
+        @hookimpl
+        def update(self, trainer, window):
+            return [(trainer.hook.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN),) for batch in window]
+
+    module = Manual()
+    tiny_trainer(module=module).train()
+    assert not module._forward_hooks
+    assert not module._forward_pre_hooks
+    plain = TinyModule()
+    tiny_trainer(module=plain).train()
+    assert digest(module.state_dict()) == digest(plain.state_dict())
+
+
+# A forward of the module's own --------------------------------------------------------
+
+
+class Own(TinyModule):
+    """Calls itself, as any `torch.nn.Module`."""
+
+    def forward(self, x):
+        return self.net(x)
+
+    def train_step(self, global_step, batch, device):
+        predictions = self(batch[0])
+        return torch.nn.functional.mse_loss(predictions, batch[1]), predictions
+
+
+class Doubles(Own):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class AnyArguments(TinyModule):
+    def forward(self, **inputs):
+        return self.net(**inputs)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = 3
+
+    def forward(self, x):
+        return self.scale * x
+
+
+class Mixed(TinyModule, Net): ...
+
+
+class MixedFirst(Net, TinyModule): ...
+
+
+@pytest.mark.parametrize(
+    ("kind", "call", "expected"),
+    [
+        (Own, lambda module, x: module(x), lambda module, x: module.net(x)),
+        (Own, lambda module, x: module.forward(x=x), lambda module, x: module.net(x)),
+        (Doubles, lambda module, x: module(x), lambda module, x: 2 * module.net(x)),
+        (AnyArguments, lambda module, x: module(input=x), lambda module, x: module.net(x)),
+        (Mixed, lambda module, x: module(x), lambda module, x: 3 * x),
+        (MixedFirst, lambda module, x: module(x), lambda module, x: 3 * x),
+    ],
+)
+def test_a_module_has_a_forward_of_its_own(kind, call, expected):
+    class Inherits(kind): ...
+
+    for made in (kind, Inherits):
+        module, plain, x = made(), TinyModule(), torch.ones(4, 8)
+        for one in (module, plain):
+            tiny_trainer(module=one).train()
+        state = {name: tensor for name, tensor in module.state_dict().items() if name != "scale"}
+        assert (digest(state) == digest(plain.state_dict())) != (kind is Doubles)
+        module.eval()
+        assert torch.equal(call(module, x), expected(module, x))
+
+
+@pytest.mark.parametrize("own", [TinyModule, Own])
+def test_a_forward_that_takes_the_stage_wraps_the_steps(own):
+    seen = []
+
+    class Named(own):
+        def forward(self, stage, global_step, batch, device):
+            seen.append(stage)
+            return super().forward(stage, global_step, batch, device)
+
+    class PassesOn(own):
+        def forward(self, *args, **given):
+            seen.append(given["stage"])
+            return super().forward(*args, **given)
+
+    for kind in (Named, PassesOn):
+        tiny_trainer(module=kind(), epochs=1).train()
+        assert seen == [Stage.TRAIN] * 7 + [Stage.VAL] * 7
+        seen.clear()
+
+    class OwnBelow(Named):
+        def forward(self, x):
+            return self.net(x)
+
+    tiny_trainer(module=OwnBelow(), epochs=1).train()
+    assert seen == [Stage.TRAIN] * 7 + [Stage.VAL] * 7
+
+
+def test_a_module_without_a_forward_of_its_own_says_so():
+    with pytest.raises(AttributeError, match=r"stage must be a hookline.Stage, not tensor.* define forward\(self, x\)"):
+        TinyModule()(torch.ones(2, 8))
+
+
+def test_a_module_with_a_forward_is_copied_and_pickled():
+    module, x = Own().eval(), torch.ones(2, 8)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), module(x))

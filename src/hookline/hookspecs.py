@@ -29,6 +29,7 @@ from hookline.counters import Cursor, lesser
 from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
 from hookline.monitored import mode_of
+from hookline.optimizers import as_lists
 from hookline.outputs import Outputs, WindowCut, detached, with_loss
 from hookline.schedulers import go_on
 from hookline.state import (
@@ -195,8 +196,7 @@ def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], lis
     """Return (optimizers, schedulers); the model is complete, and `trainer.totals` is known."""
     module, totals = trainer.module, trainer.totals
     epochs = totals.epochs if totals.epochs is not None else 1
-    optimizers, schedulers = module.get_optimizers_schedulers(totals.steps_per_epoch, epochs)
-    return list(optimizers), list(schedulers)
+    return as_lists(module.get_optimizers_schedulers(totals.steps_per_epoch, epochs), module)
 
 
 @verb
@@ -323,7 +323,8 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
     if trainer.position == 0:
         raise ValueError(
             f"the training loader gave no batch: {type(trainer.module).__name__}.get_train_dataloader() was asked for "
-            f"batches of {trainer.micro_batch_size}; is the data set empty, or smaller than one batch with drop_last?"
+            f"batches of {trainer.micro_batch_size}; is the data set empty, smaller than one batch with drop_last, or "
+            "an iterator that has ended (return a new one in each call)?"
         )
     return True
 

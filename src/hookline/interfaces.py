@@ -263,9 +263,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     # Optimizers -----------------------------------------------------------------------
 
-    def get_optimizers_schedulers(
-        self, estimated_global_steps_per_epoch: int | None, epochs: int
-    ) -> tuple[Iterable[torch.optim.Optimizer], Iterable[Any]]:
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int | None, epochs: int) -> Any:
         """Return the optimizers and the learning-rate schedulers.
 
         Called once, by position, when the model is on its device.
@@ -276,7 +274,8 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
             epochs: epochs to train.
 
         Returns:
-            Optimizers, and schedulers. A scheduler moves after each optimizer step; a
+            An optimizer; or an optimizer and a scheduler, each alone or several in a list; or a
+            list of optimizers. A scheduler moves after each optimizer step; a
             `ReduceLROnPlateau` moves after each evaluation, by `val_loss`. A pair
             `(scheduler, "step" | "epoch" | "validation")` overrides this.
 
@@ -287,21 +286,40 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     # What is already written ----------------------------------------------------------
 
-    def forward(self, stage: Stage, global_step: int, batch: Any, device: torch.device | str | int) -> Any:
-        """Call the step of `stage`. The loop calls this, so wrappers such as DDP see every step.
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        found = [
+            vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base) and base is not torch.nn.Module
+        ]
+        own = next((one for one in found if not wraps_steps(one)), None)
+        if own is not None and not hasattr(found[0], "steps"):
+            steps = next(one for one in found if one is not own and (hasattr(one, "steps") or wraps_steps(one)))
+            cls.forward = beside(own, steps)  # type: ignore[method-assign]
+
+    def forward(self, *args: Any, **given: Any) -> Any:
+        """Call the step of a stage; the loop calls this, so wrappers such as DDP see every step.
+
+        The loop calls `module(stage=…, global_step=…, batch=…, device=…)`. A module may have a `forward` of its own,
+        which other calls of the module reach; `forward(self, stage, global_step, batch, device)` wraps this one.
 
         Raises:
             AttributeError: `stage` is not a `Stage`.
         """
+        given |= zip(("stage", "global_step", "batch", "device"), args, strict=False)
+        stage = given.pop("stage", None)
         if stage is Stage.TRAIN:
-            return self.train_step(global_step=global_step, batch=batch, device=device)
+            return self.train_step(**given)
         if stage is Stage.VAL:
-            return self.val_step(global_step=global_step, batch=batch, device=device)
+            return self.val_step(**given)
         if stage is Stage.TEST:
-            return self.test_step(global_step=global_step, batch=batch, device=device)
+            return self.test_step(**given)
         if stage is Stage.PREDICT:
-            return self.predict_step(global_step=global_step, batch=batch, device=device)
-        raise AttributeError(f"stage must be a hookline.Stage, not {stage!r}")
+            return self.predict_step(**given)
+        name = type(self).__name__
+        raise AttributeError(
+            f"{name} was called, and stage must be a hookline.Stage, not {stage!r:.40}; for calls with other arguments "
+            "define forward(self, x)"
+        )
 
     # Names are those of the uncompiled module, even if it compiles a part of itself
     # (`self.net = torch.compile(net)`), so that weights fit runs with and without compilation.
@@ -365,6 +383,29 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     def _unwritten(self, step: str, loaders: str) -> str:
         name = type(self).__name__
         return f"{name}.{loaders}() gave data, but {name} has no {step}(global_step, batch, device)"
+
+
+def wraps_steps(forward: Any) -> bool:
+    """Tell whether a `forward` takes the loop's arguments: it names `stage`, or passes on all that it is given."""
+    signature = inspect.signature(forward)
+    try:
+        signature.bind(None, stage=None, global_step=None, batch=None, device=None)
+    except TypeError:
+        return False
+    inner = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    return forward is ModuleInterface.forward or "stage" in signature.parameters or "__class__" in inner  # of super()
+
+
+def beside(own: Callable[..., Any], steps: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `forward` that is the module's own, and `steps` where the loop calls it."""
+
+    @functools.wraps(own)
+    def forward(self: ModuleInterface, *args: Any, **given: Any) -> Any:
+        stage = given.get("stage", args[0] if args else None)
+        return (steps if isinstance(stage, Stage) else own)(self, *args, **given)
+
+    forward.steps = steps  # type: ignore[attr-defined]
+    return forward
 
 
 def join(module: ModuleInterface, trainer: Trainer) -> None:

@@ -39,6 +39,7 @@ def schedule_all(schedulers: Sequence[Any], val_loss: str = "val_loss") -> list[
         val_loss: the metric of a `ReduceLROnPlateau` without a named one.
 
     Raises:
+        TypeError: an entry that is no scheduler.
         ValueError: an entry with another word than step, epoch or validation, or with a wrong metric.
     """
     scheduled = []
@@ -46,6 +47,12 @@ def schedule_all(schedulers: Sequence[Any], val_loss: str = "val_loss") -> list[
         given = entry if isinstance(entry, tuple) else (entry,)
         scheduler = given[0]
         plateau, name = is_plateau(scheduler), type(scheduler).__name__
+        if isinstance(scheduler, type) or not callable(getattr(scheduler, "step", None)):
+            said = f"the class {scheduler.__name__}" if isinstance(scheduler, type) else f"a {name}"
+            raise TypeError(
+                f"get_optimizers_schedulers returned {said} where a scheduler is meant: return it, or a tuple with "
+                'when it moves, (scheduler, "epoch") or (scheduler, "validation", "val_accuracy")'
+            )
         when = given[1] if len(given) > 1 else "validation" if plateau else "step"
         metric = given[2] if len(given) > 2 else val_loss if plateau else None
         if when not in ("step", "epoch", "validation"):

@@ -426,10 +426,8 @@ def two_loaders(sampler, batch_size):
 
 def test_what_is_no_loader_is_refused():
     loader = DataLoader(Ids(8), 4)
-    with pytest.raises(ValueError, match="gave a list of loaders for train, which would be .* batches: return one"):
+    with pytest.raises(ValueError, match="returned loaders by key \\['0', '1'\\]: .*mixture"):
         train(Seen(two_loaders))
-    with pytest.raises(ValueError, match='gave a list of loaders for val, .* return them by key, {"first": …'):
-        train(Seen(loader, two_loaders))
     with pytest.raises(ValueError, match="get_train_dataloader\\(\\) must return one loader; it returned None"):
         train(Seen(lambda sampler, batch_size: None))
     with pytest.raises(ValueError, match="must return one loader; it returned loaders by key \\['a', 'b'\\]"):
@@ -441,6 +439,87 @@ def test_what_is_no_loader_is_refused():
     once = (torch.arange(4.0) for _ in range(2))
     with pytest.raises(ValueError, match="the training loader gave no batch"):
         train(Seen(once), epochs=2)
+
+
+MISTAKES = {  # what is returned in place of a loader: the message
+    "a data set": (
+        Ids(8),
+        "get_train_dataloader\\(\\) returned a Ids, a data set: .* write DataLoader\\(data",
+    ),
+    "a subset": (Subset(Ids(8), range(4)), "returned a Subset, a data set: its samples would be taken for batches"),
+    "the class": (lambda sampler, size: DataLoader, "returned DataLoader, which gives no batches"),
+    "a method": (lambda sampler, size: Ids(8).__len__, "returned Ids.__len__, which gives no batches"),
+    "a number": (8, "returned a int, which gives no batches"),
+    "a tensor": (torch.ones(8, 2), "returned a Tensor of data: .* write dataset = TensorDataset"),
+    "inputs and targets": ((torch.ones(8, 2), torch.ones(8)), "returned a tuple of data"),
+    "inputs and targets in a list": ([torch.ones(8, 2), torch.ones(8, 1)], "returned a list of data"),
+    "inputs and classes": ([torch.ones(2, 2), torch.ones(2, 2).int()], "returned a list of data"),
+    "the class of a sampler": (
+        lambda sampler, size: DataLoader(Ids(8), size, sampler=sampler),
+        "returned a loader whose sampler is the class RunSampler; write sampler=sampler\\(dataset\\)",
+    ),
+    "the class of a batch sampler": (DataLoader(Ids(8), batch_sampler=BatchSampler), "is the class BatchSampler"),
+    "a sampler for batches": (
+        lambda sampler, size: DataLoader(Ids(8), batch_sampler=sampler(Ids(8))),
+        "whose batch_sampler \\(RunSampler\\) draws samples, not batches; write sampler=…",
+    ),
+    "torch's sampler for batches": (DataLoader(Ids(8), batch_sampler=RandomSampler(Ids(8))), "RandomSampler\\) draws"),
+    "batches for samples": (
+        DataLoader(Ids(8), 4, sampler=BatchSampler(range(8), 4, False)),
+        "whose sampler \\(BatchSampler\\) draws batches, to make batches of; write batch_sampler=…",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_what_gives_no_batches_is_refused_with_what_to_write(name):
+    given, message = MISTAKES[name]
+    given = given if callable(given) else lambda sampler, size, loader=given: loader
+    with pytest.raises(TypeError, match=message):
+        train(Seen(given))
+    with pytest.raises(TypeError, match=message.replace("train_dataloader", "val_dataloaders")):
+        train(Seen(DataLoader(Ids(8), 4), given))
+    with pytest.raises(TypeError, match=message.replace("train_dataloader", "val_dataloaders")):
+        train(
+            Seen(DataLoader(Ids(8), 4), lambda sampler, size: {"a": DataLoader(Ids(8), 4), "b": given(sampler, size)})
+        )
+
+
+def test_a_list_of_loaders_has_numbers_for_keys():
+    one, other = DataLoader(Ids(8), 4), DataLoader(Ids(4), 4)
+    metrics = train(Seen([one], [one, other])).metrics
+    assert metrics == {"val_loss/0": 3.5, "val_loss/1": 1.5, "val_loss": (8 * 3.5 + 4 * 1.5) / 12}
+    assert train(Seen(one, (other,))).metrics == {"val_loss": 1.5}
+
+
+def test_an_iterator_is_a_loader_for_one_evaluation():
+    loader = DataLoader(Ids(8), 4)
+    assert train(Seen(loader, lambda sampler, size: iter(loader)), epochs=3).metrics == {"val_loss": 3.5}
+    with pytest.raises(ValueError, match="get_val_dataloaders gave the iterator .* of the evaluation before, which"):
+        train(Seen(loader, iter(loader)), epochs=3, max_val_steps_per_epoch=1)
+    endless = itertools.cycle([torch.arange(4.0), torch.arange(4.0, 8.0)])
+    assert train(Seen(endless), epochs=3, max_train_steps_per_epoch=2).global_step == 6
+    with pytest.raises(ValueError, match="gave no batch: .* or an iterator that has ended"):
+        train(Seen(iter(loader)), epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("loader", "options", "said"),
+    [
+        (lambda size: DataLoader(Ids(8), 2), {}, ["get_train_dataloader() was asked for batches of 4", "of 2, which"]),
+        (lambda size: [torch.arange(2.0)] * 4, {}, ["(trainer.train_batch_size=4), and its loader has batches of 2"]),
+        (lambda size: DataLoader(Stream(8), 8), {}, ["and its loader has batches of 8"]),
+        (lambda size: DataLoader(Ids(8), batch_sampler=BatchSampler(range(8), 2, False)), {}, ["has batches of 2"]),
+        (lambda size: DataLoader(Ids(8), size), {}, []),
+        (lambda size: DataLoader(Ids(8), 2), {"train_batch_size": 1}, []),  # the default: nobody has asked
+        (lambda size: DataLoader(Ids(8), batch_sampler=[[0, 1], [2]]), {}, []),
+        (lambda size: [torch.arange(2.0)], {}, []),  # a short data set has one short batch
+    ],
+)
+def test_batches_of_another_size_than_asked_for_are_said_once(loader, options, said, caplog):
+    train(Seen(lambda sampler, size: loader(size)), epochs=2, **options)
+    assert len(caplog.records) == bool(said)
+    assert all(part in caplog.text for part in said)
 
 
 def test_a_data_set_that_ends_too_early_is_an_error():

@@ -10,6 +10,7 @@ import torch
 
 from hookline.cadence import seconds
 from hookline.counters import Cursor
+from hookline.data import mistakes
 from hookline.data.cursor import mix
 from hookline.data.loaders import RunLoader, is_stateful, warn_of_order
 from hookline.data.sampling import Epochs, Sharded
@@ -38,7 +39,7 @@ class Loaders:
         """Return the loaders of a stage by key, ready to iterate; none if the module has none.
 
         Raises:
-            ValueError: a list of loaders, which would be read as a list of batches.
+            TypeError: what the module returned gives no batches.
         """
         trainer = self.trainer
         given = self._asked.get(stage)
@@ -46,22 +47,37 @@ class Loaders:
             given = self._ask(stage)
             if given is None:
                 return {}
+            given = self._checked(given, stage)
             if stage is Stage.TRAIN and isinstance(given, Mapping):
                 given = trainer.hook.join_loaders(trainer=trainer, loaders=given, sampler=self._samplers[stage])
             if trainer.options.keep_loaders:
                 self._asked[stage] = given
-        kinds = {*map(type, given)} if isinstance(given, (list, tuple)) else set()
-        if any(issubclass(kind, torch.utils.data.DataLoader) for kind in kinds):
-            cure = "return one" if stage is Stage.TRAIN else 'return them by key, {"first": …, "second": …}'
-            raise ValueError(
-                f"{type(trainer.module).__name__} gave a {type(given).__name__} of loaders for {stage.value}, which "
-                f"would be taken for a list of batches: {cure}"
-            )
         named = given if isinstance(given, Mapping) else {"default": given}
         if stage is Stage.TRAIN:
             self._epochs.tell(given, trainer.epoch)
         setup = trainer.hook.setup_loader
         return {key: setup(trainer=trainer, loader=loader, stage=stage, key=key) for key, loader in named.items()}
+
+    def _checked(self, given: Any, stage: Stage) -> Any:
+        """Return what the module gave, several loaders by key; refuse what is no loader."""
+        trainer, options, training = self.trainer, self.trainer.options, stage is Stage.TRAIN
+        kinds = {*map(type, given)} if isinstance(given, (list, tuple)) else set()  # a list may hold many batches
+        if any(issubclass(kind, torch.utils.data.DataLoader) for kind in kinds):
+            given = given[0] if len(given) == 1 else {str(number): loader for number, loader in enumerate(given)}
+        method = f"{type(trainer.module).__name__}.get_{stage.value}_dataloader{'' if training else 's'}"
+        several = isinstance(given, Mapping)
+        asked = options.train_batch_size if training else options.val_batch_size
+        size = trainer.micro_batch_size if training else asked
+        for loader in given.values() if several else [given]:
+            mistakes.refuse(loader, method, size)
+            own = None if asked == 1 or (several and training) else mistakes.other_size(loader, size)
+            if own is not None and trainer.rank == 0:
+                trainer.say_once(
+                    f"{method}() was asked for batches of {size} (trainer.{'train' if training else 'val'}_batch_size="
+                    f"{asked}), and its loader has batches of {own}, which counts; give it batch_size=batch_size",
+                    about=f"{method} size",
+                )
+        return given
 
     def _ask(self, stage: Stage) -> Any:
         """Return the loader of the module, made under the same RNG state each time and on every rank.
@@ -89,6 +105,11 @@ class Loaders:
     def prepare(self, loader: Any, stage: Stage, key: str) -> RunLoader:
         """Return the run's private loader for a loader of the user's; the same one for the same object."""
         mine = self._private.get((stage, key))
+        if mine is not None and mine.loader is loader and hasattr(loader, "__next__") and stage is not Stage.TRAIN:
+            raise ValueError(
+                f"get_{stage.value}_dataloaders gave the iterator ({type(loader).__name__}) of the evaluation before, "
+                "which has been used: give a new one in each call, or a loader that can be iterated again"
+            )
         if mine is None or mine.loader is not (loader.loader if isinstance(loader, Sharded) else loader):
             mine = self._private[stage, key] = self._make(loader, stage, key)
         mine.place()

@@ -128,8 +128,8 @@ class RunLoader:
 
     def __len__(self) -> int:
         # torch would remember `len` of a stream, and warn later in its own words
-        known: Any = self._private if self._view is not None else copy.copy(self.loader)
-        return len(known)
+        known: Any = self._private if self._view is not None else self.loader
+        return len(copy.copy(known) if known is self.loader and isinstance(known, DataLoader) else known)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "loader":

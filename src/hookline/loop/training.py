@@ -17,6 +17,7 @@ from hookline.interfaces import Loader, Stage, plain_name
 from hookline.loop.building import epochs_asked, warn_of_modes
 from hookline.loop.ends import Ends
 from hookline.loop.evaluation import Evaluation
+from hookline.loop.first import look_at_gradients, watched
 from hookline.loop.window import Window
 from hookline.monitored import require_metrics
 from hookline.outputs import Collector, Outputs, WindowCut, collate, detached
@@ -41,6 +42,7 @@ class Training:
         """The seconds before the last boundary read the clock; a time crossed by it is due until the next boundary."""
         self._unsettled = False  # whether a step has not reached its boundary yet
         self._stepped = True
+        self._watched = False  # whether the first step has been looked at
         self._first_loader: Loader | None = None
         self._epoch_outputs = Collector(0)
 
@@ -175,7 +177,7 @@ class Training:
         run, counters, size = self.run, self.run.counters, len(window)
         self._stepped, samples = True, self.window.begin(window)
         try:
-            outputs = run.hook.update(trainer=run, window=window)
+            outputs = run.hook.update(trainer=run, window=window) if self._watched else self._update_first(window)
         except WindowCut as cut:
             self._keep_cut(cut)
             return False
@@ -208,6 +210,12 @@ class Training:
             self.logs.flush_interval()
         return True
 
+    def _update_first(self, window: Sequence[Any]) -> list[Outputs]:
+        with watched(self.run, self.built):
+            outputs = self.run.hook.update(trainer=self.run, window=window)
+        self._watched = True
+        return outputs  # type: ignore[no-any-return]
+
     def _keep_cut(self, cut: WindowCut) -> None:
         """Save a run that stops within a window, with the finished part of the window."""
         run, rooms = self.run, self.run.plugins.rooms
@@ -234,6 +242,8 @@ class Training:
         if isinstance(optimizers, torch.optim.Optimizer):
             raise TypeError(f"trainer.step takes a list of optimizers, not one {type(optimizers).__name__}; write [it]")
         chosen = self.built.optimizers if optimizers is None else optimizers
+        if not self._watched and closure is None:
+            look_at_gradients(run, self.built, chosen)
         if closure is None:
             hook.on_begin_optimizer_step(trainer=run, optimizers=chosen)
         else:

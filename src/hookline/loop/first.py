@@ -1,0 +1,93 @@
+"""The first step of training: what it does not train is said, and a `train_step` that steps by itself is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hookline.interfaces import Stage
+from hookline.loop.building import Built
+
+if TYPE_CHECKING:
+    from hookline.run import Run
+
+
+@contextlib.contextmanager
+def watched(run: Run, built: Built) -> Iterator[None]:
+    """Refuse within the block a `train_step` that does what the loop does; who performs `update` may do it."""
+    module = run.module
+    before: list[Any] = []
+    handles: list[Any] = []
+
+    def begin(_: Any, __: Any, given: dict[str, Any]) -> None:
+        if given.get("stage") is Stage.TRAIN:
+            before[:] = [marks(built)]
+
+    def check(_: Any, __: Any, given: dict[str, Any], outputs: Any) -> None:
+        if given.get("stage") is Stage.TRAIN and before.pop() != marks(built):
+            refuse(module)
+
+    if not run.plugins.performers("update"):
+        handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(module.register_forward_hook(check, with_kwargs=True))
+        for optimizer in built.optimizers:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                handles.append(optimizer.register_step_pre_hook(lambda *_: refuse(module) if before else None))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def marks(built: Built) -> list[Any]:
+    """Return what backward, the clearing of gradients and a step of a scheduler change."""
+    gradients = [weight.grad for weight in weights_of(built.optimizers) if weight.grad is not None]
+    moves = [getattr(scheduler, "last_epoch", 0) for scheduler, *_ in built.schedulers]
+    return [*moves, *((id(gradient), gradient._version) for gradient in gradients)]
+
+
+def weights_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """Return the parameters of optimizers."""
+    return [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+
+
+def refuse(module: torch.nn.Module) -> None:
+    """Refuse a step that does the loop's work."""
+    raise TypeError(
+        f"{type(module).__name__}.train_step has called backward(), zero_grad() or step(), which the loop does behind "
+        "it, so it would be done twice: only return the loss. For steps of your own implement "
+        "update(self, trainer, window), marked @hookimpl"
+    )
+
+
+def look_at_gradients(run: Run, built: Built, stepped: Sequence[torch.optim.Optimizer]) -> None:
+    """Say which parameters are not trained by the first step.
+
+    Raises:
+        ValueError: none is.
+    """
+    named = [(name, weight) for name, weight in run.module.named_parameters() if weight.requires_grad]
+    trained, now = ({id(weight) for weight in weights_of(some)} for some in (built.optimizers, stepped))
+    left = [name for name, weight in named if id(weight) not in trained]
+    without = [name for name, weight in named if id(weight) in now and weight.grad is None]
+    if run.plugins.performers("run_backward"):  # which may keep gradients elsewhere
+        without = []
+    if without and len(without) == sum(id(weight) in now for _, weight in named):
+        raise ValueError(
+            f"the loss that {type(run.module).__name__}.train_step returned depends on no parameter of the optimizers, "
+            "so nothing would be trained: compute it by the module's own parameters, not by a copy of them"
+        )
+    for names, said in (
+        (left, "are in no optimizer, so they are not trained"),
+        (without, "have no gradient in the first step: the loss does not depend on them"),
+    ):
+        if names and run.rank == 0:
+            first = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+            run.say_once(
+                f"{len(names)} parameter(s) of {type(run.module).__name__} that require gradients {said}: {first}. "
+                "Freeze what shall not be trained: requires_grad_(False)"
+            )
