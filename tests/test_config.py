@@ -175,7 +175,7 @@ def test_plugins_are_turned_off_and_on(write):
         ),
         (
             ["plugins.noise=3"],
-            r"plugins\.noise: a plugin takes a mapping of options \(\{\} for none\) or null, but got 3",
+            r"plugins\.noise: a plugin takes a mapping of options \(\{\} for none\) or null, not 3",
         ),
         ([f"plugins.strict={{_plugin_: {HERE}.Strict}}"], r"plugins\.strict\.needed: this key needs a value"),
         (

@@ -54,20 +54,21 @@ def read_configuration(options: argparse.Namespace, *overrides: str) -> DictConf
     """
     path = Path(options.config)
     if not path.is_file():
-        raise ValueError(f"{path} is no file{_nearby(path)}")
+        home, near, there = _nearby(path)
+        meant = f", did you mean '{home / near}'?" if near else ""
+        raise ValueError(f"{path} is no file{meant}; the configurations in {home} are {', '.join(there) or 'none'}")
     from hookline import config
 
     return config.load_config(path, [*options.overrides, *overrides], options.plugins)
 
 
-def _nearby(path: Path) -> str:
-    """Return which file may have been meant: the configuration in a folder, or one with a name like this one."""
+def _nearby(path: Path) -> tuple[Path, str, list[str]]:
+    """Return a folder, which of its configurations may have been meant, and those that there are."""
     home = path if path.is_dir() else path.parent
     there = sorted(one.name for suffix in ("yaml", "yml") for one in home.glob(f"*.{suffix}"))
     wanted = "config.yaml" if path.is_dir() else path.name
     near = difflib.get_close_matches(wanted, there, n=1) or [one for one in there if Path(one).stem == path.stem]
-    meant = f", did you mean '{home / near[0]}'?" if near else ""
-    return f"{meant}; the configurations in {home} are {', '.join(there[:20]) or 'none'}"
+    return home, near[0] if near else "", there[:20]
 
 
 def run_to_first_step(options: argparse.Namespace) -> Any:
