@@ -1,7 +1,10 @@
 """Configuration: what is read, what is refused and in which words, what is kept and what is masked."""
 
+import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -138,14 +141,31 @@ def test_plugins_are_turned_off_and_on(write):
             ["trainer.epoch=3"],
             r"trainer\.epoch: unknown key, did you mean 'epochs'\?; trainer has epochs, train_batch_size",
         ),
-        (["trainer.epochs=many"], r"trainer\.epochs: Value 'many' of type 'str' could not be converted to Integer"),
+        (["trainer.epochs=many"], r'trainer\.epochs: Trainer takes epochs: int \| null, but got "many"'),
+        (["trainer.epochs=true"], r"trainer\.epochs: Trainer takes epochs: int \| null, but got true"),
+        (["trainer.seed=null"], r"trainer\.seed: Trainer takes seed: int, but got null"),
+        (
+            ["trainer.run_name=no"],
+            r"run_name: str, but got false; YAML takes a bare yes, no, on and off for true or false",
+        ),
+        (["trainer.run_name=1e-3"], r"run_name: str, but got 0\.001; write a text in quotes"),
+        (["trainer.epochs.x=3"], r'trainer\.epochs: Trainer takes epochs: int \| null, but got \{"x": 3\}'),
+        (
+            ["trainer.batch_size=3"],
+            r"unknown key, did you mean .*; trainer has val_batch_size, train_batch_size, epochs,",
+        ),
+        (["epochs=3"], r"epochs: unknown key, did you mean 'trainer\.epochs'\?; the nodes are"),
+        (["trainer=5"], r"trainer: this takes a mapping of keys, e\.g\. \{epochs: 3\}; not 5"),
+        (["plugins=noise"], r"plugins: this takes a mapping of keys, .*, or a list of names; not \"noise\""),
+        (["trainer.epochs="], r"'trainer\.epochs=' cannot be read: it has no value; write null for none"),
+        (["trainer.=3"], r"'trainer\.=3' is no override"),
         (
             ["plugins.noise.strenght=1"],
             r"plugins\.noise\.strenght: unknown key, did you mean 'strength'\?; plugins\.noise has",
         ),
         (
             ["plugins.noise.strength=high"],
-            r"plugins\.noise\.strength: Value 'high' of type 'str' could not be converted",
+            r'plugins\.noise\.strength: Noise takes strength: float, but got "high"',
         ),
         (["plugins.teleport={}"], r"plugins\.teleport: no plugin named 'teleport' is installed"),
         pytest.param(
@@ -153,7 +173,10 @@ def test_plugins_are_turned_off_and_on(write):
             r"plugins\.clib: no plugin named 'clib' is installed, did you mean 'clip'\?",
             marks=pytest.mark.plugins,
         ),
-        (["plugins.noise=3"], r"plugins\.noise: a plugin takes a mapping of options \(\{\} for none\) or null, not 3"),
+        (
+            ["plugins.noise=3"],
+            r"plugins\.noise: a plugin takes a mapping of options \(\{\} for none\) or null, not 3",
+        ),
         ([f"plugins.strict={{_plugin_: {HERE}.Strict}}"], r"plugins\.strict\.needed: this key needs a value"),
         (
             ["module._target_=null"],
@@ -195,8 +218,283 @@ def test_files_that_are_no_configuration(write, tmp_path):
         load_config(write("trainer: {epochs: 1,\n  epochs: 2}"))
     with pytest.raises(ValueError, match="must be a mapping with the keys module, trainer, plugins"):
         load_config(write("- 1"))
+    with pytest.raises(ValueError, match="is no configuration: it is empty"):
+        load_config(write("# nothing\n"))
     with pytest.raises(ValueError, match="could not determine a constructor for the tag.*python/object"):
         load_config(write("module: !!python/object/apply:os.system ['true']"))
+
+
+@pytest.mark.parametrize("node", ["module", "trainer", "plugins", "vars"])
+@pytest.mark.parametrize("value", ["5", "hello", "true", "[[1]]"])
+def test_a_node_that_is_no_mapping_is_refused_by_its_key(write, node, value):
+    with pytest.raises(ValueError, match=rf"^{node}(\.0)?: ") as caught:
+        load_config(write(yaml.safe_dump(yaml.safe_load(BASE) | {node: yaml.safe_load(value)})))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trainer:\n\tepochs: 3", r"line 2, column 1: found character '\\t' .*\(indent with spaces, not with a tab\)"),
+        ("a: 1\nvars: {a: 'x}\nb: 1", r"line 2, column 11: found unexpected end of stream \(a quote is not closed\)"),
+        ("trainer: epochs: 3", "line 1, column 16: mapping values are not allowed here"),
+        ("trainer:\n  epochs: 1\n   seed: 2", "line 3, column 8: mapping values are not allowed here"),
+        ("a: [1, 2\nb: 3", "line 2, column 2: "),
+        ("a: *nobody", "line 1, column 4: found undefined alias 'nobody'"),
+        ("null: 2", "the key in line 1 is empty"),
+        ("plugins:\n  noise:\n", r"plugins\.noise in line 2 has no value; write \{\} for its defaults, or null"),
+        ("plugins:\n- noise:\n", r"plugins\.noise in line 2 has no value"),
+        ("\x00", "unacceptable character"),
+    ],
+)
+def test_what_is_no_yaml_is_told_in_one_line_by_its_place(write, text, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        load_config(write(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_plugins_may_be_a_list(write):
+    listed = BASE.partition("plugins:")[0] + (
+        f"plugins:\n- noise: {{_plugin_: {HERE}.Noise}}\n- around: {{_plugin_: {HERE}.Around}}\n- signals\n"
+    )
+    config = load_config(write(listed), ["plugins.noise.strength=0.5"], plugins=["no:signals"])
+    as_mapping = BASE + f"  around: {{_plugin_: {HERE}.Around}}\n  signals: null\n"
+    assert masked(config) == masked(load_config(write(as_mapping), ["plugins.noise.strength=0.5"]))
+    assert list(masked(config)["plugins"]) == ["noise", "around", "signals"]
+    by_hand = [f"plugins=[{{noise: {{_plugin_: {HERE}.Noise}}}}]", "plugins.noise.strength=0.5"]
+    assert masked(load_config(write(BASE.partition("plugins:")[0]), by_hand)) == masked(
+        load_config(write(), by_hand[1:])
+    )
+
+
+@pytest.mark.parametrize(
+    ("plugins", "words"),
+    [
+        ("[clip, {clip: {max_norm: 1.0}}]", r"plugins\.1: 'clip' is in the list twice"),
+        (
+            "[{clip: {}, csv: {}}]",
+            r"plugins\.0: in a list, a plugin is its name, or a mapping of its name alone to its",
+        ),
+        ("[3]", r"plugins\.0: in a list, a plugin is its name, .*; not 3"),
+        (f"[{{_plugin_: {HERE}.Noise}}]", r"plugins\.0: in a list, a plugin is its name"),
+    ],
+)
+def test_a_list_of_plugins_that_says_too_little_is_refused(write, plugins, words):
+    with pytest.raises(ValueError, match=words):
+        load_config(write(BASE.partition("plugins:")[0] + f"plugins: {plugins}\n"))
+
+
+class Color(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass
+class Net:
+    width: int
+    drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.drop > 1:
+            raise ValueError("drop is a share")
+
+
+class Kinds(TinyModule):
+    """A module that keeps what it is given."""
+
+    def __init__(
+        self,
+        number: int = 1,
+        share: float = 0.5,
+        flag: bool = False,
+        text: str = "a",
+        path: Path = Path(),
+        maybe: int | None = None,
+        either: int | str = 0,
+        word: Literal["sum", "mean"] = "sum",
+        color: Color = Color.RED,
+        sizes: list[int] = [],  # noqa: B006
+        pair: tuple[int, float] = (1, 2.0),
+        table: dict[str, float] = {},  # noqa: B006
+        net: Net | None = None,
+        layer: torch.nn.Module | None = None,
+        call: Callable[[], int] | None = None,
+        unknown: "Nowhere" = None,  # noqa: F821
+        loose=None,
+        sloppy: int = None,  # noqa: RUF013
+    ) -> None:
+        super().__init__()
+        self.given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+
+
+@dataclass(eq=False)
+class Keeps(CallbackInterface):
+    """A plugin with options of the same kinds."""
+
+    number: int = 1
+    share: float = 0.5
+    flag: bool = False
+    text: str = "a"
+    path: Path = Path()
+    maybe: int | None = None
+    either: int | str = 0
+    word: Literal["sum", "mean"] = "sum"
+    color: Color = Color.RED
+    sizes: list[int] = field(default_factory=list)
+    pair: tuple[int, float] = (1, 2.0)
+    table: dict[str, float] = field(default_factory=dict)
+    net: Net | None = None
+
+    @hookimpl
+    def on_boundary(self): ...
+
+
+KINDS = BASE.replace(".Module}", ".Kinds}").replace(".Noise}", ".Keeps}")
+
+
+@pytest.mark.parametrize(
+    ("given", "made"),
+    [
+        ("number=3", 3),
+        ("number='3'", 3),
+        ("number=08", 8),
+        ("share=1", 1.0),
+        ("share=1e-3", 0.001),
+        ("share='0.25'", 0.25),
+        ("share=.inf", float("inf")),
+        ("flag=yes", True),
+        ("flag='off'", False),
+        ("flag=1", True),
+        ("text='no'", "no"),
+        ("text=08", "08"),
+        ("text=1:30", "1:30"),
+        ("text=2026-01-01", "2026-01-01"),
+        ("text=7", "7"),
+        ("path=a/b", Path("a/b")),
+        ("maybe=null", None),
+        ("maybe='4'", 4),
+        ("either='3'", "3"),
+        ("either=3", 3),
+        ("word=mean", "mean"),
+        ("color=BLUE", Color.BLUE),
+        ("color=blue", Color.BLUE),
+        ("sizes=[1, '2']", [1, 2]),
+        ("pair=[3, 4]", (3, 4.0)),
+        ("table={a: 1}", {"a": 1.0}),
+        ("net={width: 3}", Net(3)),
+    ],
+)
+def test_values_are_held_against_annotations(write, given, made):
+    name = given.partition("=")[0]
+    trainer = build_trainer(load_config(write(KINDS), [f"module.{given}", f"plugins.noise.{given}"]))
+    for found in (trainer.module.given[name], getattr(trainer.plugins.get_plugin("noise"), name)):
+        assert (type(found), found) == (type(made), made)
+    again = load_config(write(to_yaml(trainer.config), "config.yaml"))
+    assert build_trainer(again).module.given[name] == made
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("number=three", r'takes number: int, but got "three"$'),
+        ("number=1.0", r"takes number: int, but got 1\.0$"),
+        ("number=true", r"takes number: int, but got true$"),
+        ("number=1:30", r'takes number: int, but got "1:30"$'),
+        ("number=null", r"takes number: int, but got null$"),
+        ("share=null", r"takes share: float, but got null$"),
+        ("share=[1]", r"takes share: float, but got \[1\]$"),
+        ("flag=maybe", r'takes flag: bool, but got "maybe"$'),
+        ("flag=2", r"takes flag: bool, but got 2$"),
+        ("text=no", r"takes text: str, but got false; YAML takes a bare yes, no, on and off for true or false; write"),
+        ("text=1.5", r"takes text: str, but got 1\.5; write a text in quotes$"),
+        ("path=on", r"takes path: \S*Path, but got true; YAML"),
+        ("maybe=x", r'takes maybe: int \| null, but got "x"$'),
+        ("either=off", r"takes either: int \| str, but got false; YAML"),
+        ("word=meen", r"takes word: Literal\['sum', 'mean'\], but got \"meen\", did you mean 'mean'\?"),
+        ("color=green", r'but got "green"; there are RED, BLUE, red, blue$'),
+        ("sizes=3", r"takes sizes: list\[int\], but got 3$"),
+        ("sizes=[a]", r'takes sizes: list\[int\], but got \["a"\]$'),
+        ("sizes='12'", r'takes sizes: list\[int\], but got "12"$'),
+        ("pair=[1, 2, 3]", r"takes pair: tuple\[int, float\], but got \[1, 2, 3\]; these are 3 values$"),
+        ("table={a: x}", r'takes table: dict\[str, float\], but got \{"a": "x"\}$'),
+        ("net={width: x}", r'\.net\.width: Net takes width: int, but got "x"$'),
+        ("net={widht: 3}", r"\.net\.widht: unknown key, did you mean 'width'\?; Net takes width, drop$"),
+        ("net={}", r"\.net: Net: missing a required argument: 'width' \(int\)$"),
+        ("net={width: 1, drop: 2}", r"\.net: drop is a share$"),
+    ],
+)
+@pytest.mark.parametrize("where", ["module", "plugins.noise"])
+def test_values_of_another_type_are_refused(write, where, given, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        build_trainer(load_config(write(KINDS), [f"{where}.{given}"]))
+    assert str(caught.value).startswith(f"{where}.{given.partition('=')[0]}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("layer=relu", r'takes layer: torch.*Module \| null, but got "relu"; an object is a mapping with `_target_`'),
+        (
+            f"layer={{_target_: {HERE}.Part, size: 1}}",
+            r'takes layer: torch.*Module \| null, but got "an object of Part"',
+        ),
+        (
+            "call=relu",
+            r'takes call: Optional.*Callable.*, but got "relu"|takes call: .*Callable.* \| null, but got "relu"',
+        ),
+    ],
+)
+def test_objects_are_held_against_annotations(write, given, words):
+    layer = "module.layer={_target_: torch.nn.Linear, in_features: 1, out_features: 1}"
+    assert isinstance(build_trainer(load_config(write(KINDS), [layer])).module.given["layer"], torch.nn.Linear)
+    with pytest.raises(ValueError, match=words):
+        build_trainer(load_config(write(KINDS), [f"module.{given}"]))
+
+
+def test_annotations_that_say_nothing_take_what_is_given(write):
+    given = ["module.unknown=no", "module.loose='3'", "module.sloppy=null"]
+    module = build_trainer(load_config(write(KINDS), given)).module
+    assert [module.given[name] for name in ("unknown", "loose", "sloppy")] == [False, "3", None]
+
+
+def test_values_of_the_environment_have_the_annotated_type(write, monkeypatch):
+    monkeypatch.setenv("SHARE", "0.25")
+    monkeypatch.setenv("EPOCHS", "2")
+    keys = ("module.share", "plugins.noise.share")
+    trainer = build_trainer(
+        load_config(write(KINDS), [*(f"{key}=${{oc.env:SHARE}}" for key in keys), "trainer.epochs=${oc.env:EPOCHS}"])
+    )
+    assert (trainer.module.given["share"], trainer.plugins.get_plugin("noise").share) == (0.25, 0.25)
+    assert (trainer.options.epochs, trainer.config["trainer"]["epochs"]) == (2, 2)
+    monkeypatch.setenv("SHARE", "much")
+    for key in keys:
+        with pytest.raises(ValueError, match=rf'{key}: \w+ takes share: float, but got "much"'):
+            build_trainer(load_config(write(KINDS), [f"{key}=${{oc.env:SHARE}}"]))
+
+
+def test_a_secret_of_the_wrong_type_is_not_shown(write):
+    with pytest.raises(ValueError, match=r"module\.api_key: Module takes api_key: str, but got .*\*\*\*") as caught:
+        build_trainer(load_config(write(), ["module.api_key=[s3cret]"]))
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_branch_is_merged_or_replaced(write):
+    text = BASE.replace(".Module}", f".Module, width: 4, inner: {{_target_: {HERE}.Part, size: 3}}}}")
+    merged = masked(load_config(write(text), ["module.inner={size: 5}", "module={width: 6}"]))["module"]
+    assert merged == {"_target_": f"{HERE}.Module", "width": 6, "inner": {"_target_": f"{HERE}.Part", "size": 5}}
+    replaced = masked(load_config(write(text), [f"module={{_target_: {HERE}.Kinds, number: 2}}"]))["module"]
+    assert replaced == {"_target_": f"{HERE}.Kinds", "number": 2}
+    inner = masked(load_config(write(text), [f"module.inner={{_target_: {HERE}.Net, width: 1}}"]))["module"]["inner"]
+    assert inner == {"_target_": f"{HERE}.Net", "width": 1}
+    assert masked(load_config(write(text), ["module.inner=null", "module.inner={a: 1}"]))["module"]["inner"] == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1:30", "08", "no", "2026-01-01", "0x1F", ".5e3", "1_000", "nan", "~", ""])
+def test_a_text_stays_the_text_that_it_is(write, text):
+    config = load_config(write(to_yaml(yaml.safe_load(BASE) | {"vars": {"a": text, "b": [text]}})))
+    assert masked(config)["vars"] == {"a": text, "b": [text]}
+    assert masked(load_config(write(to_yaml(masked(config)), "config.yaml")))["vars"]["a"] == text
 
 
 def test_what_is_kept_reproduces_the_run(write, tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,9 +52,23 @@ def read_configuration(options: argparse.Namespace, *overrides: str) -> DictConf
     Raises:
         ValueError: the configuration is not usable; the message has the reason.
     """
+    path = Path(options.config)
+    if not path.is_file():
+        home, near, there = _nearby(path)
+        meant = f", did you mean '{home / near}'?" if near else ""
+        raise ValueError(f"{path} is no file{meant}; the configurations in {home} are {', '.join(there) or 'none'}")
     from hookline import config
 
-    return config.load_config(options.config, [*options.overrides, *overrides], options.plugins)
+    return config.load_config(path, [*options.overrides, *overrides], options.plugins)
+
+
+def _nearby(path: Path) -> tuple[Path, str, list[str]]:
+    """Return a folder, which of its configurations may have been meant, and those that there are."""
+    home = path if path.is_dir() else path.parent
+    there = sorted(one.name for suffix in ("yaml", "yml") for one in home.glob(f"*.{suffix}"))
+    wanted = "config.yaml" if path.is_dir() else path.name
+    near = difflib.get_close_matches(wanted, there, n=1) or [one for one in there if Path(one).stem == path.stem]
+    return home, near[0] if near else "", there[:20]
 
 
 def run_to_first_step(options: argparse.Namespace) -> Any:

@@ -2,60 +2,33 @@
 
 The tree has the nodes `module` (built from its `_target_`, nested ones too), `trainer` (the options of `Trainer`),
 `plugins` (by name; null turns one off) and `vars` (your own values, for interpolations). The dataclasses of
-`trainer` and of each plugin define their keys and types, so a typo or a wrong type is an error before any work.
+`trainer` and of each plugin define their keys and types, so a typo or a wrong type is an error before any work. What a
+class of `_target_` takes is held against its annotations where it is made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import enum
 import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import omegaconf
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from hookline.arguments import listed, make, parameters_of, spell, typed
 from hookline.installed import load, load_path, nearest
 from hookline.masking import MASK, mask
 from hookline.options import Options
 from hookline.randomness import set_seed
+from hookline.reading import load_yaml, read_mapping
+from hookline.reading import to_yaml as to_yaml
 from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")
-MOST, DEEPEST = 100_000, 50  # values of a configuration and depth of nesting, with aliases expanded
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """A safe loader that refuses duplicate keys, and reads 1e-3 as a number."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"the key in line {key.start_mark.line + 1} is neither a text nor a number")
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise ValueError(
-                    f"the key {key.value!r} is written twice, the second time in line {key.start_mark.line + 1}"
-                )
-            seen.add(key.value)
-        super().flatten_mapping(node)
-        # Keep a key that is merged repeatedly once; otherwise a few lines could make a billion keys.
-        node.value = list({(key.tag, key.value): (key, kept) for key, kept in node.value}.values())
-
-
-def _unique_mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-_UniqueKeys.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> DictConfig:
@@ -71,8 +44,8 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequen
             the full key and the nearest existing one.
     """
     path = Path(file)
-    tree = _read(path)
-    given = OmegaConf.create(tree)
+    tree = read_mapping(path, ", ".join(NODES))
+    given = OmegaConf.create({key: _node(str(key), value) for key, value in tree.items()})
     assert isinstance(given, DictConfig)
     for override in overrides:
         _override(given, override)
@@ -86,71 +59,70 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequen
         OmegaConf.update(given, "trainer.run_name", _plain(path.stem), force_add=True)
     config = _structure(given)
     _refuse_missing(config)
+    resolve(config)
     return config
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open(encoding="utf-8") as file:  # from a string, errors would quote lines, which may hold secrets
-            tree = _load_yaml(file) or {}
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is no configuration: {error}") from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is no configuration: it must be a mapping with the keys {', '.join(NODES)}")
-    return tree
-
-
-def _load_yaml(given: str | IO[str]) -> Any:
-    """Return the data of a YAML text.
+def _node(key: str, value: Any) -> Any:
+    """Return the value of a node, with a list of plugins as a mapping.
 
     Raises:
-        ValueError: it is nested too deeply, or aliases expand a few lines to too many values.
-        yaml.YAMLError: it is not YAML.
+        ValueError: it is no node, or its value is no mapping.
     """
-    measured: dict[int, tuple[int, int]] = {}
-
-    def measure(value: Any) -> tuple[int, int]:
-        if not isinstance(value, (dict, list)):
-            return 1, 0
-        if id(value) not in measured:
-            inner = [measure(kept) for kept in (value.values() if isinstance(value, dict) else value)]
-            measured[id(value)] = (
-                1 + sum(count for count, _ in inner),
-                1 + max((depth for _, depth in inner), default=0),
-            )
-        return measured[id(value)]
-
-    try:
-        tree = yaml.load(given, _UniqueKeys)
-        values, depth = measure(tree)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if values > MOST or depth > DEEPEST:
+    if key not in NODES:
+        meant = f", did you mean 'trainer.{key}'?" if key in OPTIONS else nearest(key, NODES)
+        raise ValueError(f"{key}: unknown key{meant}; the nodes are {', '.join(NODES)}")
+    if key == "plugins" and isinstance(value, list):
+        return _named(value)
+    if value is not None and not isinstance(value, dict):
+        examples = {
+            "module": "{_target_: my_project.Classifier}",
+            "plugins": "{clip: {max_norm: 0.5}}, or a list of names",
+        }
         raise ValueError(
-            f"it has {values} values nested {depth} deep when its aliases are written out; at most {MOST} nested "
-            f"{DEEPEST} deep are read"
+            f"{key}: this takes a mapping of keys, e.g. {examples.get(key, '{epochs: 3}')}; not {spell(value)}"
         )
-    return tree
+    return value
+
+
+def _named(plugins: Sequence[Any]) -> dict[str, Any]:
+    """Return a list of names, and of mappings of one name to its options, as one mapping."""
+    named: dict[str, Any] = {}
+    for at, entry in enumerate(plugins):
+        pair = {entry: {}} if isinstance(entry, str) else entry
+        if not isinstance(pair, dict) or len(pair) != 1 or "_plugin_" in pair:
+            raise ValueError(
+                f"plugins.{at}: in a list, a plugin is its name, or a mapping of its name alone to its options; "
+                f"not {spell(entry)}"
+            )
+        name = str(*pair)
+        if name in named:
+            raise ValueError(
+                f"plugins.{at}: {name!r} is in the list twice; {{ANOTHER_NAME: {{_plugin_: {name}}}}} has two"
+            )
+        named.update(pair)
+    return named
 
 
 def _override(config: DictConfig, override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise ValueError(f"{override!r} is no override; write key.of.node=value, e.g. trainer.epochs=3")
     try:
-        value = _load_yaml(text)
-        OmegaConf.update(config, key, value, force_add=True)
-    except (yaml.YAMLError, ValueError, omegaconf.errors.OmegaConfBaseException) as error:
-        raise ValueError(f"{override!r} cannot be read: {error}") from error
+        value = load_yaml(text)
+        if value is None and not text.strip():
+            raise ValueError("it has no value; write null for none, or '\"\"' for an empty text")
+        value = _node(key, value) if key in NODES else value
+        replaced = isinstance(value, dict) and not {"_target_", "_plugin_"}.isdisjoint(value)
+        OmegaConf.update(config, key, value, force_add=True, merge=not replaced)
+    except (ValueError, omegaconf.errors.OmegaConfBaseException) as error:
+        raise ValueError(f"{override!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def _structure(given: DictConfig) -> DictConfig:
-    """Merge the tree into the schemas of the trainer and of each plugin, key by key."""
+    """Merge the tree into the defaults of the trainer and of each plugin, key by key."""
     for key in map(str, given):
-        if key not in NODES:
-            raise ValueError(f"{key}: unknown key{nearest(key, NODES)}; the nodes are {', '.join(NODES)}")
+        _node(key, None)
     plugins = {name: _plugin(f"plugins.{name}", node) for name, node in _items(given.get("plugins"))}
     return OmegaConf.create(
         {
@@ -173,30 +145,29 @@ def _plugin(where: str, node: Any) -> Any:
         raise ValueError(f"{where}: a plugin takes a mapping of options ({{}} for none) or null, not {node!r}")
     options = node.copy()
     target = options.pop("_plugin_", None)
+    merged = merge_schema(where, _class_of(where, target), options)
+    return merged if target is None else OmegaConf.create({"_plugin_": target, **dict(merged.items_ex(resolve=False))})
+
+
+def _class_of(where: str, target: Any) -> type:
     try:
-        plugin_class = load(target or where.removeprefix("plugins."))
+        plugin_class = load(str(target or where.removeprefix("plugins.")))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if not dataclasses.is_dataclass(plugin_class):
         raise ValueError(f"{where}: {plugin_class.__name__} is no dataclass, so nothing can be said of its options")
-    merged = merge_schema(where, plugin_class, options)
-    return merged if target is None else OmegaConf.create({"_plugin_": target, **dict(merged.items_ex(resolve=False))})
+    return plugin_class
 
 
 def merge_schema(where: str, schema: type, node: Any) -> DictConfig:
-    """Merge a node into the defaults of a dataclass, which defines the valid keys and types."""
-    fields = [field for field in dataclasses.fields(schema) if field.init]
+    """Merge a node into the defaults of a dataclass, which defines the valid keys."""
+    known = [field for field in dataclasses.fields(schema) if field.init]
+    names = [field.name for field in known]
+    for key in map(str, node or ()):
+        if key not in names:
+            raise ValueError(f"{where}.{key}: unknown key{nearest(key, names)}; {where} has {listed(key, names)}")
     try:
-        defaults = OmegaConf.structured(
-            dataclasses.make_dataclass(schema.__name__, map(_field, fields, repeat(schema)))
-        )
-        merged = OmegaConf.merge(defaults, node if node is not None else {})
-    except omegaconf.errors.ConfigKeyError as error:
-        known = [field.name for field in fields]
-        key = str(error.key)
-        raise ValueError(
-            f"{where}.{key}: unknown key{nearest(key, known)}; {where} has {', '.join(known) or 'no keys'}"
-        ) from error
+        merged = OmegaConf.merge({field.name: _default(field) for field in known}, node or {})
     except omegaconf.errors.OmegaConfBaseException as error:
         key = ".".join([where, *([str(error.full_key)] if error.full_key else [])])
         raise ValueError(f"{key}: {str(error).splitlines()[0]}") from error
@@ -204,16 +175,13 @@ def merge_schema(where: str, schema: type, node: Any) -> DictConfig:
     return merged
 
 
-def _field(field: dataclasses.Field[Any], schema: type) -> tuple[str, Any, Any]:
-    """Return a field for `make_dataclass`; OmegaConf sees only the fields that are options."""
-    kind = field.type
-    if isinstance(kind, str):
-        home = next(base for base in schema.__mro__ if field.name in inspect.get_annotations(base))
-        kind = eval(kind, vars(sys.modules[home.__module__]))
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """Return the default of an option as plain data."""
     if field.default_factory is not dataclasses.MISSING:
-        return field.name, kind, dataclasses.field(default_factory=field.default_factory)
-    default = omegaconf.MISSING if field.default is dataclasses.MISSING else field.default
-    return field.name, kind, dataclasses.field(default=default)
+        return field.default_factory()
+    if isinstance(field.default, (enum.Enum, Path)):
+        return field.default.name if isinstance(field.default, enum.Enum) else str(field.default)
+    return omegaconf.MISSING if field.default is dataclasses.MISSING else field.default
 
 
 def _refuse_missing(config: DictConfig) -> None:
@@ -237,19 +205,31 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         ValueError: an interpolation without a target, or a masked secret.
     """
     try:
-        tree = OmegaConf.to_container(config, resolve=True)
+        tree: Any = OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    assert isinstance(tree, dict)
     for key, value in _leaves(tree):
         if value == MASK:
             raise ValueError(f"{key}: this secret was masked when the configuration was saved; give it: {key}=…")
-    return tree  # type: ignore[return-value]
+    for node, made in _made(tree):
+        node.update({key: value for key, value in made.items() if isinstance(value, (bool, int, float, str))})
+    return tree  # type: ignore[no-any-return]
+
+
+def _made(tree: dict[str, Any]) -> Iterable[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield the options of the trainer and of each plugin, as plain data and as they are annotated."""
+    yield tree["trainer"], typed("trainer", "Trainer", parameters_of(Options), tree["trainer"])
+    for name, options in tree["plugins"].items():
+        if options is not None:
+            plugin_class = _class_of(f"plugins.{name}", options.get("_plugin_"))
+            yield options, typed(f"plugins.{name}", plugin_class.__name__, parameters_of(plugin_class), options)
 
 
 def build_trainer(config: DictConfig) -> Trainer:
     """Return the trainer of a configuration; its module is built under the seed."""
     tree = resolve(config)
+    for node, made in _made(tree):
+        node.update(made)
 
     def make_module() -> Any:
         set_seed(tree["trainer"]["seed"])
@@ -277,33 +257,12 @@ def instantiate(node: Any, where: str) -> Any:
     if "_target_" not in node:
         return arguments
     try:
-        target = load_path(node["_target_"])
+        target = load_path(str(node["_target_"]))
     except ValueError as error:
         raise ValueError(f"{where}._target_: {error}") from error
-    _check_arguments(target, arguments, where)
-    try:
-        return target(**arguments)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> None:
-    try:
-        signature = inspect.signature(target)
-    except ValueError:  # a builtin has no signature
-        return
-    parameters = signature.parameters.values()
-    known = [parameter.name for parameter in parameters]
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        for name in arguments:
-            if name not in known:
-                raise ValueError(
-                    f"{where}.{name}: unknown key{nearest(name, known)}; {target.__name__} takes {', '.join(known)}"
-                )
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{where}: {target.__name__}: {error}") from error
+    if not callable(target):
+        raise ValueError(f"{where}._target_: {node['_target_']!r} is neither a class nor a function")
+    return make(target, arguments, where)
 
 
 # Show and keep ------------------------------------------------------------------------
@@ -317,11 +276,6 @@ def masked(config: DictConfig) -> dict[str, Any]:
     """
     written = OmegaConf.to_container(config, resolve=False)
     return mask(resolve(config), written)  # type: ignore[no-any-return]
-
-
-def to_yaml(tree: Mapping[str, Any]) -> str:
-    """Return a configuration as YAML."""
-    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True, default_flow_style=False)
 
 
 def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:
