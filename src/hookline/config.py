@@ -21,12 +21,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from hookline.installed import load, load_path, nearest
-from hookline.masking import MASK, mask
+from hookline.masking import MASK, hide_variables, marked, mask, redact
 from hookline.options import Options
 from hookline.randomness import set_seed
 from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")
+NESTED = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"
+RESOLVER = re.compile(r"\$\{[\w.]+:" + NESTED + r"\}")
 MOST, DEEPEST = 100_000, 50  # values of a configuration and depth of nesting, with aliases expanded
 
 
@@ -239,7 +241,11 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     try:
         tree = OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        text = str(error).splitlines()[0]
+        if missing := re.search("Environment variable ('.*') not found", text):
+            text = f"the environment variable {missing[1]} is not set; set it, or give {error.full_key}=…"
+        hide_variables(str(OmegaConf.to_container(config, resolve=False)))
+        raise ValueError(redact(f"{error.full_key}: {text}")) from None
     assert isinstance(tree, dict)
     for key, value in _leaves(tree):
         if value == MASK:
@@ -312,11 +318,21 @@ def _check_arguments(target: Any, arguments: Mapping[str, Any], where: str) -> N
 def masked(config: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration without its secrets.
 
-    A value that looks like a password or a token becomes `***`, or stays an interpolation
-    (`${oc.env:TOKEN}`), so that the saved configuration still runs if the variable is set.
+    A value that depends on an environment variable stays as it was written (`${oc.env:TOKEN}`), so that the saved
+    configuration still runs if the variable is set. Other secrets become `***`.
     """
-    written = OmegaConf.to_container(config, resolve=False)
-    return mask(resolve(config), written)  # type: ignore[no-any-return]
+    tree, written = resolve(config), OmegaConf.create(_unresolved(OmegaConf.to_container(config, resolve=False)))
+    given = {name: load(node.get("_plugin_", name)) for name, node in tree["plugins"].items() if node is not None}
+    return mask(tree, OmegaConf.to_container(written, resolve=True), marked(given))  # type: ignore[no-any-return]
+
+
+def _unresolved(tree: Any) -> Any:
+    """Escape what a resolver gives (`${oc.env:NAME}`), so that OmegaConf resolves only references to keys."""
+    if isinstance(tree, dict):
+        return {key: _unresolved(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_unresolved(value) for value in tree]
+    return RESOLVER.sub(lambda match: match[0].replace("${", r"\${"), tree) if isinstance(tree, str) else tree
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:

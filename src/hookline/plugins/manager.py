@@ -19,6 +19,7 @@ from hookline import hookspecs
 from hookline.installed import name_of
 from hookline.interfaces import CallbackInterface, seed_call
 from hookline.marks import PROJECT
+from hookline.masking import redact_error
 from hookline.plugins.blame import blame, note
 from hookline.plugins.checks import check
 from hookline.plugins.observers import Failures, is_observer
@@ -244,5 +245,6 @@ class PluginManager(pluggy.PluginManager):
         return rows
 
     def blame(self, error: BaseException) -> None:
-        """Add a note to an exception: the hook, the plugin and the distribution that raised it."""
+        """Add a note to an exception: the hook, the plugin and the distribution that raised it; redact secrets."""
+        redact_error(error)
         blame(error, self._specs)
