@@ -50,6 +50,8 @@ class PluginManager(pluggy.PluginManager):
         self._failures = Failures()
         self._pending: dict[str, Any] = {}
         self._specs: dict[str, Any] = {}
+        self._wrap: Callable[[str, HookImpl], Callable[..., Any]] | None = None
+        self._wrapped: set[HookImpl] = set()
         self.add_contract(hookspecs, CORE)
 
     def add_contract(self, specs: Any, name: str) -> None:
@@ -176,6 +178,15 @@ class PluginManager(pluggy.PluginManager):
         """Log how many calls of each observer were lost in this run, by hook."""
         self._failures.report()
 
+    def wrap_calls(self, wrap: Callable[[str, HookImpl], Callable[..., Any]]) -> None:
+        """Call what `wrap(hook, implementation)` returns instead of each implementation, for a tool that measures.
+
+        It is asked once for each, those of the core and of plugins that join later included. pluggy's `implementation`
+        has `plugin_name`, `function`, and whether it is a `wrapper`, whose function returns a generator.
+        """
+        self._wrap = wrap
+        self._route()
+
     # Routing
 
     def _plugged(self, hook: str) -> list[HookImpl]:
@@ -187,6 +198,9 @@ class PluginManager(pluggy.PluginManager):
     def _route(self) -> None:
         """Make the fastest call for each hook; without an implementation it is a plain Python call."""
         for name, caller in vars(self.hook).items():
+            for impl in set(caller.get_hookimpls()) - self._wrapped if self._wrap else ():
+                impl.function = self._wrap(name, impl)  # type: ignore[misc]  # pluggy calls it by this
+                self._wrapped.add(impl)
             plugged = self._plugged(name)
             setattr(self.routes, name, self._way(name, caller, plugged))
             self.heard[name] = bool(plugged)
@@ -199,7 +213,7 @@ class PluginManager(pluggy.PluginManager):
         if caller.is_historic() or caller.spec is None:
             return caller
         if not plugged:  # the body of a verb is the core's way, that of an event is empty
-            return caller.spec.function
+            return next((impl.function for impl in caller.get_hookimpls()), caller.spec.function)
         if not caller.spec.opts.get("firstresult"):
             defaults = caller.spec.kwargdefaults
             return tell_all(name, plugged, defaults, self._failures, self.cost, self._route)
