@@ -9,7 +9,7 @@ import pytest
 
 from hookline import CallbackInterface, Trainer, event, hookimpl, verb
 from hookline.plugins import PluginManager, build
-from hookline.testing import Memory, TinyModule, tiny_trainer
+from hookline.testing import Memory, TinyModule, digest, tiny_trainer
 
 
 def register(plugin, name="mine"):
@@ -696,3 +696,38 @@ def test_an_observer_that_cannot_tell_its_state_costs_no_run(caplog):
     assert "plugin 'forgets' lost 7 call(s) of get_state" in caplog.text
     with pytest.raises(OSError, match="the file is not there yet"):
         tiny_trainer([Memory(), Matters()], epochs=1).train()
+
+
+# Tools that measure -------------------------------------------------------------------
+
+
+def test_calls_can_be_wrapped_those_of_the_core_and_of_plugins_that_join_later():
+    called, asked = [], []
+
+    def wrap(hook, implementation):
+        asked.append((hook, implementation.plugin_name))
+
+        def call(*arguments, **named):
+            called.append((hook, implementation.plugin_name))
+            return implementation_function(*arguments, **named)
+
+        implementation_function = implementation.function
+        return call
+
+    def run_window(self):
+        return (yield)
+
+    def on_begin_train(self, trainer):
+        trainer.plugins.register(plugin_with(on_end_train_step=hookimpl(lambda self: None)), "later")
+
+    mine = plugin_with(run_window=hookimpl(wrapper=True)(run_window), on_begin_train=hookimpl(on_begin_train))
+    plain = tiny_trainer(max_steps=2)
+    plain.train()
+    trainer = tiny_trainer({"mine": mine}, max_steps=2)
+    trainer.plugins.wrap_calls(wrap)
+    trainer.train()
+    assert len(asked) == len(set(asked))
+    for call in (("run_window", "mine"), ("run_window", "core"), ("update", "core"), ("on_end_train_step", "later")):
+        assert called.count(call) == 2
+    assert called.count(("on_begin_train", "mine")) == 1
+    assert digest(plain.module.state_dict()) == digest(trainer.module.state_dict())

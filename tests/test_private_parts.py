@@ -124,7 +124,7 @@ PARTS = [
     Part(
         "torch",
         {"_python_dispatch"},
-        {"src", SIMULATE},
+        {"src", SIMULATE, "plugins/profile"},
         "torch documents the mode that hears every operation by this name",
         lambda torch: importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode,
     ),

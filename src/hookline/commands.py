@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hookline.masking import redact
+
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
 class UserError(Exception):
-    """A mistake of the user: printed in one line, without a traceback."""
+    """A mistake of the user: printed in one line, without a traceback and without secrets."""
+
+    def __init__(self, text: object) -> None:
+        super().__init__(redact(str(text)))
 
 
 def new_parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -120,7 +125,7 @@ def mendable(*kinds: type[Exception]) -> Iterator[None]:
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
     name = "" if category is UserWarning else f"{category.__name__}: "
-    print(f"hookline: {name}{message}", file=sys.stderr)
+    print(redact(f"hookline: {name}{message}"), file=sys.stderr)
 
 
 def _raised_by_user_code(error: BaseException) -> bool:

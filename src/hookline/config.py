@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hookline.arguments import listed, make, parameters_of, spell, typed
 from hookline.installed import load, load_path, nearest
-from hookline.masking import MASK, mask
+from hookline.masking import MASK, hide_variables, marked, mask, redact
 from hookline.options import Options
 from hookline.randomness import set_seed
 from hookline.reading import load_yaml, read_mapping
@@ -29,6 +29,8 @@ from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")
 OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
+NESTED = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"
+RESOLVER = re.compile(r"\$\{[\w.]+:" + NESTED + r"\}")
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> DictConfig:
@@ -207,7 +209,11 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     try:
         tree: Any = OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        text = str(error).splitlines()[0]
+        if missing := re.search("Environment variable ('.*') not found", text):
+            text = f"the environment variable {missing[1]} is not set; set it, or give {error.full_key}=…"
+        hide_variables(str(OmegaConf.to_container(config, resolve=False)))
+        raise ValueError(redact(f"{error.full_key}: {text}")) from None
     for key, value in _leaves(tree):
         if value == MASK:
             raise ValueError(f"{key}: this secret was masked when the configuration was saved; give it: {key}=…")
@@ -271,11 +277,21 @@ def instantiate(node: Any, where: str) -> Any:
 def masked(config: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration without its secrets.
 
-    A value that looks like a password or a token becomes `***`, or stays an interpolation
-    (`${oc.env:TOKEN}`), so that the saved configuration still runs if the variable is set.
+    A value that depends on an environment variable stays as it was written (`${oc.env:TOKEN}`), so that the saved
+    configuration still runs if the variable is set. Other secrets become `***`.
     """
-    written = OmegaConf.to_container(config, resolve=False)
-    return mask(resolve(config), written)  # type: ignore[no-any-return]
+    tree, written = resolve(config), OmegaConf.create(_unresolved(OmegaConf.to_container(config, resolve=False)))
+    given = {name: load(node.get("_plugin_", name)) for name, node in tree["plugins"].items() if node is not None}
+    return mask(tree, OmegaConf.to_container(written, resolve=True), marked(given))  # type: ignore[no-any-return]
+
+
+def _unresolved(tree: Any) -> Any:
+    """Escape what a resolver gives (`${oc.env:NAME}`), so that OmegaConf resolves only references to keys."""
+    if isinstance(tree, dict):
+        return {key: _unresolved(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_unresolved(value) for value in tree]
+    return RESOLVER.sub(lambda match: match[0].replace("${", r"\${"), tree) if isinstance(tree, str) else tree
 
 
 def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:

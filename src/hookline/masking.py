@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 MASK = "***"
+SHORTEST = 6  # characters of a hidden value that is replaced in messages: shorter ones are parts of other words
 _SECRET_KEY = re.compile(
     r"(^|[_-])(password|passwd|secret|credentials?|(api|access|private|secret|auth)[_-]?(key|token)|token|secret[_-]urls?)$",
     re.I,
 )
 _NO_SECRET_KEY = re.compile(r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|special)[_-]?token$", re.I)
-_SECRET_VALUE = re.compile(r"^(hf_|sk-|ghp_|xox[bap]-)\w{8,}|^sk-[\w-]*\w{16,}|^[\w+.-]+://[^/@\s]+:[^/@\s]+@")
+_SECRET_VALUE = re.compile(r"^(hf_|sk-|ghp_|xox[bap]-)\w{8,}|^sk-[\w-]*\w{16,}|^[\w+.-]+://[^/@\s:]*:[^/@\s]+@")
+_VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(,(?!null\})[^{}]*)?\}")
+_hidden: dict[str, str] = {}  # what was written of each value that was hidden
 
 
 def is_secret(key: str, value: Any) -> bool:
@@ -21,21 +27,66 @@ def is_secret(key: str, value: Any) -> bool:
     return not isinstance(value, (bool, float)) and bool(_SECRET_KEY.search(key)) and not _NO_SECRET_KEY.search(key)
 
 
-def mask(value: Any, written: Any = None, key: str = "") -> Any:
-    """Return a configuration tree without its secrets.
+def marked(plugins: Mapping[str, type]) -> set[str]:
+    """Return the dotted keys of the options that their plugins mark: `field(metadata={"secret": True})`."""
+    given = [(name, kind) for name, kind in plugins.items() if dataclasses.is_dataclass(kind)]
+    options = [(name, field) for name, kind in given for field in dataclasses.fields(kind)]
+    return {f"plugins.{name}.{field.name}" for name, field in options if field.metadata.get("secret")}
+
+
+def mask(value: Any, written: Any = None, secrets: Collection[str] = ()) -> Any:
+    """Return a configuration tree without its secrets, and without the values of environment variables.
 
     Args:
         value: the tree, with interpolations resolved.
-        written: the same tree before that: a secret that was an interpolation (`${oc.env:TOKEN}`) stays one, so
-            that the saved configuration still runs if the variable is set.
-        key: the key of the value.
+        written: the same tree with what depends on the environment as it was written (`${oc.env:TOKEN}`): it stays so,
+            so that the saved configuration still runs if the variable is set.
+        secrets: dotted keys of secrets whose key and form do not tell it.
     """
-    if isinstance(value, dict):
-        originals = written if isinstance(written, dict) else {}
-        return {name: mask(kept, originals.get(name), str(name)) for name, kept in value.items()}
-    if isinstance(value, list):
-        items = written if isinstance(written, list) else [None] * len(value)
-        return [mask(kept, item, key) for kept, item in zip(value, items, strict=True)]
-    if value is None or not is_secret(key, value):
-        return value
-    return written if isinstance(written, str) and written.startswith("${") else MASK
+
+    def visit(value: Any, text: Any, path: str, marked: bool) -> Any:
+        marked = marked or path in secrets
+        kept = text if isinstance(text, str) and "${" in text else None
+        if kept is None and isinstance(value, (Mapping, list, tuple)):
+            texts = text if isinstance(text, dict) else dict(enumerate(text or ()))
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            inner = {key: visit(one, texts.get(key), f"{path}.{key}".lstrip("."), marked) for key, one in pairs}
+            return inner if isinstance(value, Mapping) else (list if isinstance(value, list) else tuple)(inner.values())
+        key = re.sub(r"(\.\d+)+$", "", path).rpartition(".")[2]
+        if value not in (None, "") and (marked or is_secret(key, value)):
+            whole = kept is not None and kept.startswith("${") and kept.endswith("}")
+            safe = whole or (kept is not None and not marked and not is_secret(key, _VARIABLE.sub("", kept)))
+            kept = _VARIABLE.sub(r"${oc.env:\1}", str(kept)) if safe else MASK  # a default may be a secret too
+        if kept is None:
+            return value
+        _hide(value, kept)
+        hide_variables(kept)
+        return kept
+
+    return visit(value, written, "", False)
+
+
+def redact(text: str) -> str:
+    """Return a message with what `mask` has hidden so far as it was written: `${oc.env:NAME}`, or asterisks."""
+    found = "|".join(map(re.escape, sorted(_hidden, key=len, reverse=True)))
+    return re.sub(rf"(?<!\w)({found})(?!\w)", lambda match: _hidden[match[1]], text) if found else text
+
+
+def redact_error(error: BaseException | None) -> None:
+    """Redact what an exception says, and what led to it."""
+    while error is not None:
+        said = tuple(redact(one) if isinstance(one, str) else one for one in error.args)
+        if said != error.args:
+            error.args = said
+        error = error.__cause__ or error.__context__
+
+
+def hide_variables(written: str) -> None:
+    """Let `redact` replace the values of the environment variables that a text names."""
+    for name, _ in _VARIABLE.findall(written):
+        _hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
+
+
+def _hide(value: Any, kept: str) -> None:
+    if len(str(value)) >= SHORTEST:
+        _hidden[str(value)] = kept

@@ -1,5 +1,6 @@
 """Row I of the fault catalogue: names, configurations, secrets, rights and files that somebody has made on purpose."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -10,14 +11,18 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import yaml
 
+from hookline import CallbackInterface, hookimpl
 from hookline.cli import main
+from hookline.installed import installed, load
 from hookline.testing import TinyModule, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
+from hookline.tracking import Tracker
 from hookline_checkpoint import storage
 from hookline_checkpoint.compare import differences
 from hookline_checkpoint.headers import tensors_of
@@ -402,6 +407,120 @@ def test_i7_a_configuration_that_cannot_be_read_is_not_quoted(text, said, tmp_pa
     assert outcome.code == 2
     assert said in outcome.output
     assert MARK.decode() not in outcome.output
+
+
+@dataclasses.dataclass(eq=False)
+class Service(CallbackInterface):
+    """Takes a secret, whose key and form do not tell that it is one, and other options; quotes them when it fails."""
+
+    door: Any = dataclasses.field(default="", metadata={"secret": True})
+    place: str = ""
+    fails: str = ""
+    observer: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if self.fails == "built":
+            raise ValueError(f"service.door={self.door!r} is of no use at {self.place!r}")
+
+    @hookimpl
+    def on_begin_run(self, trainer):
+        logging.getLogger("hookline.service").info("goes to %s by %s", self.place, self.door)
+        if self.fails == "stops":
+            trainer.stop(f"nobody is at {self.place}")
+
+    @hookimpl
+    def on_end_train_step(self, trainer, global_step):
+        if self.fails == "error" and global_step == 2:
+            raise ConnectionError(f"{self.door} is closed") from OSError(f"nobody is at {self.place}")
+        if self.fails == "valued" and global_step == 2:
+            raise ValueError(f"{self.door} is closed at {self.place}")
+
+
+PLANTED = "Kq7-planted"
+
+
+def with_a_service(folder, plugins=(), **options):
+    node = {"_plugin_": f"{__name__}.Service", "door": "${oc.env:PLANTED_DOOR}", "place": "at ${vars.where}", **options}
+    others = {name: {} for name in plugins}
+    return prepared(
+        folder, vars={"where": "${oc.env:PLANTED_WHERE}"}, plugins={"service": node, **EVERYTHING, **others}
+    )
+
+
+def planted(folder, words=(), **given):
+    """Run the command with the two variables; return the outcome and where their values are found."""
+    values = {"PLANTED_DOOR": f"{PLANTED}-door", "PLANTED_WHERE": f"{PLANTED}-where", **given}
+    outcome = run(fit, folder, words, None, values)
+    return outcome, leaks(folder, outcome.output, MARK)
+
+
+WRITERS = ["csv", "export", "memory", "monitor", "profile", "summary", "tensorboard", "watchdog"]
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "said"),
+    [
+        ("", 0, "goes to at ${oc.env:PLANTED_WHERE} by ${oc.env:PLANTED_DOOR}"),
+        ("built", 1, "service.door='${oc.env:PLANTED_DOOR}' is of no use at 'at ${oc.env:PLANTED_WHERE}'"),
+        ("stops", 0, "nobody is at at ${oc.env:PLANTED_WHERE}"),
+        ("error", 1, "OSError: nobody is at at ${oc.env:PLANTED_WHERE}"),
+        ("error", 1, "ConnectionError: ${oc.env:PLANTED_DOOR} is closed"),
+        ("valued", 1, "${oc.env:PLANTED_DOOR} is closed at at ${oc.env:PLANTED_WHERE}"),
+    ],
+)
+def test_i7_a_value_of_the_environment_is_nowhere(fails, code, said, tmp_path):
+    outcome, found = planted(with_a_service(tmp_path, WRITERS if fails == "error" else (), fails=fails))
+    assert (outcome.code, found) == (code, []), outcome.output
+    assert said in outcome.output
+    if fails != "built":
+        kept = read_run(tmp_path / "runs" / "run-1").config
+        again = yaml.safe_load((tmp_path / "runs" / "run-1" / "config.yaml").read_text())
+        assert kept["plugins"]["service"] == again["plugins"]["service"]
+        assert again["plugins"]["service"]["door"] == "${oc.env:PLANTED_DOOR}"
+        assert again["plugins"]["service"]["place"] == "at ${oc.env:PLANTED_WHERE}"
+        assert again["vars"]["where"] == "${oc.env:PLANTED_WHERE}"
+
+
+@pytest.mark.slow
+def test_i7_a_value_of_the_environment_is_in_no_tracker(tmp_path):
+    trackers = sorted(name for name in installed() if issubclass(load(name), Tracker))
+    outcome, found = planted(with_a_service(tmp_path, trackers))
+    assert (outcome.code, found) == (0, []), outcome.output
+
+
+@pytest.mark.parametrize("words", [("plugins.clip.max_norm=${oc.env:PLANTED_DOOR}",), ("--print-config",)])
+def test_i7_a_value_of_the_environment_is_not_printed(words, tmp_path):
+    outcome, found = planted(with_a_service(tmp_path), words)
+    assert found == [], outcome.output
+    assert "${oc.env:PLANTED_DOOR}" in outcome.output
+    assert outcome.code == (0 if words[0] == "--print-config" else 2)
+
+
+def test_i7_a_marked_option_is_nowhere_when_it_is_given_literally(tmp_path):
+    for word in ("plugins.service.door=Kq7-literal", "plugins.service={door: {inner: [Kq7-literal]}, fails: error}"):
+        folder = with_a_service(tmp_path / word[-9:-1])
+        outcome, found = planted(folder, (word,))
+        assert found == [], outcome.output
+        kept = yaml.safe_load((folder / "runs" / "run-1" / "config.yaml").read_text())
+        assert kept["plugins"]["service"]["door"] in ("***", {"inner": ["***"]})
+    trainer = tiny_trainer([Service(door="Kq7-literal", fails="error")])
+    assert trainer.config["plugins"]["service"] == {"door": "***", "place": "", "fails": "error"}
+    with pytest.raises(ConnectionError, match=r"\*\*\* is closed"):
+        trainer.train()
+
+
+def test_i7_a_run_is_done_again_from_what_was_written_where_its_variables_are_set(tmp_path):
+    folder = with_a_service(tmp_path)
+    assert planted(folder)[0].code == 0
+    (folder / "run.yaml").write_text((folder / "runs" / "run-1" / "config.yaml").read_text())
+    for words in ((), ("--resume",)):
+        outcome, found = planted(folder, words)
+        assert (outcome.code, found) == (0, []), outcome.output
+    outcome = run(fit, folder, (), None, {"PLANTED_DOOR": "x"})
+    assert outcome.code == 2
+    assert outcome.output.strip() == (
+        "hookline: vars.where: the environment variable 'PLANTED_WHERE' is not set; set it, or give vars.where=…"
+    )
 
 
 def test_i8_the_environment_is_kept_nowhere(tmp_path):

@@ -31,7 +31,7 @@ class Notify(CallbackInterface):
     Only rank 0 sends. The message has the name of the run, its status and reason, the step, the metrics and the time.
     """
 
-    secret_urls: Any
+    secret_urls: Any = field(metadata={"secret": True})
     """URLs of apprise, a text or a list of them, such as `mailto://…` or `json://…`; masked wherever the configuration
     is written."""
     statuses: list[str] = field(default_factory=lambda: list(STATUSES))

@@ -155,7 +155,7 @@ def test_urls_are_in_no_record(tmp_path, monkeypatch, hook):
     assert done.returncode == 0, done.stderr
     assert [told["title"] for told in hook.told] == ["run finished"]
     written = "".join(path.read_text() for path in (tmp_path / "runs").rglob("*") if path.is_file())
-    assert "secret_urls=***" in written
+    assert r"secret_urls=[\"***\"]" in written
     assert SECRET not in written + done.stderr + done.stdout
 
 

@@ -461,6 +461,16 @@ def test_what_the_configuration_masks_is_masked_in_the_command(tmp_path):
     assert command == [
         "hookline", "fit", "plugins.wandb.key=***", "trainer.epochs=3", "plugins.wandb.project=abc", "--x=1",
     ]  # fmt: skip
+    config = {"vars": {"key": "***", "list": ["***", "b"]}, "module": {"token": "${oc.env:TOKEN}"}}
+    for given, kept in {
+        "vars={key: abc}": 'vars={"key": "***", "list": ["***", "b"]}',
+        "vars[key]=abc": "vars[key]=***",
+        "vars.list.0=abc": "vars.list.0=***",
+        "+vars.list=[abc, b]": '+vars.list=["***", "b"]',
+        "module.token=${oc.env:TOKEN,abc}": "module.token=${oc.env:TOKEN}",
+        "vars": "vars",
+    }.items():
+        assert jsonl.command_line([given], config) == [kept]
 
 
 def test_a_full_disk_costs_the_lines_that_found_no_room_and_no_others(tmp_path):

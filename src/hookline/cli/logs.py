@@ -6,8 +6,15 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+from hookline.masking import redact
+
 LEVELS = ("debug", "info", "warning", "error")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 @contextlib.contextmanager
@@ -29,7 +36,7 @@ def shown(level: str | None, rank: str) -> Iterator[None]:
     if another and logger.level > logging.DEBUG:
         handler.setLevel(logging.WARNING)
     named = FORMAT.replace("%(message)s", f"rank {rank}: %(message)s") if another else FORMAT
-    handler.setFormatter(logging.Formatter(named, datefmt="%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_Redacting(named, datefmt="%Y-%m-%d %H:%M:%S"))
     handler.addFilter(lambda record: not logging.root.handlers)
     logger.addHandler(handler)
     try:

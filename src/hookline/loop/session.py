@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hookline.data import Loaders
 from hookline.interfaces import Stage
 from hookline.loop.ends import Ends
+from hookline.masking import redact
 from hookline.randomness import Randomness
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Session:
             _add_notes(error, run.plugins.tell_each("on_exception", trainer=run, exception=error))
             raise
         finally:
+            reason = redact(reason)
             ended = {"trainer": run, "stage": stage, "status": self.status, "reason": reason}
             errors = run.plugins.tell_each("on_end_run", **ended)
             run.plugins.report_failures()

@@ -8,7 +8,7 @@ from typing import Any
 
 from hookline.installed import load, name_of
 from hookline.interfaces import ModuleInterface
-from hookline.masking import mask
+from hookline.masking import marked, mask
 from hookline.options import Options
 
 
@@ -85,4 +85,5 @@ def describe(module: ModuleInterface, options: Options, plugins: Mapping[str, An
         "trainer": dataclasses.asdict(options),
         "plugins": {name: options_of(plugin) for name, plugin in plugins.items()},
     }
-    return mask(described)  # type: ignore[no-any-return]
+    kinds = {name: type(plugin) for name, plugin in plugins.items()}
+    return mask(described, secrets=marked(kinds))  # type: ignore[no-any-return]

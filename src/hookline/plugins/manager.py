@@ -19,6 +19,7 @@ from hookline import hookspecs
 from hookline.installed import name_of
 from hookline.interfaces import CallbackInterface, seed_call
 from hookline.marks import PROJECT
+from hookline.masking import redact_error
 from hookline.plugins.blame import blame
 from hookline.plugins.checks import check
 from hookline.plugins.observers import Failures, is_observer
@@ -49,6 +50,8 @@ class PluginManager(pluggy.PluginManager):
         self._failures = Failures()
         self._pending: dict[str, Any] = {}
         self._specs: dict[str, Any] = {}
+        self._wrap: Callable[[str, HookImpl], Callable[..., Any]] | None = None
+        self._wrapped: set[HookImpl] = set()
         self.add_contract(hookspecs, CORE)
 
     def add_contract(self, specs: Any, name: str) -> None:
@@ -186,6 +189,15 @@ class PluginManager(pluggy.PluginManager):
         """Log how many calls of each observer were lost in this run, by hook."""
         self._failures.report()
 
+    def wrap_calls(self, wrap: Callable[[str, HookImpl], Callable[..., Any]]) -> None:
+        """Call what `wrap(hook, implementation)` returns instead of each implementation, for a tool that measures.
+
+        It is asked once for each, those of the core and of plugins that join later included. pluggy's `implementation`
+        has `plugin_name`, `function`, and whether it is a `wrapper`, whose function returns a generator.
+        """
+        self._wrap = wrap
+        self._route()
+
     # Routing
 
     def _plugged(self, hook: str) -> list[HookImpl]:
@@ -197,6 +209,9 @@ class PluginManager(pluggy.PluginManager):
     def _route(self) -> None:
         """Make the fastest call for each hook; without an implementation it is a plain Python call."""
         for name, caller in vars(self.hook).items():
+            for impl in set(caller.get_hookimpls()) - self._wrapped if self._wrap else ():
+                impl.function = self._wrap(name, impl)  # type: ignore[misc]  # pluggy calls it by this
+                self._wrapped.add(impl)
             plugged = self._plugged(name)
             setattr(self.routes, name, self._way(name, caller, plugged))
             self.heard[name] = bool(plugged)
@@ -209,7 +224,7 @@ class PluginManager(pluggy.PluginManager):
         if caller.is_historic() or caller.spec is None:
             return caller
         if not plugged:  # the body of a verb is the core's way, that of an event is empty
-            return caller.spec.function
+            return next((impl.function for impl in caller.get_hookimpls()), caller.spec.function)
         if not caller.spec.opts.get("firstresult"):
             defaults = caller.spec.kwargdefaults
             return tell_all(name, plugged, defaults, self._failures, self.cost, self._route, self.blame)
@@ -256,5 +271,6 @@ class PluginManager(pluggy.PluginManager):
         return rows
 
     def blame(self, error: BaseException) -> None:
-        """Add a note to an exception: the hook or the method, the plugin and the distribution that raised it."""
+        """Add a note to an exception: the hook or method, the plugin, its distribution and the line; redact secrets."""
+        redact_error(error)
         blame(error, self._specs, {id(plugin): (name, plugin) for name, plugin in self.listed()})

@@ -11,7 +11,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,9 +72,10 @@ class Told(CallbackInterface):
 
 @dataclass(eq=False)
 class _Service(CallbackInterface):
-    """Has a secret among its options."""
+    """Has secrets among its options: one by its name, one by its mark."""
 
     password: str = SECRET
+    door: str = field(default=SECRET, metadata={"secret": True})
 
 
 class _Shows(CallbackInterface):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import sys
 import time
@@ -33,18 +34,18 @@ def is_torn(descriptor: int) -> bool:
 
 
 def command_line(arguments: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """Return the arguments with every `key=value` masked that the configuration masks (as asterisks)."""
+    """Return the arguments with the value of each `key=value` that the configuration masks as it has it."""
     command = []
     for argument in arguments:
         argument = os.fsencode(argument).decode(errors="replace")
         path, equals, _ = argument.partition("=")
-        shown: Any = config
-        for name in path.lstrip("+").split("."):
+        shown: Any = config if equals else None
+        for name in re.split(r"[.\[\]]+", path.lstrip("+").rstrip("]")):
+            if isinstance(shown, list):
+                shown = {str(index): one for index, one in enumerate(shown)}
             shown = shown.get(name) if isinstance(shown, Mapping) else None
-        if isinstance(shown, list) and shown and all(isinstance(one, str) for one in shown):
-            shown = "".join(shown)
-        masked = equals and isinstance(shown, str) and shown and not shown.strip("*")
-        command.append(f"{path}={shown}" if masked else argument)
+        text = shown if isinstance(shown, str) else json.dumps(shown, default=str)
+        command.append(f"{path}={text}" if "***" in text or "${" in text else argument)
     return command
 
 
