@@ -83,7 +83,11 @@ def distributed(session: nox.Session) -> None:
     session.install("-r", "requirements-dev.txt")
     names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "progress", "simulate", "tp", "watchdog")
     rows = [f"tests/faults/test_{name}.py" for name in ("elastic", "g_ranks", "launch", "ranks", "two_machines")]
-    tests = [*(f"plugins/{name}/tests" for name in names), *rows, "tests/test_launch.py", "tests/test_pairs.py"]
+    tests = [
+        *(f"plugins/{name}/tests" for name in names),
+        *rows,
+        *(f"tests/test_{name}.py" for name in ("howto", "launch", "pairs")),
+    ]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
 
