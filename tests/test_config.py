@@ -466,11 +466,15 @@ def test_values_of_the_environment_have_the_annotated_type(write, monkeypatch):
         load_config(write(KINDS), [*(f"{key}=${{oc.env:SHARE}}" for key in keys), "trainer.epochs=${oc.env:EPOCHS}"])
     )
     assert (trainer.module.given["share"], trainer.plugins.get_plugin("noise").share) == (0.25, 0.25)
-    assert (trainer.options.epochs, trainer.config["trainer"]["epochs"]) == (2, 2)
+    assert (trainer.options.epochs, trainer.config["trainer"]["epochs"]) == (2, "${oc.env:EPOCHS}")
     monkeypatch.setenv("SHARE", "much")
     for key in keys:
         with pytest.raises(ValueError, match=rf'{key}: \w+ takes share: float, but got "much"'):
             build_trainer(load_config(write(KINDS), [f"{key}=${{oc.env:SHARE}}"]))
+        with monkeypatch.context() as longer:
+            longer.setenv("SHARE", "hidden-in-messages")
+            with pytest.raises(ValueError, match=rf'{key}: \w+ takes share: float, but got "\$\{{oc\.env:SHARE\}}"'):
+                build_trainer(load_config(write(KINDS), [f"{key}=${{oc.env:SHARE}}"]))
 
 
 def test_a_secret_of_the_wrong_type_is_not_shown(write):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hookline.installed import nearest
-from hookline.masking import mask
+from hookline.masking import mask, redact
 
 Parameters = Mapping[str, inspect.Parameter]
 
@@ -114,7 +114,7 @@ def typed(where: str, taker: str, parameters: Parameters, given: Mapping[str, An
         try:
             made[name] = fit(value, kind, f"{where}.{name}")
         except Misfit as error:
-            shown = spell(mask(value, key=name))
+            shown = redact(spell(mask({name: value})[name]))
             raise ValueError(
                 f"{where}.{name}: {taker} takes {name}: {spell_type(kind)}, but got {shown}{error}"
             ) from None

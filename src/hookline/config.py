@@ -206,13 +206,13 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: an interpolation without a target, or a masked secret.
     """
+    hide_variables(str(OmegaConf.to_container(config, resolve=False)))
     try:
         tree: Any = OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:
         text = str(error).splitlines()[0]
         if missing := re.search("Environment variable ('.*') not found", text):
             text = f"the environment variable {missing[1]} is not set; set it, or give {error.full_key}=…"
-        hide_variables(str(OmegaConf.to_container(config, resolve=False)))
         raise ValueError(redact(f"{error.full_key}: {text}")) from None
     for key, value in _leaves(tree):
         if value == MASK:

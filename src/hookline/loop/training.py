@@ -43,6 +43,7 @@ class Training:
         self._unsettled = False  # whether a step has not reached its boundary yet
         self._stepped = True
         self._watched = False  # whether the first step has been looked at
+        self._looking = False
         self._first_loader: Loader | None = None
         self._epoch_outputs = Collector(0)
 
@@ -211,8 +212,12 @@ class Training:
         return True
 
     def _update_first(self, window: Sequence[Any]) -> list[Outputs]:
-        with watched(self.run, self.built):
-            outputs = self.run.hook.update(trainer=self.run, window=window)
+        self._looking = True
+        try:
+            with watched(self.run, self.built):
+                outputs = self.run.hook.update(trainer=self.run, window=window)
+        finally:
+            self._looking = False
         self._watched = True
         return outputs  # type: ignore[no-any-return]
 
@@ -242,7 +247,7 @@ class Training:
         if isinstance(optimizers, torch.optim.Optimizer):
             raise TypeError(f"trainer.step takes a list of optimizers, not one {type(optimizers).__name__}; write [it]")
         chosen = self.built.optimizers if optimizers is None else optimizers
-        if not self._watched and closure is None:
+        if self._looking and closure is None:
             look_at_gradients(run, self.built, chosen)
         if closure is None:
             hook.on_begin_optimizer_step(trainer=run, optimizers=chosen)
