@@ -1,7 +1,8 @@
 """Configuration: defaults, then YAML, then the command line, in one checked OmegaConf tree.
 
 The tree has the nodes `module` (built from its `_target_`, nested ones too), `trainer` (the options of `Trainer`),
-`plugins` (by name; null turns one off) and `vars` (your own values, for interpolations). The dataclasses of
+`plugins` (by name; null turns one off), `required_plugins` (a run refuses to start without them) and `vars` (your own
+values, for interpolations). The dataclasses of
 `trainer` and of each plugin define their keys and types, so a typo or a wrong type is an error before any work.
 """
 
@@ -20,13 +21,13 @@ import omegaconf
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from hookline.installed import load, load_path, nearest
+from hookline.installed import load, load_path, name_of, nearest, refuse_without
 from hookline.masking import MASK, mask
 from hookline.options import Options
 from hookline.randomness import set_seed
 from hookline.trainer import Trainer
 
-NODES = ("module", "trainer", "plugins", "vars")
+NODES = ("module", "trainer", "plugins", "required_plugins", "vars")
 MOST, DEEPEST = 100_000, 50  # values of a configuration and depth of nesting, with aliases expanded
 
 
@@ -151,15 +152,41 @@ def _structure(given: DictConfig) -> DictConfig:
     for key in map(str, given):
         if key not in NODES:
             raise ValueError(f"{key}: unknown key{nearest(key, NODES)}; the nodes are {', '.join(NODES)}")
+    required = _required(given.get("required_plugins"))
+    refuse_without(required)
     plugins = {name: _plugin(f"plugins.{name}", node) for name, node in _items(given.get("plugins"))}
+    if required:
+        refuse_without(
+            required, _active(node.get("_plugin_", name) for name, node in plugins.items() if node is not None)
+        )
     return OmegaConf.create(
         {
+            **({"required_plugins": required} if required else {}),
             "vars": given.get("vars") or {},
             "module": given.get("module") or {},
             "trainer": merge_schema("trainer", Options, given.get("trainer")),
             "plugins": plugins,
         }
     )
+
+
+def _required(node: Any) -> list[str]:
+    required = [] if node is None else OmegaConf.to_container(node) if OmegaConf.is_list(node) else node
+    if not isinstance(required, list) or not all(isinstance(text, str) for text in required):
+        raise ValueError(
+            f"required_plugins: this is a list, such as [checkpoint, hookline-clip>=0.1], not {required!r}"
+        )
+    return required
+
+
+def _active(named: Iterable[str]) -> set[str]:
+    """Return the installed names of plugins and of what they require."""
+    active, left = set[str](), list(named)
+    while left:
+        plugin_class = load(left.pop())
+        active.add(name_of(plugin_class))
+        left += [name for name in getattr(plugin_class, "requires", ()) if name not in active]
+    return active
 
 
 def _items(node: DictConfig | None) -> Iterable[tuple[str, Any]]:
