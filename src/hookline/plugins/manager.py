@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -55,7 +56,9 @@ class PluginManager(pluggy.PluginManager):
         """Add hook specifications, with the bodies of their verbs as defaults."""
         if specs not in self._specs.values():
             self.add_hookspecs(specs)
-            super().register(specs, name)
+            with warnings.catch_warnings():  # the core goes on with a deprecated verb
+                warnings.simplefilter("ignore", DeprecationWarning)
+                super().register(specs, name)
             self._specs[name] = specs
             self._route()
 
