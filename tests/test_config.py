@@ -182,7 +182,10 @@ def test_plugins_are_turned_off_and_on(write):
             ["module._target_=null"],
             r"module\._target_: this key needs a value, the dotted path of your ModuleInterface",
         ),
-        (["modul.x=1"], r"modul: unknown key, did you mean 'module'\?; the nodes are module, trainer, plugins, vars"),
+        (
+            ["modul.x=1"],
+            r"modul: unknown key, did you mean 'module'\?; the nodes are module, trainer, plugins, required_plugins, v",
+        ),
         (["trainer.epochs"], r"'trainer\.epochs' is no override; write key\.of\.node=value"),
         (["trainer.epochs=[1"], r"'trainer\.epochs=\[1' cannot be read"),
     ],

@@ -388,6 +388,17 @@ def test_two_that_perform_one_verb():
         tiny_trainer(plugins)
 
 
+def test_a_plugin_that_performs_what_the_module_performs():
+    class Own(TinyModule):
+        @hookimpl(specname="get_window_size")
+        def how_many(self):
+            return 2
+
+    said = r"^'one' and the module \(Own.how_many\) both perform 'get_window_size', .* \(`plugins.one: null`\)"
+    with pytest.raises(ValueError, match=said):
+        tiny_trainer({"one": performing("get_window_size", 2)}, Own())
+
+
 def test_a_performer_that_forgot_its_return_does_not_fall_through_to_the_core():
     with pytest.raises(TypeError, match="the verb 'update' got no answer from forgetful: an implementation forgot"):
         tiny_trainer({"forgetful": performing("update", None)}).train()

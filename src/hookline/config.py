@@ -1,9 +1,9 @@
 """Configuration: defaults, then YAML, then the command line, in one checked OmegaConf tree.
 
 The tree has the nodes `module` (built from its `_target_`, nested ones too), `trainer` (the options of `Trainer`),
-`plugins` (by name; null turns one off) and `vars` (your own values, for interpolations). The dataclasses of
-`trainer` and of each plugin define their keys and types, so a typo or a wrong type is an error before any work. What a
-class of `_target_` takes is held against its annotations where it is made.
+`plugins` (by name; null turns one off), `required_plugins` (a run refuses to start without them) and `vars` (your own
+values, for interpolations). The dataclasses of `trainer` and of each plugin define their keys and types, so a typo or a
+wrong type is an error before any work. What a class of `_target_` takes is held against its annotations where it is made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import omegaconf
 from omegaconf import DictConfig, OmegaConf
 
 from hookline.arguments import listed, make, parameters_of, spell, typed
-from hookline.installed import load, load_path, nearest
+from hookline.installed import load, load_path, name_of, nearest, refuse_without
 from hookline.masking import MASK, hide_variables, marked, mask, redact
 from hookline.options import Options
 from hookline.randomness import set_seed
@@ -27,7 +27,7 @@ from hookline.reading import load_yaml, read_mapping
 from hookline.reading import to_yaml as to_yaml
 from hookline.trainer import Trainer
 
-NODES = ("module", "trainer", "plugins", "vars")
+NODES = ("module", "trainer", "plugins", "required_plugins", "vars")
 OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 NESTED = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"
 RESOLVER = re.compile(r"\$\{[\w.]+:" + NESTED + r"\}")
@@ -76,6 +76,8 @@ def _node(key: str, value: Any) -> Any:
         raise ValueError(f"{key}: unknown key{meant}; the nodes are {', '.join(NODES)}")
     if key == "plugins" and isinstance(value, list):
         return _named(value)
+    if key == "required_plugins":
+        return _required(value)
     if value is not None and not isinstance(value, dict):
         examples = {
             "module": "{_target_: my_project.Classifier}",
@@ -125,15 +127,41 @@ def _structure(given: DictConfig) -> DictConfig:
     """Merge the tree into the defaults of the trainer and of each plugin, key by key."""
     for key in map(str, given):
         _node(key, None)
+    required = _required(given.get("required_plugins"))
+    refuse_without(required)
     plugins = {name: _plugin(f"plugins.{name}", node) for name, node in _items(given.get("plugins"))}
+    if required:
+        refuse_without(
+            required, _active(node.get("_plugin_", name) for name, node in plugins.items() if node is not None)
+        )
     return OmegaConf.create(
         {
+            **({"required_plugins": required} if required else {}),
             "vars": given.get("vars") or {},
             "module": given.get("module") or {},
             "trainer": merge_schema("trainer", Options, given.get("trainer")),
             "plugins": plugins,
         }
     )
+
+
+def _required(node: Any) -> list[str]:
+    required = [] if node is None else OmegaConf.to_container(node) if OmegaConf.is_list(node) else node
+    if not isinstance(required, list) or not all(isinstance(text, str) for text in required):
+        raise ValueError(
+            f"required_plugins: this is a list, such as [checkpoint, hookline-clip>=0.1], not {required!r}"
+        )
+    return required
+
+
+def _active(named: Iterable[str]) -> set[str]:
+    """Return the installed names of plugins and of what they require."""
+    active, left = set[str](), list(named)
+    while left:
+        plugin_class = load(left.pop())
+        active.add(name_of(plugin_class))
+        left += [name for name in getattr(plugin_class, "requires", ()) if name not in active]
+    return active
 
 
 def _items(node: DictConfig | None) -> Iterable[tuple[str, Any]]:

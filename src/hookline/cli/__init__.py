@@ -15,7 +15,7 @@ from typing import Any
 from hookline import __version__
 from hookline.cli import logs
 from hookline.commands import UserError, add_command, add_configuration, mendable, new_parser, read_configuration, table
-from hookline.installed import COMMANDS, distribution, installed, nearest
+from hookline.installed import COMMANDS, distribution, find, installed, nearest
 
 EXAMPLES = """\
 examples:
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `_target_: examples.digits.Digits` is found in the user's folder
     try:
-        brought = installed(COMMANDS).get(words[0]) if words else None
+        with mendable(ValueError):
+            brought = find(words[0], COMMANDS) if words else None
         if brought is not None:
             return _run_brought(brought.load(), words[1:])
         _refuse_unknown(words[:1])
@@ -140,8 +141,13 @@ def _parser() -> argparse.ArgumentParser:
         "--schedule", metavar="FILE.png",
         help="show instead what the schedulers will do, in the terminal or in a picture of this name (png, svg, pdf)",
     )  # fmt: skip
-    plugins = add("plugins", "list the installed plugins, or show the hooks of one, or of a configuration's", _plugins)
+    plugins = add("plugins", "list the installed plugins, or show one, or the hooks of a configuration's", _plugins)
     plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
+    plugins.add_argument("--json", action="store_true", help="for machines")
+    plugins.add_argument(
+        "--verify", action="store_true",
+        help="compare the files of each plugin with those that were installed, and import it; exit code 1 for problems",
+    )  # fmt: skip
     hooks = add("hooks", "show the hooks in the order of the loop", _hooks)
     hooks.add_argument("name", nargs="?", help="one hook, in full")
     new = add("new", "write the skeleton of something new", _new)
@@ -285,29 +291,15 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _plugins(options: argparse.Namespace) -> int:
-    if options.what is None:
-        rows = [
-            [name, p.dist.name if p.dist else "", p.dist.version if p.dist else "", p.value]
-            for name, p in installed().items()
-        ]
-        _print_table(["plugin", "distribution", "version", "class"], rows)
-        return 0
-    if Path(options.what).suffix in (".yaml", ".yml"):
-        options.config, options.overrides, options.plugins = options.what, [], []
-        manager = _trainer(_configuration(options)).plugins
-        names = [name for name, _ in manager.listed()]
-    else:
-        from hookline.installed import load
-        from hookline.plugins import PluginManager
+    from hookline.cli import plugins
 
-        manager, names = PluginManager(), [options.what]
-        try:
-            manager.register(load(options.what)(), options.what)
-        except ValueError as error:
-            raise UserError(error) from error
-    for name in names:
-        plugin = manager.get_plugin(name)
-        print(f"{name}: {(type(plugin).__doc__ or '').strip().splitlines()[0]}")
+    if Path(options.what or "").suffix not in (".yaml", ".yml"):
+        with mendable(ValueError):
+            return plugins.verify(options) if options.verify else plugins.show(options)
+    options.config, options.overrides, options.plugins = options.what, [], []
+    manager = _trainer(_configuration(options)).plugins
+    for name, plugin in manager.listed():
+        print(f"{name}: {(type(plugin).__doc__ or '').strip().partition(chr(10))[0]}")
         for row in manager.plan():
             if name in row["wrapped_by"] + row["done_by"]:
                 does = "wraps" if name in row["wrapped_by"] else "does" if row["kind"] == "verb" else "hears"

@@ -30,7 +30,13 @@ def read_hooks() -> list[Hook]:
         if not isinstance(node, ast.FunctionDef):
             continue
         marks = [ast.unparse(mark) for mark in node.decorator_list]
-        kind = "verb" if "verb" in marks else "event" if any(mark.startswith("event") for mark in marks) else None
+        kind = (
+            "verb"
+            if any(mark.startswith("verb") for mark in marks)
+            else "event"
+            if any(mark.startswith("event") for mark in marks)
+            else None
+        )
         if kind is None:
             continue
         above = [line for line in lines[: node.lineno] if line.startswith("# ") and line.endswith("---")]

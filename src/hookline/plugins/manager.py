@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -58,7 +59,9 @@ class PluginManager(pluggy.PluginManager):
         """Add hook specifications, with the bodies of their verbs as defaults."""
         if specs not in self._specs.values():
             self.add_hookspecs(specs)
-            super().register(specs, name)
+            with warnings.catch_warnings():  # the core goes on with a deprecated verb
+                warnings.simplefilter("ignore", DeprecationWarning)
+                super().register(specs, name)
             self._specs[name] = specs
             self._route()
 
@@ -235,12 +238,18 @@ class PluginManager(pluggy.PluginManager):
 
     def _check_conflicts(self) -> None:
         for hook in self._verbs():
-            performers = self.performers(hook)
-            if len(performers) > 1:
-                one, other, *_ = reversed(performers)
+            performers = [impl for impl in reversed(self._plugged(hook)) if not impl.wrapper][:2]
+            if len(performers) == 2:
+                names = [impl.plugin_name for impl in performers if impl.plugin_name != MODULE]
+                one, other = (
+                    f"the module ({type(impl.plugin).__name__}.{impl.function.__name__})"
+                    if impl.plugin_name == MODULE
+                    else repr(impl.plugin_name)
+                    for impl in performers
+                )
                 raise ValueError(
-                    f"{one!r} and {other!r} both perform {hook!r}, which is done once; turn one of them off "
-                    f"(`plugins.{other}: null`), or let it wrap the verb"
+                    f"{one} and {other} both perform {hook!r}, which is done once; turn one of them off "
+                    f"(`plugins.{names[-1]}: null`), or let it wrap the verb"
                 )
 
     def performers(self, hook: str) -> list[str]:
