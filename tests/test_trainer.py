@@ -5,11 +5,12 @@ import math
 import time
 from collections import namedtuple
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hookline import CallbackInterface, Stage, Trainer, hookimpl, hookspecs, kept_rng
+from hookline import CallbackInterface, ModuleInterface, Stage, Trainer, hookimpl, hookspecs, kept_rng
 from hookline.counters import Cursor
 from hookline.data import sampler_class
 from hookline.testing import Memory, TinyModule, digest, tiny_trainer
@@ -288,6 +289,22 @@ def test_submodules_come_back_to_the_mode_they_were_in():
         True,
     ]
     assert torch.equal(trainer.module.net[1].running_mean, torch.zeros(16))
+
+
+def test_a_validation_step_without_data_is_said(caplog):
+    class Misspelt(TinyModule):
+        get_val_dataloaders = ModuleInterface.get_val_dataloaders
+
+        def get_val_dataloader(self, sampler, batch_size):
+            return super().get_val_dataloaders(sampler, batch_size)
+
+    assert tiny_trainer(module=Misspelt()).train() is None
+    assert [record.message.partition(",")[0] for record in caplog.records] == [
+        "Misspelt has val_step and no get_val_dataloaders (by this very name)"
+    ]
+    caplog.clear()
+    tiny_trainer(module=Misspelt(), evaluate_every=None).train()
+    assert not caplog.records
 
 
 def test_gradients_are_off_and_the_stage_is_known_in_an_evaluation():
@@ -845,12 +862,43 @@ def test_a_batch_size_that_cannot_be_shared():
         ({"train_batch_size": 0}, ValueError, "train_batch_size=0 must be at least 1"),
         ({"max_steps": -1}, ValueError, "max_steps=-1 must be at least 0"),
         ({"run_name": "../x"}, ValueError, "run_name='../x' must be a plain name"),
+        ({"epochs": "3"}, TypeError, "epochs='3' must be a whole number or None, and is a str"),
+        ({"epochs": 2.5}, TypeError, "epochs=2.5 must be a whole number or None, and is a float"),
+        ({"epochs": True}, TypeError, "epochs=True must be a whole number or None, and is a bool"),
+        ({"train_batch_size": None}, TypeError, "train_batch_size=None must be a whole number, and is a NoneType"),
+        ({"eval_when_start": "no"}, TypeError, "eval_when_start='no' must be True or False, and is a str"),
+        ({"eval_when_start": 0}, TypeError, "eval_when_start=0 must be True or False"),
+        ({"seed": "a"}, TypeError, "seed='a' must be a whole number, and is a str"),
+        ({"run_name": 3}, TypeError, "run_name=3 must be a text"),
+        ({"resume": 3}, TypeError, "resume=3 must be a text or True or False"),
+        ({"evaluate_every": 100}, ValueError, "evaluate_every=100: 100 is not a cadence; .*50 steps"),
+        ({"log_every": None}, ValueError, "log_every=None: None is not a cadence"),
+        ({"max_time": 60}, ValueError, "max_time=60: 60 is not a"),
+        ({"device": "gpu"}, ValueError, "device='gpu' cannot be used: write auto, cpu, cuda, cuda:1 or mps"),
+        ({"device": 0}, ValueError, "device='0' cannot be used"),
+        ({"device": "xpu"}, ValueError, "device='xpu' cannot be used"),
+        ({"device": "cuda:99"}, ValueError, r"device='cuda:99', and torch finds \d+ CUDA device\(s\) here"),
         ({"resume": "/nowhere"}, ValueError, "no plugin can restore a run: name one that performs `restore`"),
     ],
 )
 def test_bad_options(options, error, words):
     with pytest.raises(error, match=words):
         Trainer(TinyModule(), **options).train()
+
+
+def test_options_in_the_types_of_other_libraries(tmp_path):
+    given = {"epochs": numpy.int64(1), "device": torch.device("cpu"), "runs_folder": tmp_path, "evaluate_every": None}
+    options = tiny_trainer(**given).options
+    assert (options.epochs, options.device, options.runs_folder) == (1, "cpu", str(tmp_path))
+    assert type(options.epochs) is int
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_asked_for_where_there_is_none():
+    with pytest.raises(
+        ValueError, match="device='cuda', and torch finds 0 CUDA .* write device=auto, which takes what"
+    ):
+        tiny_trainer(device="cuda")
 
 
 def test_run_folders_are_numbered_and_never_shared(tmp_path):

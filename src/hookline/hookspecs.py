@@ -73,8 +73,18 @@ def get_device(trainer: Trainer) -> torch.device:
     """Return the device of this rank: the option `device`, or CUDA if available, else the CPU."""
     name = trainer.options.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"device={name!r} cannot be used: write auto, cpu, cuda, cuda:1 or mps ({why:.100})") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        said = f"torch finds {torch.cuda.device_count()} CUDA device(s) here (torch {torch.__version__})"
+        raise ValueError(f"device={name!r}, and {said}: write device=auto, which takes what there is, or cpu")
+    return device
 
 
 @verb

@@ -374,7 +374,7 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     def log(self, **values: Any) -> None:
         """Log values by name; takes the arguments of `Trainer.log` too."""
-        self.trainer.log(**values)
+        self.trainer.logs.log_of_module(values)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle of a module (in a collating worker, or as an average of weights) has no trainer.

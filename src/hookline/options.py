@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from hookline.installed import nearest
 
 log = logging.getLogger("hookline.options")
 
+CADENCES: dict[str, Callable[[str], Any]] = {
+    "evaluate_every": every,
+    "log_every": every,
+    "max_time": seconds,
+    "loader_timeout": seconds,
+}
+WORDS = {"int": "a whole number", "str": "a text", "bool": "True or False", "None": "None"}
 CHECKPOINTS = "checkpoints"  # the subfolder of a run's folder that holds its checkpoints
 
 
@@ -75,7 +83,7 @@ def make_options(given: Mapping[str, Any]) -> Options:
     """Return the options of a trainer from keywords.
 
     Raises:
-        TypeError: an unknown keyword; the message names the nearest option.
+        TypeError: an unknown keyword, with the nearest option; or a value of another type.
         ValueError: an invalid value.
     """
     known = [field.name for field in dataclasses.fields(Options)]
@@ -83,11 +91,15 @@ def make_options(given: Mapping[str, Any]) -> Options:
         if name not in known:
             raise TypeError(f"Trainer has no option {name!r}{nearest(name, known)}; it has {', '.join(known)}")
     options = Options(**given)
-    if isinstance(options.resume, os.PathLike):
-        options.resume = os.fspath(options.resume)
-    for cadence in (options.evaluate_every, options.log_every):
-        if cadence is not None:
-            every(cadence)
+    for field in dataclasses.fields(Options):
+        setattr(options, field.name, _typed(field, getattr(options, field.name)))
+    for name, read in CADENCES.items():
+        value = getattr(options, name)
+        try:
+            if value is not None or name == "log_every":
+                read(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r}: {error}") from None
     if options.evaluate_every is not None and every(options.evaluate_every).unit == "evaluations":
         raise ValueError(
             f"evaluate_every={options.evaluate_every!r} counts evaluations by themselves; count steps or epochs"
@@ -96,9 +108,6 @@ def make_options(given: Mapping[str, Any]) -> Options:
         raise ValueError(f"report_loss_after_eval=False: log_every={options.log_every!r} must then count steps")
     if options.schedulers not in ("as_built", "as_saved"):
         raise ValueError(f"schedulers={options.schedulers!r} must be as_built or as_saved")
-    for duration in (options.max_time, options.loader_timeout):
-        if duration is not None:
-            seconds(duration)
     least = {"epochs": 0, "max_steps": 0, "sanity_val_steps": 0}
     for name, value in dataclasses.asdict(options).items():
         if type(value) is int and name != "seed" and value < least.get(name, 1):
@@ -106,6 +115,22 @@ def make_options(given: Mapping[str, Any]) -> Options:
     if not re.fullmatch(r"[\w.-]{1,200}", options.run_name) or options.run_name.startswith("."):
         raise ValueError(f"run_name={options.run_name!r} must be a plain name of letters, digits, '_', '-' and '.'")
     return options
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """Return the value of an option, with whole numbers, paths and devices of other libraries in Python's types."""
+    kinds = str(field.type).split(" | ")
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif field.name == "device":
+        value = str(value)  # a torch.device
+    elif "int" in kinds and hasattr(value, "__index__") and not isinstance(value, bool):
+        value = operator.index(value)
+    known = type(value).__name__ if value is not None else "None"
+    if known not in kinds and not ("str" in kinds and isinstance(value, str)) and field.name not in CADENCES:
+        wanted = " or ".join(WORDS[kind] for kind in kinds)
+        raise TypeError(f"{field.name}={value!r} must be {wanted}, and is a {type(value).__name__}")
+    return value
 
 
 # The folder of a run ------------------------------------------------------------------

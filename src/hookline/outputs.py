@@ -39,7 +39,8 @@ def with_loss(returned: Any) -> Outputs:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
         raise TypeError(
             "the first output of train_step must be the loss, a tensor of one element that "
-            f"requires grad; it is {_describe(loss)}"
+            f"requires grad; it is {_describe(loss)}. Return it without .item() or .detach(), not "
+            "under torch.no_grad(), and computed by parameters that require gradients"
         )
     return outputs
 

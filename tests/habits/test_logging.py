@@ -183,6 +183,101 @@ def test_a_loss_logged_under_the_trainers_name_is_the_one_that_counts():
     assert (trainer.metrics["val_loss"], trainer.best.valid_loss) == (7, 7)
 
 
+# Names that are taken -----------------------------------------------------------------
+
+
+def module_that_logs(stage, **values):
+    class Logs(Line):
+        def log_in(self, now, batch):
+            if now == stage:
+                self.log(**values)
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+        def train_step(self, global_step, batch, device):
+            return self.log_in("train", batch)
+
+        def val_step(self, global_step, batch, device):
+            return self.log_in("val", batch)
+
+    return Logs()
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "said"),
+    [
+        ("train", "train_loss", "self.log(train_loss=…) in train takes the place of the mean that the loop logs"),
+        ("val", "val_loss", "self.log(val_loss=…) in val takes the place of the mean that the loop logs"),
+        (
+            "train",
+            "val_loss",
+            "self.log(val_loss=…) in train is the loop's name for a loss of val: both are in one cur",
+        ),
+        ("val", "train_loss_epoch", "in val is the loop's name for a loss of train: both are in one curve"),
+        ("train", "epoch", "self.log(epoch=…): records have the run's own counter of this name"),
+        ("val", "seconds", "self.log(seconds=…): records have the run's own counter of this name"),
+        ("train", "accuracy", ""),
+    ],
+)
+def test_a_name_that_is_taken_is_said_once(stage, name, said, caplog):
+    train(module_that_logs(stage, **{name: 1.0}), [Keep()], log_every="2 steps", epochs=2, **OPTIONS)
+    assert [said in record.message for record in caplog.records] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("hook", ["on_end_val_epoch", "on_end_train_step"])
+def test_a_name_that_a_plugin_logs_too_is_said_once(hook, caplog):
+    @hookimpl
+    def logs(self, trainer):
+        trainer.log(accuracy=0.5)
+
+    plugin = type("Logs", (CallbackInterface,), {hook: logs})()
+    train(module_that_logs("val", accuracy=1.0), [Keep(), plugin], epochs=2, **OPTIONS)
+    assert [record.message.partition(",")[0] for record in caplog.records] == [
+        "accuracy is logged by the module and by a plugin (or by trainer.log)"
+    ]
+    caplog.clear()
+    train(module_that_logs("val", score=1.0), [Keep(), plugin], epochs=2, **OPTIONS)
+    assert not caplog.records
+
+
+# Values that are not finite -----------------------------------------------------------
+
+
+def told_not_finite(caplog):
+    return [record.message.partition(" (said")[0].partition(",")[0] for record in caplog.records]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_said_once(bad, caplog):
+    class Bad(Line):
+        def train_step(self, global_step, batch, device):
+            self.log(score=bad if global_step == 6 else 1.0)
+            return super().train_step(global_step, batch, device) * (bad if global_step >= 3 else 1.0)
+
+        def val_step(self, global_step, batch, device):
+            return torch.ones(())
+
+    trainer = train(Bad(), [Keep()], log_every="1 steps", epochs=2, **OPTIONS)
+    assert trainer.status == "finished"
+    assert told_not_finite(caplog) == [
+        f"train_loss is {bad} at step 3", "train_loss_epoch is nan at step 4", f"score is {bad} at step 6",
+    ]  # fmt: skip
+
+
+def test_a_validation_and_a_run_without_loggers_say_it_too(caplog):
+    class Spoilt(Line):
+        def train_step(self, global_step, batch, device):
+            return super().train_step(global_step, batch, device) * math.nan
+
+    train(Spoilt(), epochs=2, **OPTIONS)
+    assert told_not_finite(caplog)[0] == "val_loss is nan at step 4"
+    caplog.clear()
+    train(Spoilt(), evaluate_every=None, eval_when_finish=False, **OPTIONS)
+    assert told_not_finite(caplog) == ["2 parameter(s) are not finite after training"]
+    caplog.clear()
+    train(Line(), **OPTIONS)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("sanity", [0, 1])
 @pytest.mark.parametrize("form", [lambda module, loss: None, lambda module, loss: {}, lambda module, loss: ("a", loss)])
 def test_a_val_loss_that_never_comes_ends_the_run(form, sanity):

@@ -136,8 +136,18 @@ def epochs_asked(options: Options) -> int | None:
     return options.epochs
 
 
-def warn_of_modes(run: Run) -> None:
-    """Warn if modules with trainable weights are in eval mode: modes are the user's, but this may be a mistake."""
+def warn_of_module(run: Run) -> None:
+    """Warn of a validation step without data, and of modules with trainable weights in eval mode.
+
+    Modes are the user's, but this may be a mistake.
+    """
+    kind, given = type(run.module), ModuleInterface
+    unvalidated = kind.val_step is not given.val_step and kind.get_val_dataloaders is given.get_val_dataloaders
+    if unvalidated and run.options.evaluate_every is not None and run.rank == 0:
+        log.warning(
+            "%s has val_step and no get_val_dataloaders (by this very name), so nothing is validated; "
+            "evaluate_every=None says that this is meant", kind.__name__,
+        )  # fmt: skip
     idle = [
         name or "the module itself"
         for name, module in run.module.named_modules()

@@ -18,24 +18,32 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def watched(run: Run, built: Built) -> Iterator[None]:
     """Refuse within the block a `train_step` that does what the loop does; who performs `update` may do it."""
-    module = run.module
-    before: list[Any] = []
+    before: list[Any] = []  # while the module's step is under way
     handles: list[Any] = []
+
+    def refuse(*_: Any) -> None:
+        if before:
+            raise TypeError(
+                f"{type(run.module).__name__}.train_step has called backward(), zero_grad() or step(), which the loop "
+                "does behind it, so it would be done twice: only return the loss. For steps of your own implement "
+                "update(self, trainer, window), marked @hookimpl"
+            )
 
     def begin(_: Any, __: Any, given: dict[str, Any]) -> None:
         if given.get("stage") is Stage.TRAIN:
             before[:] = [marks(built)]
 
-    def check(_: Any, __: Any, given: dict[str, Any], outputs: Any) -> None:
-        if given.get("stage") is Stage.TRAIN and before.pop() != marks(built):
-            refuse(module)
+    def end(_: Any, __: Any, given: dict[str, Any], outputs: Any) -> None:
+        if given.get("stage") is Stage.TRAIN:
+            if before != [marks(built)]:
+                refuse()
+            before.clear()
 
     if not run.plugins.performers("update"):
-        handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-        handles.append(module.register_forward_hook(check, with_kwargs=True))
-        for optimizer in built.optimizers:
-            if isinstance(optimizer, torch.optim.Optimizer):
-                handles.append(optimizer.register_step_pre_hook(lambda *_: refuse(module) if before else None))
+        handles.append(run.module.register_forward_pre_hook(begin, with_kwargs=True))
+        handles.append(run.module.register_forward_hook(end, with_kwargs=True))
+        torch_own = [one for one in built.optimizers if isinstance(one, torch.optim.Optimizer)]
+        handles += [optimizer.register_step_pre_hook(refuse) for optimizer in torch_own]
     try:
         yield
     finally:
@@ -53,15 +61,6 @@ def marks(built: Built) -> list[Any]:
 def weights_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[torch.Tensor]:
     """Return the parameters of optimizers."""
     return [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
-
-
-def refuse(module: torch.nn.Module) -> None:
-    """Refuse a step that does the loop's work."""
-    raise TypeError(
-        f"{type(module).__name__}.train_step has called backward(), zero_grad() or step(), which the loop does behind "
-        "it, so it would be done twice: only return the loss. For steps of your own implement "
-        "update(self, trainer, window), marked @hookimpl"
-    )
 
 
 def look_at_gradients(run: Run, built: Built, stepped: Sequence[torch.optim.Optimizer]) -> None:
@@ -91,3 +90,10 @@ def look_at_gradients(run: Run, built: Built, stepped: Sequence[torch.optim.Opti
                 f"{len(names)} parameter(s) of {type(run.module).__name__} that require gradients {said}: {first}. "
                 "Freeze what shall not be trained: requires_grad_(False)"
             )
+
+
+def say_not_finite(run: Run) -> None:
+    """Say which parameters are not finite at the end of a training whose losses nobody has looked at."""
+    bad = [name for name, weight in run.module.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        run.say_once(f"{len(bad)} parameter(s) are not finite after training, {bad[0]} for one: look at the loss")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from hookline.outputs import Outputs, kept
 if TYPE_CHECKING:
     from hookline.run import Run
 
+COUNTED = {"step", "epoch", "batches", "samples", "seconds"}
+
 
 class Logs:
     """Keeps logged values, reduced and on their device, until their flush is due."""
@@ -29,7 +32,10 @@ class Logs:
         """The suffix of the names of logged values, in an evaluation of several loaders."""
         options = run.options
         self._train_loss = train_loss = options.train_loss_metric_name
-        self._own_names = {train_loss, f"{train_loss}_epoch", options.val_loss_metric_name, "test_loss"}
+        own = {train_loss: Stage.TRAIN, f"{train_loss}_epoch": Stage.TRAIN, options.val_loss_metric_name: Stage.VAL}
+        self._own_names: dict[str, Stage] = {**own, "test_loss": Stage.TEST}
+        self._by_module = False
+        self._owners: dict[str, bool] = {}  # whether the module has logged a name first, or somebody else
         self._weight: float | None = None  # of the evaluation batch under way
         self._logged_by_user: set[tuple[Stage, str]] = set()  # of these names: the user's value replaces the core's
         self._interval = LogBuffer()
@@ -64,8 +70,14 @@ class Logs:
         if buffer is None:
             buffer = self._epoch if over == "epoch" else self._interval
         weight = self.weight if weighted_by is None else float(weighted_by)
-        self._logged_by_user |= {(run.stage, name) for name in values.keys() & self._own_names}
+        self._logged_by_user |= {(run.stage, name) for name in values.keys() & self._own_names.keys()}
         for name, value in values.items():
+            if self._owners.setdefault(name, self._by_module) is not self._by_module:
+                run.say_once(
+                    f"{name} is logged by the module and by a plugin (or by trainer.log), so what is told is of both; "
+                    "give one of them another name",
+                    about=f"{name} twice",
+                )
             both = (name, name + suffix) if suffix and name in self._own_names else (name + suffix,)
             for full_name in both:  # the loss is also logged over all loaders
                 reduction = buffer.reduction(full_name, reduce)
@@ -73,6 +85,22 @@ class Logs:
                 reduction.add(as_number(name, value), weight)
             if prog:
                 self.shown.add(name + suffix)
+
+    def log_of_module(self, values: dict[str, Any]) -> None:
+        """Take what a module logs, with the options of `Trainer.log`; say once which names are taken already."""
+        run, self._by_module = self.run, True
+        for name in values.keys() & self._own_names.keys():
+            if run.stage is self._own_names[name]:
+                said = "takes the place of the mean that the loop logs"
+            else:
+                said = f"is the loop's name for a loss of {self._own_names[name].value}: both are in one curve"
+            run.say_once(f"self.log({name}=…) in {run.stage.value} {said}; take another name where that is not meant")
+        for name in values.keys() & COUNTED:
+            run.say_once(f"self.log({name}=…): records have the run's own counter of this name; take another name")
+        try:
+            run.log(**values)
+        finally:
+            self._by_module = False
 
     def weigh(self, weight: float | None) -> None:
         """Set the weight of values logged in the current evaluation batch; None between batches."""
@@ -157,6 +185,13 @@ class Logs:
         """Call `filter_log`, then `on_log`, with values."""
         run = self.run
         metrics = run.hook.filter_log(trainer=run, metrics=dict(metrics))
+        for name, value in metrics.items() if run.rank == 0 else ():
+            if not math.isfinite(value):
+                run.say_once(
+                    f"{name} is {value} at step {run.global_step} (said once): look at the data, the learning rate and "
+                    "the precision; `plugins: {finite: {}}` would end the run at such a loss or gradient",
+                    about=f"{name} not finite",
+                )
         if metrics:
             run.hook.on_log(trainer=run, metrics=metrics, global_step=run.global_step if step is None else step)
 

@@ -14,10 +14,10 @@ from hookline import data
 from hookline.cadence import every, seconds
 from hookline.counters import EVALUATIONS, SECONDS, snapshot
 from hookline.interfaces import Loader, Stage, plain_name
-from hookline.loop.building import epochs_asked, warn_of_modes
+from hookline.loop.building import epochs_asked, warn_of_module
 from hookline.loop.ends import Ends
 from hookline.loop.evaluation import Evaluation
-from hookline.loop.first import look_at_gradients, watched
+from hookline.loop.first import look_at_gradients, say_not_finite, watched
 from hookline.loop.window import Window
 from hookline.monitored import require_metrics
 from hookline.outputs import Collector, Outputs, WindowCut, collate, detached
@@ -55,7 +55,7 @@ class Training:
             log.warning("nothing is left to train: the run is at step %d, epoch %d", run.global_step, run.epoch)
             self.logs.flush_interval()  # the run may have been killed between its last save and this flush
             return
-        warn_of_modes(run)
+        warn_of_module(run)
         ends.begin_training()
         run.hook.on_begin_train(trainer=run, global_step=run.global_step)
         if run.options.sanity_val_steps:
@@ -65,6 +65,8 @@ class Training:
         while not ends.finished():
             self._train_one_epoch()
         self._compare_schedules(ended=ends.over())
+        if not run.plugins.logging and run.world_size == 1:  # else what is logged is looked at
+            say_not_finite(run)
         if not ends.preempted():  # else the logged values are in the state, and the resumed run flushes them
             self.logs.flush_interval()
             with self.logs.told_at_once():
