@@ -318,6 +318,52 @@ def test_ctrl_c_ends_cleanly_with_130(folder):
     assert err == "hookline: interrupted; nothing is saved, so nothing can go on: `-p checkpoint` saves\n"
 
 
+WAITING = """
+import importlib.abc, sys
+
+
+class Gate(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "mine") and name not in seen:
+            seen.add(name)
+            open(f"gate-{name}").read()
+
+
+seen = set()
+sys.meta_path.insert(0, Gate())
+from hookline.cli import main
+
+sys.exit(main(["fit", "run.yaml", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
+def test_what_takes_a_while_is_told_on_a_terminal_before_it_is_done(folder):
+    import pty
+
+    for name in ("torch", "mine", "data"):
+        os.mkfifo(folder / f"gate-{name}")
+    (folder / "mine.py").write_text(
+        MODULE + "\n    gates = ['gate-data']\n\n    def get_train_dataloader(self, sampler, batch_size):\n"
+        "        self.gates and open(self.gates.pop()).read()\n"
+        "        return super().get_train_dataloader(sampler, batch_size)\n"
+    )
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        with os.fdopen(ours, encoding="utf-8", errors="replace") as terminal:
+            for name, words in (
+                ("torch", "hookline: importing torch …"),
+                ("mine", "hookline: building the module and the plugins …"),
+                ("data", "hookline: preparing the data and the first batch …"),
+            ):
+                while terminal.readline().strip() != words:
+                    assert process.poll() is None
+                (folder / f"gate-{name}").write_text("")  # only now it goes on
+            assert process.wait(timeout=60) == 0
+
+
 MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
 
 

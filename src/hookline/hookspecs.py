@@ -201,8 +201,8 @@ def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], lis
 def restore(trainer: Trainer, stage: Stage) -> bool:
     """Load the state that `trainer.options.resume` names; return whether there was one.
 
-    Called once, after all hooks above. Stages other than training need only the module, the plugins and the counters. A performer
-    reads its storage and calls `trainer.hook.set_run_state`.
+    Called once, after all hooks above. Stages other than training need only the module, the plugins and the counters. A
+    performer reads its storage and calls `trainer.hook.set_run_state`.
     """
     if trainer.options.resume:
         raise ValueError(

@@ -15,7 +15,16 @@ from typing import Any
 
 from hookline import __version__
 from hookline.cli import logs, mistakes
-from hookline.commands import UserError, add_command, add_configuration, mendable, new_parser, read_configuration, table
+from hookline.commands import (
+    UserError,
+    add_command,
+    add_configuration,
+    mendable,
+    new_parser,
+    read_configuration,
+    say,
+    table,
+)
 from hookline.installed import COMMANDS, distribution, installed, nearest
 
 EXAMPLES = """\
@@ -194,6 +203,7 @@ def _configuration(options: argparse.Namespace) -> Any:
 def _trainer(loaded: Any) -> Any:
     from hookline import config
 
+    say("building the module and the plugins")
     with mendable(ValueError, TypeError):
         return config.build_trainer(loaded)
 
@@ -216,17 +226,17 @@ def _run_or_launch(options: argparse.Namespace) -> int:
         launch.end_with_agent()
         code: int = launch.recorded(_run)(options)
         return code
+    loaded = _configuration(options)
     from hookline import config
 
-    loaded = _configuration(options)
     _, words = _launching().parse_known_args(options.words)
     with mendable(ValueError):
         config.resolve(loaded)  # what is wrong with it is said once, before anything starts
+        say(f"starting {options.nproc} processes")
         return launch.launch(words, options.nproc, options.max_restarts, shlex.join(options.words))
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hookline import config
     from hookline.cli import going_on, launch
 
     if options.door == "train" and (folder := launch.remembered()) is not None:
@@ -234,6 +244,8 @@ def _run(options: argparse.Namespace) -> int:
         options.resume, options.resume_or_start, options.checkpoint = folder, False, None
     loaded = _configuration(options)
     if options.print_config:
+        from hookline import config
+
         print(config.to_yaml(config.masked(loaded)), end="")
         return 0
     with _no_early_success(), going_on.no_folder_left(loaded) as trainers:
@@ -262,6 +274,7 @@ def _do(trainer: Any, options: argparse.Namespace) -> Any:
                 file.write(config.to_yaml(tree))
         elif options.door == "train" and trainer.local_rank == 0:
             trainer.plugins.register(launch.reminder(), "launcher")
+        say("preparing the data and the first batch")
         try:
             return getattr(trainer, options.door)()
         except KeyboardInterrupt as error:
