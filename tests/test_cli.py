@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -127,6 +128,177 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(folder, hookline):
     assert "unrecognized arguments: --what" in hookline("fit", "run.yaml", "--what").stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--epochs", "3"], "--epochs is no option of this command; .* without dashes: trainer.epochs=3\n"),
+        (["--epochs=3"], "without dashes: trainer.epochs=3\n"),
+        (["--trainer.epochs=3"], "without dashes: trainer.epochs=3\n"),
+        (["--trainer.epohcs", "3"], "without dashes: trainer.epochs=3\n"),
+        (["--train-batch-size", "4"], "without dashes: trainer.train_batch_size=4\n"),
+        (["--batch-size", "4"], r"trainer.val_batch_size=4 \(or trainer.train_batch_size=4\)\n"),
+        (["--eval-when-start"], "without dashes: trainer.eval_when_start=true\n"),
+        (["--samples", "12"], "without dashes: module.samples=12\n"),
+        (["-epochs", "3"], "without dashes: trainer.epochs=3\n"),
+        (["--nobody-knows", "3"], "unrecognized arguments: --nobody-knows 3"),
+    ],
+)
+def test_options_in_the_style_of_other_programs_are_told_by_their_key(hookline, words, said):
+    for command in ("fit", "validate", "plan"):
+        done = hookline(command, "run.yaml", "module.samples=8", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert re.search(said, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "run.yaml"], "there is no command 'train', did you mean 'fit'?; there are fit, validate, test"),
+        (["eval", "run.yaml"], "did you mean 'validate'?"),
+        (["resume", "run-1"], "did you mean 'fit CONFIG --resume'?"),
+        (["run.yaml"], "'run.yaml' is a configuration, and a command is wanted first: `hookline fit run.yaml` trains"),
+        (["fit", "rnu.yaml"], "rnu.yaml is no file, did you mean 'run.yaml'?; the configurations in . are run.yaml\n"),
+        (["fit", "run.yml"], "did you mean 'run.yaml'?"),
+        (["fit", "nowhere/run.yaml"], "nowhere/run.yaml is no file; the configurations in nowhere are none\n"),
+        (["fit", "."], ". is no file, did you mean"),
+        (["fit", "run.yaml", "epochs=3"], "epochs: unknown key, did you mean 'trainer.epochs'?; the nodes are"),
+        (
+            ["fit", "run.yaml", "--resume"],
+            "there is no run 'run' in runs to resume; it has no run. --resume-or-start beg",
+        ),
+        (["fit", "run.yaml", "--resume", "--resume-or-start"], "leave --resume and --checkpoint away"),
+        (
+            ["fit", "run.yaml", "--resume", "nowhere"],
+            "resume='nowhere' is no folder of a run, nor a run in runs; runs has",
+        ),
+    ],
+)
+def test_a_wrong_word_is_told_with_the_near_one(folder, hookline, words, said):
+    done = hookline(*words)
+    assert (done.returncode, done.stdout.replace("ended failed\n", "")) == (2, "")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (folder / "runs").exists()
+
+
+RESTORING = CONFIG + "plugins: {checkpoint: {monitor: val_loss, keep_best: 1, keep_last: 1}, jsonl: {}}\n"
+
+
+@pytest.fixture
+def kept(folder, hookline):
+    """Return `hookline` where the run `run-1` has checkpoints of steps 4 and 8."""
+    (folder / "run.yaml").write_text(RESTORING)
+    words = ("trainer.epochs=4", "plugins.checkpoint.every=2 epochs", "plugins.checkpoint.keep_last=null")
+    assert hookline("fit", "run.yaml", *words, "plugins.checkpoint.keep_best=0").returncode == 0
+    return hookline
+
+
+@pytest.mark.plugins
+def test_a_resume_names_a_run_and_a_checkpoint(kept, folder):
+    def validated(*words, code=0):
+        done = kept("validate", "run.yaml", *words)
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout[done.stdout.index("{") :])["val_loss"] if code == 0 else done.stderr
+
+    rows = {row["step"]: row for row in json.loads(kept("runs", "show", "run-1", "--json").stdout)["rows"]}
+    at = {step: row["val_loss"] for step, row in rows.items()}
+    assert at[8] < at[4]
+    newest = [
+        ["--resume"],
+        ["--resume", "run-1"],
+        ["--resume", "runs/run-1"],
+        ["--resume", "last"],
+        ["--resume", "best"],
+    ]
+    for words in [*newest, ["--checkpoint", "best"], ["--resume", "run-1", "--checkpoint", "last"]]:
+        assert validated(*words) == pytest.approx(at[8]), words
+    earlier = "runs/run-1/checkpoints/step-000000000004"
+    for words in [["--checkpoint", "4"], ["--resume", "4"], ["--checkpoint", earlier], ["trainer.resume=4"]]:
+        assert validated(*words) == pytest.approx(at[4]), words
+    best_of = ["--resume", "run-1", "--checkpoint", "best", "plugins.checkpoint.mode=max"]
+    assert validated(*best_of) == pytest.approx(at[4])
+    assert "resume='5': the steps of the checkpoints in runs/run-1/checkpoints are 8, 4" in validated(
+        "--checkpoint", "5", code=2
+    )
+    for wrong in ("rnu-1", "runs/rnu-1"):
+        assert "did you mean 'run-1'?; runs has run-1\n" in validated("--resume", wrong, code=2)
+    listed = kept("checkpoints", "list", "run-1").stdout.splitlines()
+    assert listed[0].split()[-2:] == ["val_loss", "state"]
+    assert [line.split()[5:] for line in listed[1:]] == [
+        [f"{at[8]:.5g}", "good,", "the", "best"],
+        [f"{at[4]:.5g}", "good"],
+    ]
+
+
+@pytest.mark.plugins
+def test_the_record_says_what_happened(kept, folder):
+    def shown():
+        return json.loads(kept("runs", "show", "run-1", "--json").stdout)
+
+    assert kept("fit", "run.yaml", "--resume", "trainer.epochs=5").returncode == 0
+    before = shown()
+    assert [one["step"] for one in before["checkpoints"]] == [10]  # keep_last: 1
+    assert kept("fit", "run.yaml", "--resume", "trainer.epochs=3").returncode == 0  # nothing is left to do
+    assert kept("validate", "run.yaml", "--resume").returncode == 0
+    wrong = ["trainer.epochs=9", "plugins.checkpoint.every=eval", "trainer.evaluate_every=null"]
+    assert kept("fit", "run.yaml", "--resume", *wrong).returncode == 2
+    after = shown()
+    same = ("config", "step", "totals", "checkpoints")
+    assert {name: after[name] for name in same} == {name: before[name] for name in same}
+    assert [(one["stage"], one["step"]) for one in after["evaluations"]] == [("val", 10)]
+
+
+@pytest.mark.plugins
+def test_a_mistake_in_the_set_up_leaves_no_folder(folder, hookline):
+    (folder / "run.yaml").write_text(RESTORING)
+    wrong = ["plugins.checkpoint.every=eval", "trainer.evaluate_every=null"]
+    with unconfigured():
+        done = hookline("fit", "run.yaml", *wrong)
+    assert done.returncode == 2
+    assert done.stderr.count("saves after evaluations, and trainer.evaluate_every is null") == 1
+    assert not (folder / "runs").exists()
+    assert hookline("fit", "run.yaml", "--resume-or-start").returncode == 0
+    assert hookline("fit", "run.yaml", *wrong).returncode == 2
+    assert hookline("fit", "run.yaml", "--resume", "trainer.epochs=2", *wrong).returncode == 2
+    assert [path.name for path in (folder / "runs").iterdir()] == ["run-1"]
+
+
+@pytest.mark.plugins
+def test_ctrl_c_says_how_to_go_on(folder, hookline, monkeypatch):
+    (folder / "run.yaml").write_text(RESTORING)
+    (folder / "cut.py").write_text(CUT)
+    words = ("fit", "run.yaml", "trainer.epochs=3", "plugins.cut={_plugin_: cut.Cut, step: 3}", "-q")
+    cut = hookline(*words, "--resume-or-start")
+    assert cut.returncode == 130
+    told = cut.stderr.splitlines()[-1].removeprefix("hookline: interrupted; go on with: hookline ")
+    assert shlex.split(told) == [*words, "--resume", "runs/run-1"]
+    again = hookline(*shlex.split(told), "plugins.cut.step=5")
+    assert again.stderr.splitlines()[
+        -1
+    ] == f"hookline: interrupted; go on with: hookline {told} plugins.cut.step=5".replace(
+        " --resume runs/run-1 plugins.cut.step=5", " plugins.cut.step=5 --resume runs/run-1"
+    )
+    assert hookline(*shlex.split(told), "plugins.cut=null").returncode == 0
+    assert [path.name for path in (folder / "runs").iterdir()] == ["run-1"]
+    early = hookline(*words, "plugins.cut.step=1")
+    assert early.stderr.endswith("interrupted; no checkpoint was saved yet, so there is nothing to go on with\n")
+
+
+CUT = """
+from dataclasses import dataclass
+from hookline import CallbackInterface
+
+
+@dataclass(eq=False)
+class Cut(CallbackInterface):
+    step: int
+
+    def on_end_train_step(self, global_step):
+        if global_step == self.step:
+            raise KeyboardInterrupt
+"""
+
+
 def test_an_error_in_training_keeps_its_traceback(folder):
     done = process(folder, "fit", "run.yaml", "module.fail=true")
     assert done.returncode == 1
@@ -143,7 +315,53 @@ def test_ctrl_c_ends_cleanly_with_130(folder):
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert out == "ended failed\n"
-    assert err == "hookline: interrupted\n"
+    assert err == "hookline: interrupted; nothing is saved, so nothing can go on: `-p checkpoint` saves\n"
+
+
+WAITING = """
+import importlib.abc, sys
+
+
+class Gate(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "mine") and name not in seen:
+            seen.add(name)
+            open(f"gate-{name}").read()
+
+
+seen = set()
+sys.meta_path.insert(0, Gate())
+from hookline.cli import main
+
+sys.exit(main(["fit", "run.yaml", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
+def test_what_takes_a_while_is_told_on_a_terminal_before_it_is_done(folder):
+    import pty
+
+    for name in ("torch", "mine", "data"):
+        os.mkfifo(folder / f"gate-{name}")
+    (folder / "mine.py").write_text(
+        MODULE + "\n    gates = ['gate-data']\n\n    def get_train_dataloader(self, sampler, batch_size):\n"
+        "        self.gates and open(self.gates.pop()).read()\n"
+        "        return super().get_train_dataloader(sampler, batch_size)\n"
+    )
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        with os.fdopen(ours, encoding="utf-8", errors="replace") as terminal:
+            for name, words in (
+                ("torch", "hookline: importing torch …"),
+                ("mine", "hookline: building the module and the plugins …"),
+                ("data", "hookline: preparing the data and the first batch …"),
+            ):
+                while terminal.readline().strip() != words:
+                    assert process.poll() is None
+                (folder / f"gate-{name}").write_text("")  # only now it goes on
+            assert process.wait(timeout=60) == 0
 
 
 MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -62,6 +64,8 @@ def read_configuration(options: argparse.Namespace, *overrides: str) -> DictConf
         home, near, there = _nearby(path)
         meant = f", did you mean '{home / near}'?" if near else ""
         raise ValueError(f"{path} is no file{meant}; the configurations in {home} are {', '.join(there) or 'none'}")
+    if "torch" not in sys.modules:
+        say("importing torch")
     from hookline import config
 
     return config.load_config(path, [*options.overrides, *overrides], options.plugins)
@@ -74,6 +78,13 @@ def _nearby(path: Path) -> tuple[Path, str, list[str]]:
     wanted = "config.yaml" if path.is_dir() else path.name
     near = difflib.get_close_matches(wanted, there, n=1) or [one for one in there if Path(one).stem == path.stem]
     return home, near[0] if near else "", there[:20]
+
+
+def say(text: str) -> None:
+    """Tell who sits at a terminal what takes a while; nothing elsewhere, on other ranks and with `--quiet`."""
+    wanted = logging.getLogger("hookline").level <= logging.INFO and os.environ.get("RANK", "0") == "0"
+    if wanted and sys.stderr.isatty():
+        print(f"hookline: {text} …", file=sys.stderr, flush=True)
 
 
 def run_to_first_step(options: argparse.Namespace) -> Any:
@@ -95,7 +106,9 @@ def run_to_first_step(options: argparse.Namespace) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = (f"trainer.runs_folder={folder}", "trainer.sanity_val_steps=0", "trainer.eval_when_start=false")
-        trainer = config.build_trainer(read_configuration(options, *overrides))
+        loaded = read_configuration(options, *overrides)
+        say("building the module and the plugins")
+        trainer = config.build_trainer(loaded)
         for _, plugin in trainer.plugins.listed():
             if getattr(plugin, "observer", False):
                 trainer.plugins.unregister(plugin)

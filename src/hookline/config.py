@@ -3,7 +3,8 @@
 The tree has the nodes `module` (built from its `_target_`, nested ones too), `trainer` (the options of `Trainer`),
 `plugins` (by name; null turns one off), `required_plugins` (a run refuses to start without them) and `vars` (your own
 values, for interpolations). The dataclasses of `trainer` and of each plugin define their keys and types, so a typo or a
-wrong type is an error before any work. What a class of `_target_` takes is held against its annotations where it is made.
+wrong type is an error before any work. What a class of `_target_` takes is held against its annotations where it is
+made.
 """
 
 from __future__ import annotations

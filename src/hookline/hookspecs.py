@@ -213,8 +213,8 @@ def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], lis
 def restore(trainer: Trainer, stage: Stage) -> bool:
     """Load the state that `trainer.options.resume` names; return whether there was one.
 
-    Called once, after all hooks above. Stages other than training need only the module and the plugins. A performer
-    reads its storage and calls `trainer.hook.set_run_state`.
+    Called once, after all hooks above. Stages other than training need only the module, the plugins and the counters. A
+    performer reads its storage and calls `trainer.hook.set_run_state`.
     """
     if trainer.options.resume:
         raise ValueError(
@@ -256,7 +256,7 @@ def get_run_state(trainer: Trainer) -> dict[str, Any]:
 
 @verb
 def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> bool:
-    """Load a state; return True. Stages other than training load only the module and the plugins.
+    """Load a state; return True. Stages other than training load only the module, the plugins and the counters.
 
     Call it in `restore`; or in `on_boundary`, and training continues where that state was saved, data included.
     """
@@ -264,6 +264,7 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
     trainer.module.update_state(state["module"])
     trainer.plugins.receive({**state["plugins"], **state.get("own_plugins", {})})
     if stage is not Stage.TRAIN:
+        trainer.counters.update_state(state["trainer"]["counters"])  # so that values are logged at their step
         return True
     trainer.training.update_state(state["trainer"])
     if not trainer.options.reset_optimizers_schedulers:

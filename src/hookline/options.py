@@ -24,6 +24,7 @@ CADENCES: dict[str, Callable[[str], Any]] = {
 }
 WORDS = {"int": "a whole number", "str": "a text", "bool": "True or False", "None": "None"}
 CHECKPOINTS = "checkpoints"  # the subfolder of a run's folder that holds its checkpoints
+WHICH = re.compile(r"best|last|\d+")  # of a run's checkpoints, in place of the name: by its metric, its age or its step
 
 
 @dataclasses.dataclass
@@ -73,7 +74,9 @@ class Options:
     place that was reached, or with the saved one ("as_saved").
     """
     resume: str | bool = False
-    """Resume the newest run of this name that has a checkpoint (true), or the run or checkpoint at a path."""
+    """Resume the newest run of this name that has a checkpoint (true), or the run or checkpoint at a path; `best`,
+    `last` or a step: of that run. After a run's path, as `runs/mine-1/checkpoints/best`: of the run there.
+    """
     run_name: str = "run"
     runs_folder: str = "runs"
     """The parent of run folders: `<runs_folder>/<run_name>-<number>`."""
@@ -140,22 +143,18 @@ def run_folder(options: Options, training: bool) -> Path:
     """Return the folder of the run to resume, or the next free one.
 
     Raises:
-        ValueError: there is no run to resume. A training instead warns and starts from scratch.
+        ValueError: there is no run to resume. A training with `resume=True` instead warns and starts from scratch.
     """
     resume = options.resume
-    if isinstance(resume, str):
-        path = Path(resume)
-        if not path.is_dir():
-            raise ValueError(f"resume={resume!r} is no folder of a run")
-        for folder in (path, path.parent):  # resume may name a checkpoint, or their folder, instead of the run
-            if folder.name == CHECKPOINTS and folder != Path(options.runs_folder):
-                return folder.parent
-        return path
+    if isinstance(resume, str) and not WHICH.fullmatch(resume):
+        return _named_run(options, resume)
     runs = _numbered_runs(options)
     if resume and not runs:
         there = f"there is no run {options.run_name!r} in {options.runs_folder} to resume"
-        if not training:
-            raise ValueError(there)
+        if not training or resume is not True:
+            names = sorted(_names(Path(options.runs_folder)))
+            meant = nearest(options.run_name, {re.sub(r"-\d+$", "", name) for name in names})
+            raise ValueError(f"{there}{meant}; it has {', '.join(names[-20:]) or 'no run'}")
         log.warning("%s: starting from scratch", there)
     if resume and runs:
         saved = [number for number, run in runs.items() if any(name[0] != "." for name in _names(run / CHECKPOINTS))]
@@ -163,6 +162,24 @@ def run_folder(options: Options, training: bool) -> Path:
             log.warning("%s has no checkpoint: going on with %s", runs[max(runs)], runs[max(saved)])
         return runs[max(saved or runs)]
     return Path(options.runs_folder) / f"{options.run_name}-{max(runs, default=0) + 1}"
+
+
+def _named_run(options: Options, resume: str) -> Path:
+    """Return the folder of the run that a path or a name says, or that of the checkpoint at this path."""
+    for path in (Path(resume), Path(options.runs_folder, resume)):
+        which = WHICH.fullmatch(path.name) and path.parent.name == CHECKPOINTS
+        if which or path.is_dir():
+            for folder in (path, path.parent):  # resume may name a checkpoint, or their folder, instead of the run
+                if folder.name == CHECKPOINTS and folder != Path(options.runs_folder) and folder.is_dir():
+                    return folder.parent
+            if path.is_dir():
+                return path
+    home = Path(resume).parent if _names(Path(resume).parent) and os.path.dirname(resume) else Path(options.runs_folder)
+    names = sorted(_names(home))
+    raise ValueError(
+        f"resume={resume!r} is no folder of a run, nor a run in {options.runs_folder}"
+        f"{nearest(Path(resume).name, names)}; {home} has {', '.join(names[-20:]) or 'no run'}"
+    )
 
 
 def _numbered_runs(options: Options) -> dict[int, Path]:

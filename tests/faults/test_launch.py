@@ -117,7 +117,7 @@ def test_g8_a_rank_that_is_killed_once(tmp_path, whole):
 def test_g8_a_rank_that_is_killed_twice(hook, steps, rank, tmp_path, whole):
     folder = prepared(tmp_path)
     fault = (f"plugins.killed.hook={hook}", f"plugins.killed.steps={steps}", f"plugins.killed.rank={rank}")
-    err = launched(folder, 0, "--max-restarts", "2", "--resume", *fault)
+    err = launched(folder, 0, "--max-restarts", "2", "--resume-or-start", *fault)
     assert "there is no run 'run' in runs to resume: starting from scratch" in err
     assert err.count("started anew") == 2
     assert ("no checkpoint yet in runs/run-1/checkpoints: starting from scratch" in err.partition("anew")[2]) == (

@@ -237,7 +237,7 @@ def test_state_of_plugins_and_module_travels(tmp_path):
     assert again.validate() == first.metrics
     assert keeper.kept["tensor"].tolist() == [0, 1, 2]
     assert (keeper.kept["tuple"], keeper.kept[3]) == ((1, 2), {4})
-    assert again.global_step == 0
+    assert again.global_step == 4  # of the checkpoint, so that what is logged stands at its step
 
 
 @pytest.mark.parametrize("named", ["runs/run-1", "runs/run-1/checkpoints"])

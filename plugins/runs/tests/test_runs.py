@@ -123,6 +123,7 @@ def test_a_page_on_one_run(tmp_path):
     write(tmp_path, BEGIN, TRAIN, log(2, train_loss=1.5), log(4, train_loss=0.75, val_loss=0.5), *objects, END)
     (tmp_path / "objects").mkdir()
     (tmp_path / "objects" / "kept-4.png").touch()
+    (tmp_path / "checkpoints" / "8").mkdir(parents=True)
     page = render_run(read_run(tmp_path))
     assert "  step 2: kept: objects/kept-2.png (removed)\n  step 4: kept: objects/kept-4.png\n" in page
     assert "  command        python 'fit me.py'\n" in page
@@ -173,6 +174,39 @@ def test_later_sessions_replace_the_steps_that_they_did_again(tmp_path):
     run = read_run(tmp_path)
     assert [(row["step"], row["x"]) for row in run.rows] == [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0)]
     assert run.seconds == pytest.approx(2.0 + 3.0)  # what lay between the sessions does not count
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_a_resume_that_trains_nothing_changes_nothing_of_the_run(tmp_path, status):
+    write(tmp_path, BEGIN, TRAIN, log(8, x=1.0), END)
+    before = read_run(tmp_path)
+    begun = BEGIN | {"session": "b", "command": ["fit", "--resume"], "config": {}, "versions": {}, "revision": None}
+    trained = [TRAIN | {"session": "b", "step": 8, "totals": {"steps": 2}}] if status == "finished" else []
+    end = END | {"session": "b", "step": 8 if trained else 0, "status": status, "cost": {"jsonl": 1.0}}
+    write(tmp_path, BEGIN, TRAIN, log(8, x=1.0), END, begun, *trained, end)
+    after = read_run(tmp_path)
+    for name in ("command", "config", "versions", "revision", "step", "totals", "cost", "rows"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert (after.status, len(after.sessions)) == (status, 2)
+    write(tmp_path, BEGIN, TRAIN, log(8, x=1.0), END, begun, *trained, log(9, session="b", x=1.0), end | {"step": 9})
+    assert (read_run(tmp_path).command == ["fit", "--resume"]) == bool(trained)
+
+
+def test_only_checkpoints_that_are_there_are_listed_each_once(tmp_path):
+    saved = [
+        {
+            "event": "checkpoint",
+            "session": "a",
+            "time": 1002.0,
+            "step": step,
+            "path": f"checkpoints/{step}",
+            "kind": kind,
+        }
+        for step, kind in ((2, "checkpoint"), (4, "checkpoint"), (4, "again"))
+    ]
+    write(tmp_path, BEGIN, TRAIN, *saved)
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert read_run(tmp_path).checkpoints == [{"step": 4, "path": "checkpoints/4", "kind": "again"}]
 
 
 def test_a_counter_is_not_shadowed_by_a_metric_of_its_name(tmp_path):

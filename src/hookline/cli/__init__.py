@@ -7,14 +7,24 @@ import contextlib
 import functools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hookline import __version__
-from hookline.cli import logs
-from hookline.commands import UserError, add_command, add_configuration, mendable, new_parser, read_configuration, table
+from hookline.cli import logs, mistakes
+from hookline.commands import (
+    UserError,
+    add_command,
+    add_configuration,
+    mendable,
+    new_parser,
+    read_configuration,
+    say,
+    table,
+)
 from hookline.installed import COMMANDS, distribution, find, installed, nearest
 
 EXAMPLES = """\
@@ -23,6 +33,7 @@ examples:
   hookline fit examples/digits.yaml trainer.epochs=3 plugins.clip.max_norm=0.5
   hookline fit examples/digits.yaml -p no:progress       without a plugin; -p NAME: with one more
   hookline fit examples/digits.yaml --resume             go on where the newest run was cut
+  hookline validate examples/digits.yaml --checkpoint best
   hookline fit examples/digits.yaml -p ddp --nproc 2     in two processes of this machine
   hookline fit runs/digits-1/config.yaml                 do a run once more
   hookline predict examples/chars.yaml --resume
@@ -52,16 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             brought = find(words[0], COMMANDS) if words else None
         if brought is not None:
             return _run_brought(brought.load(), words[1:])
-        _refuse_unknown(words[:1])
+        for word in words[:1]:
+            mistakes.refuse_unknown_command(word, [*OWN, *installed(COMMANDS)])
         options = _parse(words)
         options.words = words
         code: int = options.command(options)
         return code
     except UserError as error:
-        print(f"hookline: {error}", file=sys.stderr)
+        _tell_once(f"hookline: {error}")
         return 2
-    except KeyboardInterrupt:
-        print("hookline: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        from hookline.cli import launch
+
+        if launch.launched()[1] in ("", "0"):
+            print("; ".join(["hookline: interrupted", *map(str, error.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,14 +90,12 @@ def _run_brought(command: Callable[[Sequence[str]], int], words: Sequence[str]) 
         raise UserError(error) from error
 
 
-def _refuse_unknown(words: Sequence[str]) -> None:
-    known = [*OWN, *installed(COMMANDS)]
-    for word in words:
-        if word not in known and not word.startswith("-"):
-            raise UserError(
-                f"there is no command {word!r}{nearest(word, known)}; there are {', '.join(known)}. "
-                f"`pip install hookline-{word}` may bring it"
-            )
+def _tell_once(text: str) -> None:
+    """Print a line on standard error; of several ranks of this machine that say the same, one does."""
+    from hookline.cli import launch
+
+    if launch.is_first_to_say(text):
+        print(text, file=sys.stderr)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -92,6 +105,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if isinstance(getattr(options, "resume", None), str) and "=" in options.resume:
         rest, options.resume = [options.resume, *rest], True
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    for word in unknown:
+        if hasattr(options, "config") and word.startswith("-"):
+            mistakes.refuse_unknown_option(word, arguments, options)
     if unknown or (rest and not hasattr(options, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
     if rest:
@@ -124,7 +140,16 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(door=door)
         added.add_argument(
             "--resume", nargs="?", const=True, default=None, metavar="RUN",
-            help="go on with the newest run of this name, or with the run or checkpoint at a path",
+            help="go on with the newest run of this name; or with another run, by its name or path; or with one "
+            "checkpoint: its path, its step, best or last",
+        )  # fmt: skip
+        added.add_argument(
+            "--resume-or-start", action="store_true",
+            help="as --resume, and begin a run where there is none yet; for jobs that a scheduler starts again",
+        )  # fmt: skip
+        added.add_argument(
+            "--checkpoint", metavar="WHICH",
+            help="which checkpoint of the run: best, last, its step, or a path; with --resume RUN of that run",
         )  # fmt: skip
         added.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
         added.add_argument(
@@ -174,7 +199,9 @@ def _launching() -> argparse.ArgumentParser:
 
 
 def _configuration(options: argparse.Namespace) -> Any:
-    resume = getattr(options, "resume", None)
+    from hookline.cli import going_on
+
+    resume = going_on.resume_of(options) if hasattr(options, "resume") else None
     with mendable(ValueError):
         return read_configuration(options, *([] if resume is None else [f"trainer.resume={json.dumps(resume)}"]))
 
@@ -182,6 +209,7 @@ def _configuration(options: argparse.Namespace) -> Any:
 def _trainer(loaded: Any) -> Any:
     from hookline import config
 
+    say("building the module and the plugins")
     with mendable(ValueError, TypeError):
         return config.build_trainer(loaded)
 
@@ -204,28 +232,46 @@ def _run_or_launch(options: argparse.Namespace) -> int:
         launch.end_with_agent()
         code: int = launch.recorded(_run)(options)
         return code
+    loaded = _configuration(options)
     from hookline import config
 
-    loaded = _configuration(options)
     _, words = _launching().parse_known_args(options.words)
     with mendable(ValueError):
         config.resolve(loaded)  # what is wrong with it is said once, before anything starts
-        return launch.launch(words, options.nproc, options.max_restarts)
+        say(f"starting {options.nproc} processes")
+        return launch.launch(words, options.nproc, options.max_restarts, shlex.join(options.words))
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hookline import config
-    from hookline.cli import launch
+    from hookline.cli import going_on, launch
 
     if options.door == "train" and (folder := launch.remembered()) is not None:
-        options.resume = folder  # the run of the attempt before, not another one of this name
+        # the run of the attempt before, not another one of this name
+        options.resume, options.resume_or_start, options.checkpoint = folder, False, None
     loaded = _configuration(options)
     if options.print_config:
+        from hookline import config
+
         print(config.to_yaml(config.masked(loaded)), end="")
         return 0
-    with _no_early_success():
+    with _no_early_success(), going_on.no_folder_left(loaded) as trainers:
         trainer = _trainer(loaded)
+        trainers.append(trainer)
         _refuse_to_train_apart(trainer, options.door)
+        metrics = _do(trainer, options)
+    if trainer.rank == 0 and trainer.status == "preempted":
+        print(f"hookline: {going_on.how(options.words, trainer)}", file=sys.stderr)
+    if metrics and trainer.rank == 0:
+        print(json.dumps(metrics, indent=2))
+    return launch.report(trainer.exit_code)
+
+
+def _do(trainer: Any, options: argparse.Namespace) -> Any:
+    from hookline import config
+    from hookline.cli import going_on, launch
+
+    with mendable(ValueError):
+        going_on.refuse_nothing_to_resume(options, trainer)
         if options.door == "train" and trainer.rank == 0:
             launch.remember(trainer.run_dir)  # before anything can fail
             tree = {**trainer.config, "trainer": {**trainer.config["trainer"], "resume": False}}
@@ -234,11 +280,13 @@ def _run(options: argparse.Namespace) -> int:
                 file.write(config.to_yaml(tree))
         elif options.door == "train" and trainer.local_rank == 0:
             trainer.plugins.register(launch.reminder(), "launcher")
-        with mendable(ValueError):
-            metrics = getattr(trainer, options.door)()
-    if metrics and trainer.rank == 0:
-        print(json.dumps(metrics, indent=2))
-    return launch.report(trainer.exit_code)
+        say("preparing the data and the first batch")
+        try:
+            return getattr(trainer, options.door)()
+        except KeyboardInterrupt as error:
+            if options.door == "train" and trainer.rank == 0:
+                raise going_on.Interrupted(going_on.how(options.words, trainer)) from error
+            raise
 
 
 def _refuse_to_train_apart(trainer: Any, door: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 CODES = "HOOKLINE_EXIT_CODES"  # the folder for the exit codes of runs that ended in order
 LAUNCHER = "HOOKLINE_LAUNCHER"  # the process id of the launcher
+COMMAND = "HOOKLINE_COMMAND"  # what the user has typed behind `hookline`
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 GRACE = "600"  # seconds for a save after a signal; a second signal, or the sender of the first, may end it sooner
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
@@ -26,16 +28,17 @@ STARTED = {  # the environment variables of launchers: rank, number of processes
 # The launcher -------------------------------------------------------------------------
 
 
-def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
+def launch(words: Sequence[str], nproc: str, max_restarts: int, typed: str) -> int:
     """Run a command in several processes; return its exit code.
 
     0 if all processes ended with 0; the code of a preempted run if all were preempted; 128 + the signal's number if a
-    signal ended the run before; else 1.
+    signal ended the run before; 2 if one of them has told a mistake of the user; else 1.
 
     Args:
         words: the command, without the launcher's options.
         nproc: the number of processes, or "auto" for one per CUDA device.
         max_restarts: how often all processes restart after one has failed.
+        typed: what the user has typed behind `hookline`, for messages.
 
     Raises:
         ValueError: `nproc` is not a number of processes, or a launcher has already started this process.
@@ -55,12 +58,14 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE)
     with tempfile.TemporaryDirectory(prefix="hookline-") as folder:
-        os.environ[CODES], os.environ[LAUNCHER] = folder, str(os.getpid())
+        os.environ[CODES], os.environ[LAUNCHER], os.environ[COMMAND] = folder, str(os.getpid()), typed
         config = _configuration(number, folder, max_restarts)
         command = ["-u", "-m", "hookline", *(word.replace("$", "$$") for word in words)]  # the agent substitutes $names
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
+            if 2 in {failure.exitcode for failure in error.failures.values()}:
+                return 2  # a mistake of the user, which one of them has told
             ended = [f"rank {rank} {_how(failure.exitcode)}" for rank, failure in sorted(error.failures.items())]
             print(f"hookline: {', '.join(ended)}", file=sys.stderr)
             return 1
@@ -68,7 +73,7 @@ def launch(words: Sequence[str], nproc: str, max_restarts: int) -> int:
             codes = _codes(folder)
             return max(codes) if len(codes) == number else 128 + error.sigval
         finally:
-            del os.environ[CODES], os.environ[LAUNCHER]
+            del os.environ[CODES], os.environ[LAUNCHER], os.environ[COMMAND]
         return max(_codes(folder), default=0)
 
 
@@ -151,6 +156,19 @@ def report(code: int) -> int:
         return code
     Path(folder, f"{os.environ['RANK']}.code").write_text(str(code))
     return 0
+
+
+def is_first_to_say(text: str) -> bool:
+    """Tell whether no other process that this agent has started here for this attempt has said this before."""
+    note = _note()
+    if note is None:
+        return True
+    digest = hashlib.sha256(f"{_attempt()} {text}".encode()).hexdigest()
+    try:
+        note.with_name(f"hookline-said-{digest}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def launched() -> tuple[str, str, int]:

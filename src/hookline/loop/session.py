@@ -80,7 +80,7 @@ class Session:
             run.plugins.report_failures()
             self.loaders.forget()
             status, took = "failed" if errors else self.status, time.monotonic() - began
-            why = f": {reason.splitlines()[0]}" if reason else ""
+            why = f": {reason.splitlines()[0]}" if reason and first is None else ""  # who catches the error tells it
             log.info("%s %s at step %d after %.1f s%s", stage.value, status, run.global_step, took, why)
             if first is not None:
                 _add_notes(first, errors)

@@ -14,7 +14,7 @@ from typing import Any
 
 from hookline.commands import add_command, new_parser
 from hookline.files import bytes_of
-from hookline_checkpoint import storage
+from hookline_checkpoint import ranking, storage
 from hookline_checkpoint.headers import tensors_of
 from hookline_checkpoint.storage import FOLDER, CheckpointError
 
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add(
         "list",
-        "list checkpoints with step, epoch, age and size, and read each to tell whether it is good",
+        "list checkpoints with step, epoch, age, size and the monitored metric; tell which are good, and the best",
         _list,
         "run",
     )
@@ -152,14 +152,22 @@ def checkpoint(named: str, folder: str) -> Path:
 
 def _list(options: argparse.Namespace) -> int:
     found = checkpoints(options.run, options.folder)
-    print(f"{'step':>12}  {'epoch':>5}  {'created':25}  {'size':>9}  state")
+    abouts = ranking.manifests(found)
+    newest = next(iter(abouts.values()), {})
+    monitor, mode = newest.get("monitor", "val_loss"), newest.get("mode") or ("min" if "mode" not in newest else "")
+    best = ranking.best_of(found, monitor, mode) if mode else None
+    width = max(len(monitor), 9)
+    print(f"{'step':>12}  {'epoch':>5}  {'created':25}  {'size':>9}  {monitor:>{width}}  state")
     for path in found:
         about, verdict = _judge(path)
+        value = ranking.value_of(about, monitor)
         step, epoch, created = storage.step_of(path), about.get("epoch", "?"), about.get("created", "?")
         size = 0
         with contextlib.suppress(OSError):  # a run that goes on may remove it meanwhile
             size = sum(entry.stat().st_size for entry in path.iterdir())
-        print(f"{step:>12}  {epoch:>5}  {created:25}  {_bytes(size):>9}  {verdict or 'good'}")
+        shown = "-" if value is None else f"{value:.5g}"
+        state = verdict or ("good, the best" if path == best else "good")
+        print(f"{step:>12}  {epoch:>5}  {created:25}  {_bytes(size):>9}  {shown:>{width}}  {state}")
     return 0
 
 

@@ -22,7 +22,7 @@ from hookline_checkpoint.codec import join, split, tree_to_bytes
 from hookline_checkpoint.fingerprint import describe
 from hookline_checkpoint.layout import contents, own, pack, shares
 from hookline_checkpoint.lock import Lock, refuse_locked
-from hookline_checkpoint.resuming import find_state, restore
+from hookline_checkpoint.resuming import Rule, find_state, restore
 from hookline_checkpoint.retention import cadences, refuse_no_evaluations, retain, rules_of
 from hookline_checkpoint.storage import FOLDER
 
@@ -66,6 +66,7 @@ class Checkpoint(CallbackInterface):
         self._retention = rules_of(self.keep_last, self.keep_every, self.keep_best, self.monitor, self.mode)
         self._monitored = False  # whether an evaluation has had the value of `monitor`
         self._finite = False  # and whether one had a finite one
+        self._known_mode: str | None = None  # which of its values is the best, where that is known
         self._prepared: Path | None = None
         self._good: set[Path] = set()
         self._lock: Lock | None = None
@@ -82,7 +83,7 @@ class Checkpoint(CallbackInterface):
 
     @hookimpl
     def find_state(self, trainer: Trainer, stage: Stage) -> Mapping[str, Any]:
-        return find_state(trainer)
+        return find_state(trainer, self._rule(trainer))
 
     @hookimpl
     def restore(self, trainer: Trainer, stage: Stage) -> bool:
@@ -90,7 +91,17 @@ class Checkpoint(CallbackInterface):
             return False
         if stage is Stage.TRAIN and self._cadences and trainer.rank == 0:
             refuse_locked(trainer.run_dir)  # before reading, since whoever has it removes what is read
-        return restore(trainer, stage, self.strict)
+        return restore(trainer, stage, self.strict, self._rule(trainer))
+
+    def _rule(self, trainer: Trainer) -> Rule:
+        return self.monitor, functools.partial(self._mode_of, trainer)
+
+    def _mode_of(self, trainer: Trainer) -> str:
+        """Return whether the best by `monitor` is where it is the least ("min") or the largest ("max")."""
+        try:
+            return self.mode or str(trainer.hook.get_mode(trainer=trainer, metric=self.monitor))
+        except ValueError as error:
+            raise ValueError(f"checkpoint.monitor={self.monitor!r}: {error}") from None
 
     @hookimpl(trylast=True)
     def on_begin_train(self, trainer: Trainer) -> None:
@@ -102,12 +113,13 @@ class Checkpoint(CallbackInterface):
                 are none.
         """
         refuse_no_evaluations(trainer, self._cadences)
-        if self.keep_best and self.mode is None and self._retention is not None:
-            try:
-                mode = trainer.hook.get_mode(trainer=trainer, metric=self.monitor)
-            except ValueError as error:
-                raise ValueError(f"checkpoint.monitor={self.monitor!r}: {error}") from None
-            self._retention = dataclasses.replace(self._retention, mode=mode)
+        try:
+            self._known_mode = self._mode_of(trainer)
+        except ValueError:
+            if self.keep_best:
+                raise
+        if self._retention is not None and self._known_mode:
+            self._retention = dataclasses.replace(self._retention, mode=self._known_mode)
         self._finite = math.isfinite(trainer.metrics.get(self.monitor, math.nan))  # of what is resumed
         if self._cadences:
             for name, plugin in trainer.plugins.stateful():
@@ -187,7 +199,7 @@ class Checkpoint(CallbackInterface):
         if trainer.rank != 0:
             write = functools.partial(sharded().follow, self._group, shared)
         else:
-            about = describe(trainer, reason, state["trainer"])
+            about = describe(trainer, reason, state["trainer"]) | {"monitor": self.monitor, "mode": self._known_mode}
             begun = len(state.get("window", {}).get("outputs", ()))
             step = state["trainer"]["counters"]["global_step"]
             put = functools.partial(self._put, trainer.run_dir / FOLDER, step, contents(parts), about, begun)

@@ -11,40 +11,44 @@ from typing import TYPE_CHECKING, Any
 from hookline import Stage
 from hookline_checkpoint import fingerprint, storage
 from hookline_checkpoint.layout import unpack, unpack_shared
+from hookline_checkpoint.ranking import best_of
 from hookline_checkpoint.storage import FOLDER, CheckpointError
 
 if TYPE_CHECKING:
     from hookline import Trainer
 
 State = dict[str, Any]
+Rule = tuple[str, Callable[[], str]]
 
 log = logging.getLogger("hookline.checkpoint")
 
 
-def find_state(trainer: Trainer) -> Mapping[str, Any]:
+def find_state(trainer: Trainer, rule: Rule) -> Mapping[str, Any]:
     """Return the trainer's part of the state that `restore` will choose, on all ranks; nothing where there is none."""
     found: list[Mapping[str, Any]] = []
     if trainer.rank == 0 and trainer.options.resume:
-        named = Path(str(trainer.options.resume))
-        there = [named] if storage.NAME.fullmatch(named.name) else storage.listed(trainer.run_dir / FOLDER)
+        named, said = _find_named(trainer, rule)
+        there = [named] if named else [] if said else storage.listed(trainer.run_dir / FOLDER)
         good = next((path for path in there if storage.is_good(path)), None)
         found = [] if good is None else [unpack_shared(good, ["others"])["others"]["trainer"]]
     return next(iter(trainer.hook.all_gather(trainer=trainer, value=found)[0]), {})
 
 
-def restore(trainer: Trainer, stage: Stage, strict: bool) -> bool:
+def restore(trainer: Trainer, stage: Stage, strict: bool, rule: Rule) -> bool:
     """Set the state of the checkpoint that `trainer.resume` names, or of the newest good one of the run folder.
 
     Args:
         trainer: on all ranks.
         stage: what is to begin; a training may begin from scratch where there is no checkpoint yet.
         strict: refuse what speaks against a resume, instead of warning of it.
+        rule: the metric by which one is the best, and a function that answers whether it is where this is "min" or
+            "max".
 
     Raises:
         ValueError: there is none to evaluate, or what speaks against it.
         CheckpointError: none can be used.
     """
-    chosen = _choose(trainer, stage)
+    chosen = _choose(trainer, stage, rule)
     if chosen is None:
         return False
     path, state = chosen
@@ -64,10 +68,31 @@ def restore(trainer: Trainer, stage: Stage, strict: bool) -> bool:
     return True
 
 
-def _choose(trainer: Trainer, stage: Stage) -> tuple[Path, State] | None:
+def _find_named(trainer: Trainer, rule: Rule) -> tuple[Path | None, str]:
+    """Return the checkpoint that `trainer.resume` names, or why there is none; neither for the newest good one."""
+    path, folder = Path(str(trainer.options.resume)), trainer.run_dir / FOLDER
+    if storage.NAME.fullmatch(path.name):
+        return path, ""
+    if str(path) != path.name and path.parent.name != FOLDER:
+        return None, ""  # a run, whatever its name is
+    there = storage.listed(folder)
+    if path.name.isdecimal():
+        at_step = [one for one in there if storage.step_of(one) == int(path.name)]
+        steps = ", ".join(dict.fromkeys(str(storage.step_of(one)) for one in there)) or "none"
+        return next(((one, "") for one in at_step), (None, f"the steps of the checkpoints in {folder} are {steps}"))
+    if path.name == "best":
+        monitor, mode = rule
+        best = best_of(there, monitor, mode())
+        return (best, "") if best else (None, f"no checkpoint in {folder} has a finite {monitor} of an evaluation")
+    return None, ""
+
+
+def _choose(trainer: Trainer, stage: Stage, rule: Rule) -> tuple[Path, State] | None:
     """Return a checkpoint and its state; None where a training has none yet."""
-    resume = trainer.options.resume
-    named, folder = Path(str(resume)), trainer.run_dir / FOLDER
+    resume, folder = trainer.options.resume, trainer.run_dir / FOLDER
+    named, said = trainer.hook.all_gather(trainer=trainer, value=_find_named(trainer, rule))[0]
+    if said:
+        raise ValueError(f"resume={resume!r}: {said}")
     read = functools.partial(_read, trainer)
 
     def find(folder: Path) -> list[Path]:
@@ -75,10 +100,10 @@ def _choose(trainer: Trainer, stage: Stage) -> tuple[Path, State] | None:
         found: list[Path] = trainer.hook.all_gather(trainer=trainer, value=storage.listed(folder))[0]
         return found
 
-    if storage.NAME.fullmatch(named.name):
+    if named:
         state = _read_named(read, named)
         newer = [other.name for other in storage.listed(named.parent) if other.name > named.name]
-        if newer:
+        if newer and stage is Stage.TRAIN:
             log.warning(
                 "going on with %s, while newer checkpoints stay: %s. They are not replaced when this run comes "
                 "to their steps, and resume=true would take the newest; remove them if they are not wanted",

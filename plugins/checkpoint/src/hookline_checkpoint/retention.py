@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hookline import ModuleInterface
 from hookline import every as cadence
-from hookline_checkpoint.storage import CheckpointError, is_good, listed, read_manifest
+from hookline_checkpoint.ranking import manifests, ranked
+from hookline_checkpoint.storage import is_good, listed
 from hookline_checkpoint.writing import remove
 
 if TYPE_CHECKING:
@@ -141,10 +141,10 @@ def retain(newest: Path, rules: Retention, good: set[Path]) -> None:
         kept.add(path)
         found += _known_good(path, good)
     if rules.every is not None or rules.best:
-        abouts = {path: about for path in older if (about := _manifest_of(path))}
+        abouts = manifests(older)
         kept.update(path for path, about in abouts.items() if rules.every and _is_multiple(about, rules.every))
-        ranked = (path for path in _ranked(abouts, rules.monitor, rules.mode) if _known_good(path, good))
-        kept.update(itertools.islice(ranked, rules.best))
+        best_first = (path for path in ranked(abouts, rules.monitor, rules.mode) if _known_good(path, good))
+        kept.update(itertools.islice(best_first, rules.best))
     for path in reversed(older):  # the oldest first: if this is cut, the newer ones are there
         if path not in kept:
             try:
@@ -162,13 +162,6 @@ def _known_good(path: Path, good: set[Path]) -> bool:
     return path in good
 
 
-def _manifest_of(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_manifest(path)
-    except CheckpointError:
-        return None
-
-
 def _is_multiple(about: Mapping[str, Any], every: tuple[int, str]) -> bool:
     number, unit = every
     if about["part"]:
@@ -176,14 +169,3 @@ def _is_multiple(about: Mapping[str, Any], every: tuple[int, str]) -> bool:
     if unit == "epochs":  # an epoch is complete where the next one has not begun
         return about.get("position") == 0 and about["epoch"] % number == 0
     return bool(about["step"] % number == 0)
-
-
-def _ranked(abouts: Mapping[Path, Mapping[str, Any]], monitor: str, mode: str) -> list[Path]:
-    """Return the checkpoints that have a value, the best first; of each evaluation the one next to it."""
-    first: dict[int, tuple[float, int, Path]] = {}
-    for path, about in abouts.items():
-        value, at = about.get("metrics", {}).get(monitor), about.get("evaluated_at")
-        if isinstance(value, (int, float)) and math.isfinite(value) and isinstance(at, int):
-            entry = (value if mode == "min" else -value, about["step"], path)
-            first[at] = min(first.get(at, entry), entry, key=lambda entry: entry[1])
-    return [path for _, _, path in sorted(first.values())]

@@ -65,10 +65,10 @@ def main(words: Sequence[str]) -> int:
     for number, at in enumerate(sorted(chance.sample(range(steps), min(options.kills, steps)))):
         where = chance.choice(PLACES)
         killer = f"plugins.killer={{_plugin_: {__name__}.Killer, at: {at}, where: {where}}}"
-        resume = ["--resume"] if number else []
+        resume = ["--resume-or-start"] if number else []
         _expect(subprocess.run([*cut, *resume, killer], capture_output=True, text=True, check=False), -signal.SIGKILL)
         print(f"killed in {where} after step {at}")
-    _expect(subprocess.run([*cut, "--resume"], capture_output=True, text=True, check=False), 0)
+    _expect(subprocess.run([*cut, "--resume-or-start"], capture_output=True, text=True, check=False), 0)
     resumed = _newest(options.folder, f"{name}-killed")
     print(f"resumed: {_last(resumed)} steps, {resumed}")
 

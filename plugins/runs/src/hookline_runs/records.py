@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from hookline import Trainer
 
 FILE = "metrics.jsonl"
+BEFORE = ("config", "command", "versions", "revision", "plan", "cost", "totals", "step")
+"""What a session that trains no step does not change of a run."""
 COUNTERS = ("step", "epoch", "batches", "samples", "seconds")
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 """What a line raises that is torn, or not of this format."""
@@ -52,6 +54,10 @@ class Session:
     status: str = ""
     """As told at the end; empty where nothing was."""
     reason: str = ""
+    begun: int | None = None
+    """The step at which its training began."""
+    before: Mapping[str, Any] = field(default_factory=dict)
+    """What was known of the run before it, which stands where it does nothing."""
 
 
 @dataclass
@@ -79,7 +85,7 @@ class Run:
     objects: list[dict[str, Any]] = field(default_factory=list)
     """What was logged and is no number, by `step` and `name`: a `text`, or the `type`, and the `file` that was kept."""
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
-    """`step`, `path` inside the folder and `kind`."""
+    """`step`, `path` inside the folder and `kind` of those that are still there, for each path of the last save."""
     sessions: list[Session] = field(default_factory=list)
     began: float | None = None
     """Seconds since 1970."""
@@ -157,6 +163,8 @@ class _RowsByStep(dict[int, dict[str, float | int]]):
 def sum_up(run: Run, sessions: Mapping[str, Session]) -> None:
     """Tell of a run what its sessions say together."""
     run.sessions = list(sessions.values())
+    saved = {kept["path"]: kept for kept in run.checkpoints}
+    run.checkpoints = [kept for path, kept in saved.items() if (run.folder / path).exists()]
     run.seconds = sum(session.ended - session.began for session in run.sessions)
     if run.sessions:
         last = last_training(run.sessions)
@@ -201,6 +209,7 @@ def take(run: Run, sessions: dict[str, Session], rows: Rows, record: Mapping[str
         run.checkpoints = [kept for kept in run.checkpoints if kept["step"] <= begun]
         run.batches = {batch: kept for batch, kept in run.batches.items() if kept["step"] <= begun}
         run.totals = dict(record["totals"])
+        session.begun = begun
     elif event == "batch":
         run.batches[int(record["batch"])] = {**_metrics(record), "step": record["step"]}
     elif event == "log":
@@ -219,6 +228,9 @@ def take(run: Run, sessions: dict[str, Session], rows: Rows, record: Mapping[str
         session.status, session.reason = str(record["status"]), str(record["reason"])
     if "cost" in record and session.stage == "train":
         run.cost = {str(name): float(seconds) for name, seconds in record["cost"].items()}
+    if event == "end" and session.begun in (None, record["step"]):  # a resume that had nothing to do, or that failed
+        for name, value in session.before.items():
+            setattr(run, name, value)
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float | int]:
@@ -229,6 +241,8 @@ def _begin(run: Run, record: Mapping[str, Any]) -> Session:
     """Take in the first line of a session; a later evaluation does not hide how the run was trained."""
     moment, revision = float(record["time"]), record["revision"]
     session = Session(str(record["stage"]), moment, moment, str(record["host"]), int(record["pid"]))
+    if session.stage == "train" and run.step:
+        session.before = {name: getattr(run, name) for name in BEFORE}
     if session.stage == "train" or (not run.sessions and not run.config):
         run.config, run.command = dict(record["config"]), [str(word) for word in record["command"]]
         run.versions = {str(name): str(version) for name, version in record["versions"].items()}
