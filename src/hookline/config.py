@@ -21,14 +21,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from hookline.installed import load, load_path, nearest
-from hookline.masking import MASK, hide_variables, marked, mask, redact
+from hookline.masking import MASK, escaped, hide_variables, marked, mask, redact
 from hookline.options import Options
 from hookline.randomness import set_seed
 from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "vars")
-NESTED = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"
-RESOLVER = re.compile(r"\$\{[\w.]+:" + NESTED + r"\}")
 MOST, DEEPEST = 100_000, 50  # values of a configuration and depth of nesting, with aliases expanded
 
 
@@ -321,18 +319,9 @@ def masked(config: DictConfig) -> dict[str, Any]:
     A value that depends on an environment variable stays as it was written (`${oc.env:TOKEN}`), so that the saved
     configuration still runs if the variable is set. Other secrets become `***`.
     """
-    tree, written = resolve(config), OmegaConf.create(_unresolved(OmegaConf.to_container(config, resolve=False)))
+    tree, written = resolve(config), OmegaConf.create(escaped(OmegaConf.to_container(config, resolve=False)))
     given = {name: load(node.get("_plugin_", name)) for name, node in tree["plugins"].items() if node is not None}
     return mask(tree, OmegaConf.to_container(written, resolve=True), marked(given))  # type: ignore[no-any-return]
-
-
-def _unresolved(tree: Any) -> Any:
-    """Escape what a resolver gives (`${oc.env:NAME}`), so that OmegaConf resolves only references to keys."""
-    if isinstance(tree, dict):
-        return {key: _unresolved(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_unresolved(value) for value in tree]
-    return RESOLVER.sub(lambda match: match[0].replace("${", r"\${"), tree) if isinstance(tree, str) else tree
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:
