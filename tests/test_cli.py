@@ -489,7 +489,7 @@ def test_a_command_that_is_not_there_says_what_may_bring_it(hookline):
     done = hookline("rnus", "show", "run-1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("hookline: there is no command 'rnus'")
-    assert "; there are fit, validate, test, predict, plan, plugins, hooks, new" in done.stderr
+    assert "; there are fit, validate, test, predict, plan, plugins, hooks, doctor, new" in done.stderr
     assert done.stderr.endswith(". `pip install hookline-rnus` may bring it\n")
     assert "there is no command 'hook', did you mean 'hooks'?; there are fit" in hookline("hook").stderr
 
@@ -507,6 +507,7 @@ def test_help_shows_the_commands_of_plugins(hookline):
         ["runs", "hookline-runs", "0.1.0"],
         ["simulate", "hookline-simulate", "0.1.0"],
         ["sweep", "hookline-sweep", "0.1.0"],
+        ["trace", "hookline-profile", "0.1.0"],
         ["verify-resume", "hookline-checkpoint", "0.1.0"],
     ]
 

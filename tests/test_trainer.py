@@ -1146,17 +1146,28 @@ class CountsAll(TinyModule):
     def train_step(self, global_step, batch, device):
         self.count += len(batch[0])
         self.log(counted=self.count)
+        self.trainer.log_object("counted", str(self.count))
         return super().train_step(global_step, batch, device)
+
+
+class Shown(CallbackInterface):
+    def __init__(self):
+        self.objects = []
+
+    @hookimpl
+    def on_log_object(self, name, value, global_step):
+        self.objects.append((name, value, global_step))
 
 
 def test_a_pass_that_idles_counts_nowhere():
     ends = []
     for plugins in ([], [Again()]):
-        memory, diary = Memory(), Diary()
-        trainer = tiny_trainer([*plugins, memory, diary], CountsAll(), log_every="1 steps")
+        memory, diary, shown = Memory(), Diary(), Shown()
+        trainer = tiny_trainer([*plugins, memory, diary, shown], CountsAll(), log_every="1 steps")
         trainer.train()
         memory.state["trainer"]["counters"]["seconds"] = 0
-        ends.append((digest(memory.state), trainer.module.seen, diary.logged))
+        ends.append((digest(memory.state), trainer.module.seen, diary.logged, shown.objects))
+    assert len(ends[0][3]) == 14
     assert ends[0] == ends[1]
 
 

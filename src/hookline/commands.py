@@ -44,9 +44,9 @@ def add_command(
     return added
 
 
-def add_configuration(parser: argparse.ArgumentParser) -> None:
+def add_configuration(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     """Let a command take a configuration as `hookline fit` does; `read_configuration` reads it."""
-    parser.add_argument("config", help="a YAML file")
+    parser.add_argument("config", nargs="?" if optional else None, help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override a key, e.g. trainer.epochs=3")
     parser.add_argument(
         "-p", dest="plugins", action="append", default=[], metavar="[no:]NAME", help="turn a plugin on, or off"

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hookline.arguments import listed, make, parameters_of, spell, typed
 from hookline.installed import load, load_path, name_of, nearest, refuse_without
-from hookline.masking import MASK, hide_variables, marked, mask, redact
+from hookline.masking import MASK, escaped, hide_variables, marked, mask, redact
 from hookline.options import Options
 from hookline.randomness import set_seed
 from hookline.reading import load_yaml, read_mapping
@@ -30,8 +30,6 @@ from hookline.trainer import Trainer
 
 NODES = ("module", "trainer", "plugins", "required_plugins", "vars")
 OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
-NESTED = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"
-RESOLVER = re.compile(r"\$\{[\w.]+:" + NESTED + r"\}")
 
 
 def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> DictConfig:
@@ -309,18 +307,9 @@ def masked(config: DictConfig) -> dict[str, Any]:
     A value that depends on an environment variable stays as it was written (`${oc.env:TOKEN}`), so that the saved
     configuration still runs if the variable is set. Other secrets become `***`.
     """
-    tree, written = resolve(config), OmegaConf.create(_unresolved(OmegaConf.to_container(config, resolve=False)))
+    tree, written = resolve(config), OmegaConf.create(escaped(OmegaConf.to_container(config, resolve=False)))
     given = {name: load(node.get("_plugin_", name)) for name, node in tree["plugins"].items() if node is not None}
     return mask(tree, OmegaConf.to_container(written, resolve=True), marked(given))  # type: ignore[no-any-return]
-
-
-def _unresolved(tree: Any) -> Any:
-    """Escape what a resolver gives (`${oc.env:NAME}`), so that OmegaConf resolves only references to keys."""
-    if isinstance(tree, dict):
-        return {key: _unresolved(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_unresolved(value) for value in tree]
-    return RESOLVER.sub(lambda match: match[0].replace("${", r"\${"), tree) if isinstance(tree, str) else tree
 
 
 def _leaves(tree: Any, path: str = "") -> Iterable[tuple[str, Any]]:

@@ -17,6 +17,8 @@ _SECRET_KEY = re.compile(
 _NO_SECRET_KEY = re.compile(r"(^|[_-])(pad|eos|bos|unk|sep|cls|mask|special)[_-]?token$", re.I)
 _SECRET_VALUE = re.compile(r"^(hf_|sk-|ghp_|xox[bap]-)\w{8,}|^sk-[\w-]*\w{16,}|^[\w+.-]+://[^/@\s:]*:[^/@\s]+@")
 _VARIABLE = re.compile(r"\$\{oc\.env:(\w+)(,(?!null\})[^{}]*)?\}")
+_NESTED = r"(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*"
+_RESOLVER = re.compile(r"\$\{[\w.]+:" + _NESTED + r"\}")
 _hidden: dict[str, str] = {}  # what was written of each value that was hidden
 
 
@@ -64,6 +66,15 @@ def mask(value: Any, written: Any = None, secrets: Collection[str] = ()) -> Any:
         return kept
 
     return visit(value, written, "", False)
+
+
+def escaped(tree: Any) -> Any:
+    """Escape what a resolver gives (`${oc.env:NAME}`), so that OmegaConf resolves only references to keys."""
+    if isinstance(tree, dict):
+        return {key: escaped(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [escaped(value) for value in tree]
+    return _RESOLVER.sub(lambda match: match[0].replace("${", r"\${"), tree) if isinstance(tree, str) else tree
 
 
 def redact(text: str) -> str:

@@ -166,8 +166,9 @@ class Trainer:
         self.logs.log(values, over=over, reduce=reduce, sync=sync, prog=prog, weighted_by=weighted_by)
 
     def log_object(self, name: str, value: Any) -> None:
-        """Pass a text, a figure, an image or a table to the plugins that implement `on_log_object`."""
-        self.hook.on_log_object(trainer=self, name=name, value=value, global_step=self.global_step)
+        """Pass a text, a figure, an image or a table to the plugins that implement `on_log_object`, unless `idle`."""
+        if not self.idle:
+            self.hook.on_log_object(trainer=self, name=name, value=value, global_step=self.global_step)
 
     def stop(
         self,
@@ -187,9 +188,8 @@ class Trainer:
             alone: with several ranks, perhaps only this rank stops (a signal); all ranks end at the boundary at which
                 they have agreed. False: all ranks call it at the same step, for the same reason, such as a value that
                 is reduced over them; they end at the next boundary. If only some ranks do so, the run hangs.
-            within_window: do not wait for the boundary, but save and end after the current micro-batch, in the middle
-                of the window. Only on one rank, and only if the core does the window; with a performer of `update`,
-                `run_window` or `train_epoch`, training ends at the boundary.
+            within_window: save and end after the current micro-batch, in the middle of the window. Only on one rank,
+                and only if the core does `update`, `run_window` and `train_epoch`; else training ends at the boundary.
         """
         self.ends.stop(reason, status, exit_code, alone=alone, within_window=within_window)
 

@@ -41,6 +41,7 @@ examples:
   hookline plan --schedule examples/digits.yaml          which learning rate each step will have
   hookline plugins                                       what is installed
   hookline hooks on_boundary                             what a hook is told, and when
+  hookline doctor examples/digits.yaml                   is this machine fit, and what do steps wait for
   hookline init my-project                               a project that trains at once
 """
 DOORS = {
@@ -49,7 +50,7 @@ DOORS = {
     "test": ("test", "evaluate the test loaders"),
     "predict": ("predict", "predict; the module or a plugin takes the predictions"),
 }
-OWN = (*DOORS, "plan", "plugins", "hooks", "new", "init")
+OWN = (*DOORS, "plan", "plugins", "hooks", "doctor", "new", "init")
 """The commands of the core."""
 
 
@@ -175,6 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     hooks = add("hooks", "show the hooks in the order of the loop", _hooks)
     hooks.add_argument("name", nargs="?", help="one hook, in full")
+    doctor = add("doctor", "look at this machine, what is installed, and how a configuration loads its data", _doctor)
+    add_configuration(doctor, optional=True)
+    doctor.add_argument("--json", action="store_true", help="for machines")
     new = add("new", "write the skeleton of something new", _new)
     new.add_argument("kind", choices=["plugin"])
     new.add_argument("name", help="name of the plugin, e.g. weight-noise")
@@ -367,6 +371,12 @@ def _hooks(options: argparse.Namespace) -> int:
             print(render(hook))
             return 0
     raise UserError(f"there is no hook {options.name!r}{nearest(options.name, [hook.name for hook in hooks])}")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from hookline.cli.doctor import examine
+
+    return examine(options)
 
 
 def _new(options: argparse.Namespace) -> int:
