@@ -40,5 +40,7 @@ def browser(tmp_path):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     opened.set_script_timeout(60)
+    opened.get("about:blank")
+    opened.get_log("performance")  # of its own first page
     yield opened
     opened.quit()

@@ -271,7 +271,7 @@ def undisturbed(browser, address):
     asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = {one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"}
     assert any(url.startswith(address) for url in urls)
-    assert [url for url in urls if not url.startswith((address, "chrome", "data:", "blob:"))] == []
+    assert [url for url in urls if not url.startswith((address, "data:", "blob:"))] == []
     assert [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]] == []
     browser.get("about:blank")
 

@@ -16,8 +16,11 @@ INCLUDE = re.compile(r'^--8<-- "(\S+\.md)(?::(\w+))?"$', re.M)
 LINK = re.compile(r"^\s*(```+).*?^\s*\1$|(`+)(?!`).+?\2|(?<=\]\()([^)\s]+)(?=[)\s])", re.M | re.S)  # or code
 ROW = re.compile(r"^(#+) (.+)$|^(?:\||[-*]) +\[(.+?)\]\((\S+?)\)", re.M)  # a heading, or a link that begins a row
 LEXERS = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash", ".txt": "text"}
-MORE, LESS = {"boost": 2}, {"boost": 0.3}
-SEARCH = {"how-to": MORE, "modules.md": MORE, "changes.md": LESS, "contributing.md": LESS, "source": {"exclude": True}}
+MORE, LESS = {"boost": 2}, {"boost": 0.3}  # what a search shows first, and last
+SEARCH = {
+    "how-to": {"boost": 1.2}, "modules.md": MORE, "configuration.md": MORE, "commands.md": MORE,
+    "changes.md": LESS, "contributing.md": LESS, "source": {"exclude": True},
+}  # fmt: skip
 
 
 def on_config(config):
