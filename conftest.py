@@ -1,10 +1,11 @@
-"""What all tests share: one thread each, and how many workers `pytest -n auto` has.
+"""What all tests share: one thread each, how many workers `pytest -n auto` has, and a browser.
 
 The workers keep the cores busy, so more threads would only fight; and bits are compared between processes, which sum
 in the same order only with the same number of threads.
 """
 
 import os
+import shutil
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, here and in processes that tests start
 
@@ -22,3 +23,24 @@ def no_dispatch_mode_is_left():
     """Fail a test that leaves a mode behind, which would see and slow every operation of the tests after it."""
     yield
     assert torch._C._len_torch_dispatch_stack() == 0
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Open a browser without a window: the machine's Chromium, which keeps a log of requests and of complaints."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="drives the browser")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("looks at pages in chromium, by chromedriver, which are not there")
+    options = webdriver.ChromeOptions()
+    quiet = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking")
+    for word in ("--headless=new", *quiet, "--window-size=1400,1400", f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(word)
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    opened.set_script_timeout(60)
+    opened.get("about:blank")
+    opened.get_log("performance")  # of its own first page
+    yield opened
+    opened.quit()

@@ -208,6 +208,16 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def site(session: nox.Session) -> None:
+    """Look at the site: links, navigation, search and copying, in a headless browser at three widths.
+
+    The browser is the machine's: chromium and chromedriver. Without them, what needs them is left out.
+    """
+    session.install("-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "0", "tests/test_site.py", "-m", "slow or not slow", "--durations=10", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Measure what a step costs, and what a checkpoint costs."""
     session.install("-r", "requirements-dev.txt")

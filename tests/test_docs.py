@@ -5,10 +5,8 @@ import ast
 import dataclasses
 import importlib.util
 import logging
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -354,12 +352,10 @@ def test_messages_are_those_of_the_source(name):
 
 def test_every_plugin_has_a_page_which_is_its_readme():
     plugins = sorted(path.parent.name for path in ROOT.glob("plugins/*/README.md"))
-    assert sorted(path.stem for path in (DOCS / "plugins").glob("*.md")) == plugins
-    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert sorted(path.stem for path in (DOCS / "plugins").glob("*.md")) == sorted([*plugins, "index"])
     table = (ROOT / "README.md").read_text()
     for plugin in plugins:
         assert (DOCS / "plugins" / f"{plugin}.md").read_text() == f'--8<-- "plugins/{plugin}/README.md"\n'
-        assert f"plugins/{plugin}.md" in navigation
         assert f"[{plugin}](plugins/{plugin}/README.md)" in table
 
 
@@ -380,11 +376,3 @@ def test_links_lead_somewhere(page):
 def slug(heading):
     given = re.search(r"\{ #(\w+) \}$", heading)
     return given[1] if given else re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
-
-
-def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
-    assert '<h1 id="hookline-clip">' in (tmp_path / "plugins" / "clip" / "index.html").read_text()

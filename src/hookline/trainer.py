@@ -105,7 +105,7 @@ class Trainer:
         """Train until the epochs, the steps or the time are over, or until a stop is requested.
 
         Raises:
-            Any exception of the run, with a note that names the plugin that raised it.
+            BaseException: whatever is raised in the run, with a note that names the plugin that raised it.
         """
         self._run(Stage.TRAIN)
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -209,21 +208,6 @@ def test_a_run_that_is_killed_goes_on_in_the_same_run_of_the_server(server, tmp_
         assert history(client, run_id, name) == told.of(name)
     assert client.get_run(run_id).info.status == "FINISHED"
     assert digest(resumed.module.state_dict()) == digest(whole.module.state_dict())
-
-
-@pytest.fixture
-def browser():
-    """Return a browser without a window."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: see nox -s trackers")
-    driver = shutil.which("chromedriver")
-    if driver is None:
-        pytest.skip("there is no chromedriver: chromium and its driver show the page")
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1400"):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
 
 
 def shown(browser, script, good, patience=60):
