@@ -123,6 +123,7 @@ def trackers(session: nox.Session) -> None:
         "tests/test_trackers_together.py",
         *(f"plugins/{name}/tests" for name in names),
         "plugins/runs/tests/test_report.py",
+        "plugins/runs/tests/test_report_browser.py",
     ]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
