@@ -1,6 +1,7 @@
 """The page of runs in a real browser."""
 
 import contextlib
+import csv
 import json
 import os
 import random
@@ -8,9 +9,12 @@ import re
 import time
 from pathlib import Path
 
+import numpy
 import pytest
-from plugins.runs.tests.recording import XSS, begin, command, end, log, shown, train, training, until, write
+from plugins.runs.tests.recording import XSS, append, begin, command, end, log, shown, train, training, until, write
 
+import hookline_runs
+from hookline_runs import objects, read_run
 from hookline_runs.records import FILE
 
 
@@ -243,3 +247,196 @@ def test_two_hundred_runs_of_a_hundred_thousand_points(tmp_path, browser):
         assert "best 1e-5" in js(browser, "document.querySelector('#list').innerText")
         memory = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1])
         assert memory < 600_000  # kB
+
+
+def compared(root, count=4):
+    """Write runs of two learning rates and several seeds, with objects in the last."""
+    for number in range(count):
+        config = {"optimizer": {"lr": (0.1, 0.01)[number % 2]}, "seed": number}
+        rows = [log(s, train_loss=number + 1 / s, val_f1=s / 10 + number) for s in range(1, 9)]
+        write(root / f"run-{number}", begin(config=config), train(), *rows, end(8))
+    folder, records = root / f"run-{count - 1}", []
+    for step in (2, 4):
+        file = objects.keep(folder, "drawn", "image", numpy.full((3, 4, 3), step, "uint8"), step, 10)
+        records.append(shown(step, file))
+    (folder / "objects" / "table-4.csv").write_text('word,"share, %"\n"a ""b""",1\n' + f'"{XSS}",2\n')
+    records += [shown(4, "objects/table-4.csv", "table"), shown(3, name="said", text=XSS)]
+    append(folder, *records, shown(4, name="counts", type="hookline.tracking.Histogram"))
+
+
+def inside(browser, name):
+    """Return what the card of an object shows: its words, and how wide its picture is."""
+    script = """(card => card && [card.innerText, card.querySelector('img')?.naturalWidth ?? null])(
+        document.querySelector(`[data-object='${arguments[0]}']`))"""
+    return js(browser, script, name)
+
+
+def looks_at_objects(browser):
+    until(lambda: inside(browser, "drawn") == ["drawn\nstep 4", 4])
+    until(lambda: inside(browser, "table")[0].split() == f'table step 4 word share, % a "b" 1 {XSS} 2 CSV'.split())
+    until(lambda: inside(browser, "said")[0] == f"said\nstep 3\n{XSS}")
+    assert "hookline.tracking.Histogram: its type has no picture" in inside(browser, "counts")[0]
+    set_control(browser, "at", "0")  # of the steps 2, 3 and 4
+    until(lambda: inside(browser, "drawn")[0] == "drawn\nstep 2")
+    assert "nothing until step 4" in inside(browser, "table")[0]
+
+
+@pytest.mark.slow
+def test_what_was_logged_is_shown_step_by_step(tmp_path, browser):
+    compared(tmp_path)
+    with command(tmp_path) as (_, url), looking(browser, url + "&runs=run-3"):
+        looks_at_objects(browser)
+
+
+def rows_of(browser):
+    rows = "[...document.querySelectorAll('#runs-table tbody tr')]"
+    return js(browser, f"{rows}.map(row => [...row.cells].map(cell => cell.innerText.trim()))")
+
+
+@pytest.mark.slow
+def test_all_runs_are_a_table_and_pictures(tmp_path, browser):
+    compared(tmp_path)
+    with command(tmp_path) as (_, url), looking(browser, url + "&tab=all"):
+        until(lambda: len(rows_of(browser)) == 4 and "4 runs" in js(browser, "$('count').innerText"))
+        heads = js(browser, "[...document.querySelectorAll('#runs-table thead th')].map(cell => cell.dataset.column)")
+        assert heads[:6] == ["name", "status", "tags", "p:optimizer.lr", "p:seed", "m:val_f1:best"]
+        until(lambda: [row[5] for row in rows_of(browser)] == ["0.8", "1.8", "2.8", "3.8"])
+        for _ in range(2):  # up, then down
+            js(browser, "document.querySelector(`[data-column='m:val_f1:best'] button`).click()")
+        until(lambda: [row[0] for row in rows_of(browser)] == ["run-3", "run-2", "run-1", "run-0"])
+        listed = js(browser, "[...document.querySelectorAll('#list .name')].map(one => one.textContent)")
+        assert listed == ["run-3", "run-2", "run-1", "run-0"]
+        assert js(browser, "document.querySelectorAll('#scatter circle').length") == 4
+        assert js(browser, "document.querySelectorAll('#parallel polyline').length") == 4
+        set_control(browser, "runs", "lr=0.1 val_f1>1")
+        until(lambda: [row[0] for row in rows_of(browser)] == ["run-2"])
+        set_control(browser, "runs", "lrr=0.1")
+        until(lambda: "no parameter or metric is called lrr" in js(browser, "$('count').innerText"))
+        set_control(browser, "runs", "")
+        set_control(browser, "group", "p:optimizer.lr")
+        until(lambda: len(rows_of(browser)) == 6)
+        groups = {row[0]: row[3] for row in rows_of(browser) if row[0].startswith("optimizer.lr")}
+        assert groups == {"optimizer.lr = 0.01 (2)": "2.8 ± 1.4", "optimizer.lr = 0.1 (2)": "1.8 ± 1.4"}
+        js(browser, "document.querySelector('#scatter circle[data-run=run-1]').dispatchEvent(new Event('click'))")
+        until(lambda: "run-1" in js(browser, "view.runs"))
+        assert len(set(js(browser, "['run-0', 'run-2', 'run-1'].map(colourOf)"))) == 2
+
+
+@pytest.mark.slow
+def test_a_group_is_the_mean_of_its_runs(tmp_path, browser):
+    compared(tmp_path)
+    write(tmp_path / "run-4", begin(config={"optimizer": {"lr": 0.1}}), train(), log(2, train_loss=4.0), end(2))
+    view = "&runs=run-0,run-1,run-2,run-4&group=p%3Aoptimizer.lr"
+    with command(tmp_path) as (_, url), looking(browser, url + view):
+        until(lambda: points(browser) == 16)  # of two lines, once all runs are there
+        lines = js(browser, "panels.get('loss').lines.map(({told, x, y, low, high}) => [told, x, y, low, high])")
+        whole, alone = lines
+        assert [line[0] for line in lines] == ["0.1 (3)", "0.01 (1)"]
+        assert whole[1] == list(range(1, 9))
+        assert whole[2] == [None, (0.5 + 2.5 + 4) / 3, *[None] * 6]  # where all three have a value
+        assert (whole[3][1], whole[4][1]) == (0.5, 4)
+        assert alone[2] == pytest.approx([1 + 1 / step for step in range(1, 9)], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_runs_are_changed_by_who_has_the_key(tmp_path, browser):
+    compared(tmp_path, 2)
+    write(tmp_path / "run-9", begin(host="elsewhere"), train())
+    with command(tmp_path) as (_, url):
+        with looking(browser, url.partition("#")[0]):
+            until(lambda: "3 runs" in js(browser, "$('count').innerText"))
+            assert js(browser, "[...document.querySelectorAll('.edit')].every(button => button.hidden)")
+        with looking(browser, url):
+            until(lambda: js(browser, "document.querySelectorAll('.edit:not([hidden])').length") == 3)
+            js(browser, "openEdits('run-0')")
+            for name, value in (("title", XSS), ("tags", "good, <b>"), ("note", "so")):
+                js(browser, "void ($(`edit-${arguments[0]}`).value = arguments[1])", name, value)
+            js(browser, "$('save').click()")
+            until(lambda: f"{XSS} (run-0)" in js(browser, "$('list').textContent"))
+            assert js(browser, "[...document.querySelectorAll('.tag')].map(tag => tag.textContent)") == ["good", "<b>"]
+            notes = read_run(tmp_path / "run-0").notes
+            assert (notes.title, notes.tags, notes.note) == (XSS, ("good", "<b>"), "so")
+            js(browser, "openEdits('run-1')")
+            js(browser, "$('delete').click()")
+            assert str(tmp_path / "run-1") in js(browser, "$('question').innerText")
+            assert (tmp_path / "run-1").exists()  # it is a question
+            js(browser, "$('really').click()")
+            until(lambda: not (tmp_path / "run-1").exists())
+            until(lambda: "2 runs" in js(browser, "$('count').innerText"))
+            browser.refresh()  # the tab still knows the key
+            until(lambda: js(browser, "document.querySelectorAll('.edit:not([hidden])').length") == 2)
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_what_is_shown(tmp_path, browser):
+    root, kept = tmp_path / "runs", tmp_path / "kept"
+    compared(root)
+    kept.mkdir()
+    told = {"behavior": "allow", "downloadPath": str(kept)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", told)
+
+    def saved(name):
+        return until(lambda: (kept / name).exists() and (kept / name).read_bytes())
+
+    with command(root) as (_, url):
+        browser.get(url + "&runs=run-0,run-1")
+        until(lambda: points(browser) == 16)
+        for number in range(2):
+            js(browser, f"document.querySelectorAll(`[data-panel='loss'] .save`)[{number}].click()")
+        rows = list(csv.reader(saved("loss.csv").decode().splitlines()))
+        assert len(rows) == 17
+        assert rows[9] == ["run-1", "train_loss", "1", "0", "1", "8", "0.5", "2.0"]
+        assert saved("loss.png").startswith(b"\x89PNG")
+        js(browser, "$('save-page').click()")
+        assert b'"run-1"' in saved("runs.html")
+        assert b'"run-2"' not in saved("runs.html")
+        js(browser, "$('tab-all').click()")
+        until(lambda: len(rows_of(browser)) == 4)
+        until(lambda: js(browser, "table.size") == 4)
+        js(browser, "$('save-table').click()")
+        rows = list(csv.reader(saved("runs.csv").decode().splitlines()))
+        assert rows[0][:6] == ["run", "status", "tags", "optimizer.lr", "seed", "val_f1 (best)"]
+        assert rows[2][:6] == ["run-1", "finished", "", "0.01", "1", "1.8"]
+        for name in ("scatter", "parallel"):
+            js(browser, f"$('save-{name}').click()")
+            assert saved(f"{name}.svg").startswith(b"<svg")
+
+
+def at_rest(browser, address):
+    """Look at a page without a server."""
+    browser.get(address)
+    yield
+    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    assert {one for one in urls if not one.startswith(("data:", "blob:", "chrome", "about:"))} == {address}
+    assert browser.get_log("browser") == []
+    assert js(browser, "window.hacked") is None
+
+
+@pytest.mark.slow
+def test_a_saved_page_needs_no_server(tmp_path, browser):
+    compared(tmp_path / "runs")
+    page = hookline_runs.show("run-2", "run-3", folder=tmp_path / "runs", view="runs=run-3").html
+    (tmp_path / "page.html").write_text(page)
+    with contextlib.contextmanager(at_rest)(browser, f"file://{tmp_path}/page.html"):
+        until(lambda: points(browser) == 8)
+        looks_at_objects(browser)
+        pick_axis(browser, "seconds")
+        until(lambda: js(browser, "data.get('run-3').curves.get('train_loss').x[0]") == 0.5)
+        tick_box(browser, "run-2")
+        until(lambda: points(browser) == 16)
+        js(browser, "$('tab-all').click()")
+        until(lambda: [row[0] for row in rows_of(browser)] == ["run-2", "run-3"])
+        assert js(browser, "[...document.querySelectorAll('.edit, #save-page')].every(one => !one.offsetParent)")
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_the_page_in_a_frame(tmp_path, browser):
+    compared(tmp_path / "runs")
+    told = hookline_runs.show("run-3", folder=tmp_path / "runs")._repr_html_()
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><title>notebook</title>{told}")
+    with contextlib.contextmanager(at_rest)(browser, f"file://{tmp_path}/notebook.html"):
+        browser.switch_to.frame(0)
+        until(lambda: points(browser) == 8)
+        looks_at_objects(browser)
+        browser.switch_to.default_content()

@@ -18,7 +18,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from hookline_runs import edits
 from hookline_runs.curves import AXES
@@ -37,6 +37,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
 }
+TO_KEEP = {"Content-Disposition": "attachment"}  # the page says under which name
 
 
 class Refused(Exception):
@@ -119,10 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
             text = shelf.text(name, one.get("object", ""), one.get("step", ""))
             self._answer(HTTPStatus.OK, "text/plain; charset=utf-8", text.encode(errors="replace"))
         elif path == "/api/curves.csv":
-            self._stream("curves.csv", shelf.curves(words.get("name", []), words.get("metric", [])))
+            self._stream(shelf.curves(words.get("name", []), words.get("metric", [])))
         elif path == "/api/page":
             body = inlined(shelf, words.get("name", []), one.get("view", ""))
-            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", body, _kept_as("runs.html"))
+            self._answer(HTTPStatus.OK, "text/html; charset=utf-8", body, TO_KEEP)
         else:
             raise Unknown(f"there is nothing at {path}")
 
@@ -207,10 +208,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def _stream(self, name: str, rows: Iterable[list[Any]]) -> None:
+    def _stream(self, rows: Iterable[list[Any]]) -> None:
         """Send a table of any length as CSV, in parts, so that a browser knows whether it has all of it."""
         kind = {"Content-Type": "text/csv; charset=utf-8", "Transfer-Encoding": "chunked"}
-        self._head(HTTPStatus.OK, {**kind, **_kept_as(name)})
+        self._head(HTTPStatus.OK, {**kind, **TO_KEEP})
         left = iter(rows)
         try:
             while part := list(itertools.islice(left, 5000)):
@@ -239,7 +240,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Leave the terminal to what it is asked for."""
-
-
-def _kept_as(name: str) -> dict[str, str]:
-    return {"Content-Disposition": f'attachment; filename="{quote(name)}"'}

@@ -4,6 +4,7 @@
 const SHADES = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis
 const MOST_PLACES = 1500;
 const GREY = "#888888";
+const colourings = new Map(); // by column
 
 const groupValue = (name) => (view.group ? short(valueOf(name, view.group)) : "");
 
@@ -14,28 +15,36 @@ function shade(part) {
   return `rgb(${mixed.join(", ")})`;
 }
 
-// A function from a run to its colour by a column, among some runs: shades for numbers, else one for each value.
-function colouring(names, column) {
-  const values = new Map(names.map((name) => [name, valueOf(name, column)]));
+// A function from a run to its colour by a column, the same wherever it is shown: shades for numbers, else one for each value.
+function colouring(column, deal = byValue) {
+  const state = `${deal.name} ${listToken} ${tableToken}`;
+  const kept = colourings.get(column);
+  if (kept?.state === state) return kept.colour;
+  const values = new Map([...runs.keys()].map((name) => [name, valueOf(name, column)]));
+  colourings.set(column, { state, colour: deal(values) });
+  return colourings.get(column).colour;
+}
+
+const byValue = (values) => shading(values) ?? dealing(values);
+
+function shading(values) {
   const numbers = [...values.values()].filter((value) => Number.isFinite(value));
-  const kinds = [...new Set([...values.values()].map(short))].sort();
-  if (numbers.length > 0 && [...values.values()].every((value) => value === null || typeof value === "number")) {
-    const [low, high] = [Math.min(...numbers), Math.max(...numbers)];
-    const logarithmic = low > 0 && high / low > 100;
-    const scale = logarithmic ? Math.log : (value) => value;
-    const part = (value) => (high > low ? (scale(value) - scale(low)) / (scale(high) - scale(low)) : 0.5);
-    return (name) => (Number.isFinite(values.get(name)) ? shade(part(values.get(name))) : GREY);
-  }
-  return (name) => (values.get(name) == null ? GREY : COLOURS[kinds.indexOf(short(values.get(name))) % COLOURS.length]);
+  if (numbers.length === 0 || [...values.values()].some((value) => typeof value === "string")) return null;
+  const [low, high] = [Math.min(...numbers), Math.max(...numbers)];
+  const scale = low > 0 && high / low > 100 ? Math.log : (value) => value;
+  const part = (value) => (high > low ? (scale(value) - scale(low)) / (scale(high) - scale(low)) : 0.5);
+  return (name) => (Number.isFinite(values.get(name)) ? shade(part(values.get(name))) : GREY);
+}
+
+function dealing(values) {
+  const kinds = [...new Set([...values.values()].map(short))].sort(new Intl.Collator(undefined, { numeric: true }).compare);
+  return (name) => COLOURS[Math.max(kinds.indexOf(short(values.get(name))), 0) % COLOURS.length];
 }
 
 function colourOf(name) {
-  if (view.group) {
-    const kinds = [...new Set(view.runs.map(groupValue))];
-    return COLOURS[Math.max(kinds.indexOf(groupValue(name)), 0) % COLOURS.length];
-  }
-  if (view.colour) return colouring(view.runs, view.colour)(name);
-  return COLOURS[colours.get(name)] ?? COLOURS[0];
+  if (view.group) return colouring(view.group, dealing)(name);
+  if (view.colour) return colouring(view.colour)(name);
+  return colours.has(name) ? COLOURS[colours.get(name)] : GREY;
 }
 
 // Values of a curve at places, between its points by a straight line; null outside, and beside a gap.

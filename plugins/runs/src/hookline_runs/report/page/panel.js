@@ -60,6 +60,9 @@ class Panel {
       const { axis, thin, curves: kept } = data.get(run);
       return axis === view.x && thin === thinning() && kept.get(metric)?.x.length && !view.hide.includes(metric);
     });
+    // A mean of those runs alone that came first would be another one.
+    const missing = view.runs.some((name) => !data.get(name)?.live) || curves.some((one) => !known.includes(one) && !view.hide.includes(one.metric));
+    if (view.group && missing) return;
     const state = JSON.stringify([
       known, view.smooth, view.log, view.zoom, view.runs.map(colourOf), view.group && view.runs.map(groupValue), theme(),
       known.map((one) => [data.get(one.run).changed, data.get(one.run).axis]),

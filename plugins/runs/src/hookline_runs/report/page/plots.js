@@ -34,7 +34,7 @@ function picked(id, columns, first) {
   return value;
 }
 
-function drawScatter(names, colour) {
+function drawScatter(names) {
   const { parameters, metrics } = columnsKnown();
   const columns = [...differing([...runs.keys()]).map((name) => `p:${name}`), ...metrics, "step", "seconds", "began"];
   const shown = columnsShown();
@@ -60,7 +60,7 @@ function drawScatter(names, colour) {
       if (cx === null || cy === null) continue;
       missing -= 1;
       const chosen = view.runs.includes(name);
-      const dot = drawing("circle", { cx, cy, r: chosen ? 6 : 4.5, fill: colour(name), stroke: chosen ? "currentColor" : "none", "stroke-width": 1.5 },
+      const dot = drawing("circle", { cx, cy, r: chosen ? 6 : 4.5, fill: colourOf(name), stroke: chosen ? "currentColor" : "none", "stroke-width": 1.5 },
         drawing("title", {}, `${name}\n${nameOf(across)} ${short(a)}\n${nameOf(up)} ${short(b)}`));
       dot.dataset.run = name;
       dot.addEventListener("click", () => toggle(name));
@@ -75,7 +75,7 @@ function drawScatter(names, colour) {
 }
 
 // A vertical axis for each column, a line for each run.
-function drawLines(names, columns, colour) {
+function drawLines(names, columns) {
   const shown = columns.filter((column) => names.some((name) => valueOf(name, column) !== null)).slice(0, 14);
   const { height, top, bottom } = FRAME;
   const width = Math.max(FRAME.width, shown.length * 120);
@@ -98,7 +98,7 @@ function drawLines(names, columns, colour) {
     }
     const chosen = view.runs.includes(name);
     const line = drawing("polyline", {
-      points: places.map((pair) => pair.map((value) => value.toFixed(1)).join(",")).join(" "), fill: "none", stroke: colour(name),
+      points: places.map((pair) => pair.map((value) => value.toFixed(1)).join(",")).join(" "), fill: "none", stroke: colourOf(name),
       "stroke-width": chosen ? 2.5 : 1.3, "stroke-opacity": chosen ? 1 : 0.7,
     }, drawing("title", {}, [name, ...axes.map(({ column }) => `${nameOf(column)} ${short(valueOf(name, column))}`)].join("\n")));
     line.dataset.run = name;

@@ -17,33 +17,25 @@ function columnsShown() {
   return [...differs.slice(0, SHOWN), ...told.slice(0, SHOWN)];
 }
 
-// The colour of each of some runs where all are shown: by the column that is asked for, by the group, or as chosen.
-function coloursOf(names) {
-  if (view.colour) return colouring(names, view.colour);
-  if (view.group) return colouring(names, view.group);
-  return (name) => (view.runs.includes(name) ? colourOf(name) : GREY);
-}
-
 function drawAll() {
   if (view.tab !== "all") return;
   const names = shownRuns();
   const columns = columnsShown();
-  const colour = coloursOf(names);
   const dealt = view.group ? dealtOut(names) : [[null, names]];
   const state = JSON.stringify([
-    names.map((name) => [name, colour(name), view.runs.includes(name), ...["status", "tags", ...columns].map((key) => valueOf(name, key)), runs.get(name).notes]),
+    names.map((name) => [name, colourOf(name), view.runs.includes(name), ...["status", "tags", ...columns].map((key) => valueOf(name, key)), runs.get(name).notes]),
     columns, view.sort, view.group, canEdit(),
   ]);
   if ($("runs-table").dataset.state !== state) {
     $("runs-table").dataset.state = state;
     const body = dealt.flatMap(([value, members]) => [
-      ...(value === null ? [] : [groupRow(value, members, columns)]), ...members.map((name) => rowOf(name, columns, colour)),
+      ...(value === null ? [] : [groupRow(value, members, columns)]), ...members.map((name) => rowOf(name, columns)),
     ]);
     $("runs-table").replaceChildren(element("thead", {}, headOf(columns)), element("tbody", {}, ...body));
   }
   drawPicker(columns);
-  drawScatter(names, colour);
-  drawLines(names, columns, colour);
+  drawScatter(names);
+  drawLines(names, columns);
 }
 
 // Runs by what they have in the column that they are grouped by.
@@ -75,17 +67,17 @@ function cellOf(value, className = "") {
   return element("td", { className: `${className} ${typeof value === "number" ? "number" : ""}`, textContent: short(value) });
 }
 
-function rowOf(name, columns, colour) {
+function rowOf(name, columns) {
   const run = runs.get(name);
   const box = element("input", { type: "checkbox", checked: view.runs.includes(name), name });
   box.disabled = !box.checked && view.runs.length >= MOST;
   box.addEventListener("change", () => toggle(name));
   const dot = element("span", { className: "dot" });
-  dot.style.background = colour(name);
+  dot.style.background = colourOf(name);
   const label = element("label", {}, box, dot, run.notes.title ? `${run.notes.title} (${name})` : name);
   const cells = columns.map((column) => {
     const made = cellOf(valueOf(name, column));
-    if (column === view.colour && made.classList.contains("number")) made.style.boxShadow = `inset .3rem 0 ${colour(name)}`;
+    if (column === view.colour && made.classList.contains("number")) made.style.boxShadow = `inset .3rem 0 ${colouring(column)(name)}`;
     const told = column.startsWith("m:") ? table.get(name)?.metrics[column.slice(2, column.lastIndexOf(":"))] : null;
     if (told) made.title = `at step ${told[column.endsWith(":best") ? "best_step" : "last_step"]}`;
     return made;
