@@ -127,6 +127,7 @@ def trackers(session: nox.Session) -> None:
         "tests/test_trackers_together.py",
         *(f"plugins/{name}/tests" for name in names),
         "plugins/runs/tests/test_report.py",
+        "plugins/runs/tests/test_report_browser.py",
     ]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
@@ -230,8 +231,8 @@ def peers(session: nox.Session) -> None:
     """Measure a step through each framework that people would use instead: counts, and times where it is quiet."""
     session.install(
         *("lightning==2.6.6", "accelerate==1.15.0", "transformers==5.23.0", "pytorch-ignite==0.5.5", "skorch==1.4.0"),
-        *("pytorch-accelerated==0.1.61", "keras==3.15.1", "torchtnt==0.2.4", "setuptools==80.9.0", "matplotlib==3.11.2"),
-        *("-r", "requirements.txt"),
+        *("pytorch-accelerated==0.1.61", "keras==3.15.1", "torchtnt==0.2.4", "setuptools==80.9.0"),
+        *("matplotlib==3.11.2", "-r", "requirements.txt"),
     )
     session.run("python", "-m", "benchmarks.peers", *session.posargs)
 

@@ -12,14 +12,19 @@ from hookline_runs.records import read_run as read_run
 
 if TYPE_CHECKING:
     from hookline_runs.jsonl import Jsonl as Jsonl
+    from hookline_runs.report.inline import show as show
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import the plugin, which needs torch, when it is asked for: what reads runs needs none."""
-    if name != "Jsonl":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hookline_runs.jsonl import Jsonl
+    """Import the plugin, which needs torch, and what makes pages, when they are asked for: reading needs neither."""
+    if name == "Jsonl":
+        from hookline_runs.jsonl import Jsonl
 
-    return Jsonl
+        return Jsonl
+    if name == "show":
+        from hookline_runs.report.inline import show
+
+        return show
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

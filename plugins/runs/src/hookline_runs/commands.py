@@ -13,7 +13,9 @@ from typing import Any
 
 from hookline import nearest
 from hookline.commands import add_command, new_parser
+from hookline.files import replacing
 from hookline_runs import compare, curves
+from hookline_runs.edit_commands import add_edits
 from hookline_runs.pages import PIPED, facts, render_run, render_runs
 from hookline_runs.records import FILE, Run, list_runs, plain, read_run
 
@@ -24,6 +26,8 @@ examples:
   hookline runs compare digits-1 digits-2
   hookline runs plot digits-1 digits-2 --out curves.png
   hookline runs serve                             a page that follows them, in a browser
+  hookline runs export-page --out runs.html       the same in one file, to send
+  hookline runs tag digits-1 --add baseline
 """
 
 
@@ -47,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     machines.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="for machines")
     parser.add_argument("--folder", default="runs", help="where the runs are (default: runs)")
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--archived", action="store_true", help="list archived runs too")
     parser.set_defaults(command=_list)
     add = functools.partial(add_command, parser.add_subparsers(metavar="COMMAND"))
     a_run = "a run's folder, or its name below --folder"
@@ -72,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("dir", nargs="?", metavar="DIR", help="where the runs are (default: --folder)")
     serve.add_argument("--host", default="127.0.0.1", help="who can reach it: this machine alone (default), or more")
     serve.add_argument("--port", type=int, default=0, help="0 for any that is free (default)")
+    page = add("export-page", "write runs as a page in one file, which needs no server", _export, parents=[where])
+    page.add_argument("runs", nargs="*", metavar="RUN", help="names of runs in --folder (default: all)")
+    page.add_argument("--out", required=True, metavar="FILE", help="what to write, such as runs.html")
+    page.add_argument("--view", default="", metavar="ADDRESS", help="an address of `runs serve`, whose view it shows")
+    add_edits(add, where, _folders)
     return parser
 
 
@@ -79,8 +89,12 @@ def _list(options: argparse.Namespace) -> None:
     found = list_runs(options.folder)
     if options.json:
         _print_json([facts(run) for run in found])
-    else:
-        print(render_runs(found, _width()))
+        return
+    listed = [run for run in found if options.archived or not run.notes.archived]
+    if listed or not found:
+        print(render_runs(listed, _width()))
+    if left := len(found) - len(listed):
+        print(f"{left} archived run{'s are' if left > 1 else ' is'} left out: hookline runs --archived")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -129,6 +143,23 @@ def _serve(options: argparse.Namespace) -> None:
     from hookline_runs import report  # what makes a server takes a while to import
 
     report.serve(Path(options.folder if options.dir is None else options.dir), options.host, options.port)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from hookline_runs.report.inline import page_of
+
+    out = Path(options.out)
+    body = page_of(Path(options.folder), options.runs, options.view)
+    try:
+        with replacing(out) as new:
+            new.write_bytes(body)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    print(f"wrote {out}")
+
+
+def _folders(options: argparse.Namespace) -> list[Path]:
+    return [_folder(options.folder, named) for named in dict.fromkeys(options.runs)]
 
 
 def _folder(root: str, named: str) -> Path:

@@ -58,6 +58,11 @@ def is_validated(name: str, run: Run) -> bool:
     return name.startswith(("val_", "val/")) or name.partition("/")[0] == run.val_loss
 
 
+def is_epoch_mean(name: str, run: Run) -> bool:
+    """Tell whether a metric is the mean over an epoch of another that is logged, as train_loss_epoch is."""
+    return name.endswith("_epoch") and not is_validated(name, run)
+
+
 def points(run: Run, name: str, by: str = "step") -> Points:
     """Return where a metric was logged and what it was; NaN for what is not finite.
 

@@ -132,12 +132,31 @@ def thinned(series: Series, seen: int = 0) -> tuple[int, list[int], list[float |
     return 2 * first, [steps[place] for place in places], shown
 
 
+def averaged(series: Series, seen: int = 0) -> tuple[int, list[int], list[float | None]]:
+    """Return the mean of each bucket of `thinned`, at the step in its middle; of short series all points.
+
+    What is not finite does not count; None where nothing else is in a bucket. Arguments and result are as there.
+    """
+    level = _level(len(series.steps))
+    if level == 0:
+        return thinned(series, seen)
+    steps, values = series.steps, series.columns[0]
+    first = seen >> level if _level(seen) == level else 0
+    places, means, size = [], list[float | None](), 1 << level
+    for begin in range(first << level, len(steps), size):
+        bucket = values[begin : begin + size]
+        finite = [value for value in bucket if math.isfinite(value)]
+        places.append(steps[begin + (len(bucket) - 1) // 2])
+        means.append(math.fsum(finite) / len(finite) if finite else None)
+    return first, places, means
+
+
 def _level(count: int) -> int:
     """Return the least n for which 2**n points a bucket are enough."""
     return max(0, (count - 1).bit_length() - BUCKETS.bit_length() + 1)
 
 
-class _Reader:
+class Reader:
     """Reads what was appended to the record of a run."""
 
     def __init__(self, folder: Path) -> None:
@@ -217,7 +236,7 @@ def _read(file: io.FileIO, offset: int, length: int) -> bytes:
     return file.read(length) or b""
 
 
-class Follower(_Reader):
+class Follower(Reader):
     """All that is known of a run, its curves as arrays."""
 
     def _forget(self) -> None:
@@ -234,7 +253,7 @@ class Follower(_Reader):
                 self.run.unreadable += 1
 
 
-class Glance(_Reader):
+class Glance(Reader):
     """What a list of runs shows of one: all but its curves, objects and checkpoints.
 
     Looks for the few lines that tell it, and parses those alone. A long file is not read before it is listed: until it
@@ -258,7 +277,7 @@ class Glance(_Reader):
         return self._best if self._hasty is None else None
 
     def update(self, deadline: float = math.inf) -> None:
-        """Read what is new; see `_Reader.update`."""
+        """Read what is new; see `Reader.update`."""
         before = self.run, self.offset
         super().update(deadline)
         if self.complete:

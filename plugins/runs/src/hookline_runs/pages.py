@@ -32,6 +32,7 @@ def facts(run: Run) -> dict[str, Any]:
         "began": run.began,
         "revision": run.revision,
         "command": run.command,
+        **{name: getattr(run.notes, name) for name in ("title", "tags", "note", "archived")},
     }
 
 
@@ -46,11 +47,16 @@ def render_runs(runs: Sequence[Run], width: int = PIPED) -> str:
     return "\n".join(line.ljust(used) + command for line, command in zip(lines, commands, strict=True))
 
 
+def _name(run: Run) -> str:
+    title, tags = run.notes.title, ", ".join(run.notes.tags)
+    return run.folder.name + (f" ({shorten(title, 40)})" if title else "") + (f" [{shorten(tags, 40)}]" if tags else "")
+
+
 def _summary(run: Run) -> list[str]:
     best = run.best
     total = run.totals.get("steps")
     return [
-        run.folder.name,
+        _name(run),
         run.status,
         f"{run.step}/{total}" if total is not None else f"{run.step}",
         "-" if best is None else number(best[run.val_loss]),
@@ -70,8 +76,11 @@ def render_run(run: Run, rows: int | None = 20, width: int = 120) -> str:
         width: columns of text; a wider table goes on below itself.
     """
     best = run.best
+    noted = {"title": run.notes.title, "tags": ", ".join(run.notes.tags), "note": run.notes.note}
+    noted |= {"archived": "yes" if run.notes.archived else "", "notes": run.notes.problem}
     facts = {
         "folder": str(run.folder),
+        **{name: text for name, text in noted.items() if text},
         "status": f"{run.status}: {run.reason}" if run.reason else run.status,
         "step": f"{run.step} of {run.totals['steps']}" if run.totals.get("steps") is not None else str(run.step),
         f"best {run.val_loss}": "-" if best is None else f"{number(best[run.val_loss])} at step {best['step']}",

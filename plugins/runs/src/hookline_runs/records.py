@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from hookline_runs.notes import Notes, read_notes
+
 if TYPE_CHECKING:
     from hookline import Trainer
 
@@ -96,6 +98,8 @@ class Run:
     """Of the last training, for each hook that a plugin takes part in: `hook`, `kind`, `wrapped_by`, `done_by`."""
     cost: dict[str, float] = field(default_factory=dict)
     """Seconds that each plugin that only watches took in the last training session, as told last."""
+    notes: Notes = field(default_factory=Notes)
+    """What people wrote on it, as it was when it was read."""
     unreadable: int = 0
     """Lines that could not be read: torn by a kill, or not of this format."""
 
@@ -138,6 +142,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
             run.unreadable += 1
     run.rows = [rows[step] for step in sorted(rows)]
     sum_up(run, sessions)
+    run.notes = read_notes(folder)
     return run
 
 
@@ -265,6 +270,11 @@ def _status_without_end(session: Session) -> str:
     except PermissionError:
         pass  # it lives, under another user
     return "running"
+
+
+def is_alive(run: Run) -> bool:
+    """Tell whether a process of a run lives on this host, be it the training or an evaluation beside it."""
+    return any(not session.status and _status_without_end(session) == "running" for session in run.sessions)
 
 
 def list_runs(root: str | os.PathLike[str]) -> list[Run]:
