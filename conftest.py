@@ -33,8 +33,9 @@ def browser(tmp_path):
     if chromium is None or driver is None:
         pytest.skip("looks at pages in chromium, by chromedriver, which are not there")
     options = webdriver.ChromeOptions()
-    quiet = ("--no-sandbox", "--disable-dev-shm-usage", "--disable-background-networking")
-    for word in ("--headless=new", *quiet, "--window-size=1400,1400", f"--user-data-dir={tmp_path / 'profile'}"):
+    quiet = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+    words = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000", *quiet)
+    for word in (*words, f"--user-data-dir={tmp_path / 'profile'}"):
         options.add_argument(word)
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

@@ -1,15 +1,11 @@
-"""What the tests of the page stand on: short files that count as long, a server, and a browser."""
+"""What the tests of the page stand on: short files that count as long, and a server."""
 
-import shutil
 import threading
 
 import pytest
 from plugins.runs.tests.recording import Client
 
 from hookline_runs import follow, report
-
-QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
-NO_BROWSER = shutil.which("chromium") is None or shutil.which("chromedriver") is None
 
 
 @pytest.fixture
@@ -33,24 +29,3 @@ def serving(tmp_path):
     server.shutdown()
     thread.join()
     server.server_close()
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """Open a browser without a window."""
-    if NO_BROWSER:
-        pytest.skip("looks at the page in chromium, by chromedriver, which are not there")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="drives the browser")
-    options = webdriver.ChromeOptions()
-    words = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000", *QUIET)
-    for word in words:
-        options.add_argument(word)
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
-    options.binary_location = shutil.which("chromium")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
-    driver.set_script_timeout(60)
-    try:
-        yield driver
-    finally:
-        driver.quit()
