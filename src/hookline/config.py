@@ -21,7 +21,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from hookline.installed import load, load_path, nearest
-from hookline.masking import MASK, escaped, hide_variables, marked, mask, redact
+from hookline.masking import MASK, escaped, hide_variables, marked, mask
 from hookline.options import Options
 from hookline.randomness import set_seed
 from hookline.trainer import Trainer
@@ -84,6 +84,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequen
             OmegaConf.update(given, f"plugins.{name}", None, force_add=True)
     if OmegaConf.select(given, "trainer.run_name") is None:
         OmegaConf.update(given, "trainer.run_name", _plain(path.stem), force_add=True)
+    hide_variables(str(OmegaConf.to_container(given, resolve=False)))  # from errors, from here on
     config = _structure(given)
     _refuse_missing(config)
     return config
@@ -242,8 +243,7 @@ def resolve(config: DictConfig) -> dict[str, Any]:
         text = str(error).splitlines()[0]
         if missing := re.search("Environment variable ('.*') not found", text):
             text = f"the environment variable {missing[1]} is not set; set it, or give {error.full_key}=…"
-        hide_variables(str(OmegaConf.to_container(config, resolve=False)))
-        raise ValueError(redact(f"{error.full_key}: {text}")) from None
+        raise ValueError(f"{error.full_key}: {text}") from error
     assert isinstance(tree, dict)
     for key, value in _leaves(tree):
         if value == MASK:
