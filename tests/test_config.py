@@ -12,7 +12,7 @@ import yaml
 
 from hookline import CallbackInterface, hookimpl
 from hookline.config import build_trainer, load_config, masked, to_yaml
-from hookline.masking import is_secret
+from hookline.masking import is_secret, mask
 from hookline.testing import TinyModule, digest
 
 
@@ -523,6 +523,48 @@ def test_secrets_are_masked_and_stay_the_variable_that_they_were(write, monkeypa
     trainer = build_trainer(config)
     assert trainer.module.api_key == "s3cret-value"
     assert "s3cret" not in yaml.safe_dump(trainer.config)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("${oc.env:THE_KEY}", "${oc.env:THE_KEY}"),
+        ("${vars.own}/x", "${oc.env:THE_KEY}/x"),
+        ("${vars.both}", {"a": "${oc.env:THE_KEY}", "b": [1, "${oc.env:THE_KEY}"]}),
+        ("${oc.decode:${oc.env:${vars.name}}}", "${oc.decode:${oc.env:${vars.name}}}"),
+        ("${vars.name}", "THE_KEY"),
+        ("${oc.env:NO_SUCH_KEY,plain}", "${oc.env:NO_SUCH_KEY,plain}"),
+        ("${oc.env:NO_SUCH_KEY,null}", "${oc.env:NO_SUCH_KEY,null}"),
+        ("https://me:${oc.env:THE_KEY}@host", "https://me:${oc.env:THE_KEY}@host"),
+        ("https://me:hunter2@${oc.env:THE_KEY}", "***"),
+        ("", ""),
+    ],
+)
+def test_what_depends_on_the_environment_stays_as_it_was_written(given, kept, write, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "s3cret-value")
+    own = ["vars.own=${oc.env:THE_KEY}", "vars.name=THE_KEY", "vars.both={a: '${vars.own}', b: [1, '${vars.own}']}"]
+    assert masked(load_config(write(), [*own, f"vars.given={given}"]))["vars"]["given"] == (kept or None)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("${oc.env:THE_KEY,hunter2}", "${oc.env:THE_KEY}"),
+        ("${oc.env:A,hunter2}-${oc.env:B,hunter2}", "***"),
+        ("a-${oc.env:THE_KEY}", "***"),
+    ],
+)
+def test_what_is_literal_in_a_secret_is_not_kept(given, kept, write, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "s3cret-value")
+    assert masked(load_config(write(), [f"module.api_key={given}"]))["module"]["api_key"] == kept
+
+
+def test_options_that_are_no_plain_data_are_left_alone():
+    data = {"plugins": {"mine": {"token": torch.ones(2), "values": torch.ones(3), "pair": (1, "hf_abcdefghijklmnop")}}}
+    kept = mask(data, secrets={"plugins.mine.token"})["plugins"]["mine"]
+    assert kept["token"] == "***"
+    assert kept["values"] is data["plugins"]["mine"]["values"]
+    assert kept["pair"] == (1, "***")
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def load_config(file: str | Path, overrides: Sequence[str] = (), plugins: Sequen
             OmegaConf.update(given, f"plugins.{name}", None, force_add=True)
     if OmegaConf.select(given, "trainer.run_name") is None:
         OmegaConf.update(given, "trainer.run_name", _plain(path.stem), force_add=True)
+    hide_variables(str(OmegaConf.to_container(given, resolve=False)))  # from errors, from here on
     config = _structure(given)
     _refuse_missing(config)
     resolve(config)
@@ -233,7 +234,6 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: an interpolation without a target, or a masked secret.
     """
-    hide_variables(str(OmegaConf.to_container(config, resolve=False)))
     try:
         tree: Any = OmegaConf.to_container(config, resolve=True)
     except omegaconf.errors.OmegaConfBaseException as error:

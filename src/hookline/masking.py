@@ -49,14 +49,15 @@ def mask(value: Any, written: Any = None, secrets: Collection[str] = ()) -> Any:
     def visit(value: Any, text: Any, path: str, marked: bool) -> Any:
         marked = marked or path in secrets
         kept = text if isinstance(text, str) and "${" in text else None
-        if kept is None and isinstance(value, (Mapping, list, tuple)):
+        if kept is None and isinstance(value, (dict, list, tuple)):
             texts = text if isinstance(text, dict) else dict(enumerate(text or ()))
-            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            pairs = value.items() if isinstance(value, dict) else enumerate(value)
             inner = {key: visit(one, texts.get(key), f"{path}.{key}".lstrip("."), marked) for key, one in pairs}
-            return inner if isinstance(value, Mapping) else (list if isinstance(value, list) else tuple)(inner.values())
+            return inner if isinstance(value, dict) else (list if isinstance(value, list) else tuple)(inner.values())
         key = re.sub(r"(\.\d+)+$", "", path).rpartition(".")[2]
-        if value not in (None, "") and (marked or is_secret(key, value)):
-            whole = kept is not None and kept.startswith("${") and kept.endswith("}")
+        empty = value is None or (isinstance(value, str) and not value)
+        if not empty and (marked or is_secret(key, value)):
+            whole = kept is not None and _RESOLVER.fullmatch(kept)
             safe = whole or (kept is not None and not marked and not is_secret(key, _VARIABLE.sub("", kept)))
             kept = _VARIABLE.sub(r"${oc.env:\1}", str(kept)) if safe else MASK  # a default may be a secret too
         if kept is None:
@@ -89,12 +90,15 @@ def redact_error(error: BaseException | None) -> None:
         said = tuple(redact(one) if isinstance(one, str) else one for one in error.args)
         if said != error.args:
             error.args = said
+        for name in ("filename", "filename2"):  # of an OSError
+            if isinstance(path := getattr(error, name, None), str):
+                setattr(error, name, redact(path))
         error = error.__cause__ or error.__context__
 
 
 def hide_variables(written: str) -> None:
     """Let `redact` replace the values of the environment variables that a text names."""
-    for name, _ in _VARIABLE.findall(written):
+    for name in re.findall(r"\$\{oc\.env:(\w+)", written):
         _hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
 
 

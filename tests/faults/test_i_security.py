@@ -432,6 +432,8 @@ class Service(CallbackInterface):
     def on_end_train_step(self, trainer, global_step):
         if self.fails == "error" and global_step == 2:
             raise ConnectionError(f"{self.door} is closed") from OSError(f"nobody is at {self.place}")
+        if self.fails == "file" and global_step == 2:
+            Path(self.place).read_text()
         if self.fails == "valued" and global_step == 2:
             raise ValueError(f"{self.door} is closed at {self.place}")
 
@@ -465,6 +467,7 @@ WRITERS = ["csv", "export", "memory", "monitor", "profile", "summary", "tensorbo
         ("stops", 0, "nobody is at at ${oc.env:PLANTED_WHERE}"),
         ("error", 1, "OSError: nobody is at at ${oc.env:PLANTED_WHERE}"),
         ("error", 1, "ConnectionError: ${oc.env:PLANTED_DOOR} is closed"),
+        ("file", 1, "No such file or directory: 'at ${oc.env:PLANTED_WHERE}'"),
         ("valued", 1, "${oc.env:PLANTED_DOOR} is closed at at ${oc.env:PLANTED_WHERE}"),
     ],
 )

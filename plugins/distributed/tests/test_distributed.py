@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pickle
 import socket
 import time
 
@@ -14,7 +15,7 @@ from hookline import CallbackInterface, Trainer, hookimpl, sharded
 from hookline.testing import Memory, TinyModule, digest, hand_written_loop, on_ranks, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, run
 from hookline_distributed import Distributed
-from hookline_distributed.alike import as_text
+from hookline_distributed.alike import as_text, describe
 from hookline_distributed.outputs import interleaved
 from hookline_distributed.stores import leave
 
@@ -638,6 +639,17 @@ def test_values_as_text_do_not_depend_on_the_process():
         as_text({"a": [1, None, "x"], "b": (object(), print)})
         == "{a: [1, None, x], b: [object, builtin_function_or_method]}"
     )
+
+
+@dataclasses.dataclass(eq=False)
+class Door(CallbackInterface):
+    key: str = dataclasses.field(default="", metadata={"secret": True})
+
+
+def test_marked_secrets_are_compared_and_not_shown():
+    one, other = (pickle.loads(pickle.dumps(describe(tiny_trainer([Door(key)]))["options"])) for key in ("a", "b"))
+    assert one["door.key"] == "a" != other["door.key"]
+    assert f"{one['door.key']}" == "***"
 
 
 class Elsewhere(CallbackInterface):

@@ -136,30 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = new_parser("hookline", about, EXAMPLES + _brought_by_plugins())
     parser.add_argument("--version", action="version", version=f"hookline {__version__}")
     add = functools.partial(add_command, parser.add_subparsers(metavar="COMMAND", required=True))
-    for name, (door, summary) in DOORS.items():
-        add_configuration(added := add(name, summary, _door, parents=[_launching()]))
-        added.set_defaults(door=door)
-        added.add_argument(
-            "--resume", nargs="?", const=True, default=None, metavar="RUN",
-            help="go on with the newest run of this name; or with another run, by its name or path; or with one "
-            "checkpoint: its path, its step, best or last",
-        )  # fmt: skip
-        added.add_argument(
-            "--resume-or-start", action="store_true",
-            help="as --resume, and begin a run where there is none yet; for jobs that a scheduler starts again",
-        )  # fmt: skip
-        added.add_argument(
-            "--checkpoint", metavar="WHICH",
-            help="which checkpoint of the run: best, last, its step, or a path; with --resume RUN of that run",
-        )  # fmt: skip
-        added.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-        added.add_argument(
-            "--log-level", choices=logs.LEVELS, help="how much is said of the run on standard error (default: info)"
-        )
-        added.add_argument(
-            "-q", "--quiet", dest="log_level", action="store_const", const="warning",
-            help="say nothing but warnings and errors, and show no progress: --log-level warning",
-        )  # fmt: skip
+    _add_doors(add)
     plan = add("plan", "show for each hook who wraps it and who does or hears it", _plan)
     add_configuration(plan)
     plan.add_argument("--json", action="store_true", help="for machines")
@@ -187,6 +164,22 @@ def _parser() -> argparse.ArgumentParser:
     for written in (new, init):
         written.add_argument("--folder", default=".", help="where to write it (default: here)")
     return parser
+
+
+def _add_doors(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that run a configuration."""
+    for name, (door, summary) in DOORS.items():
+        add_configuration(added := add(name, summary, _door, parents=[_launching()]))
+        added.set_defaults(door=door)
+        going_on.add_options(added)
+        added.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+        added.add_argument(
+            "--log-level", choices=logs.LEVELS, help="how much is said of the run on standard error (default: info)"
+        )
+        added.add_argument(
+            "-q", "--quiet", dest="log_level", action="store_const", const="warning",
+            help="say nothing but warnings and errors, and show no progress: --log-level warning",
+        )  # fmt: skip
 
 
 def _launching() -> argparse.ArgumentParser:

@@ -23,6 +23,13 @@ AT_ONCE = 32 << 20  # bytes of small tensors that are given in one exchange
 PLAIN = (torch.Tensor, torch.nn.Parameter)  # of what is a kind of tensor of its own nobody can tell how it is stored
 
 
+class Hidden(str):
+    """A text that is compared, and that messages show as asterisks."""
+
+    def __format__(self, spec: str) -> str:
+        return "***"
+
+
 def compare(trainer: Trainer, subject: str, own: Described, beside: Any = None) -> list[Any]:
     """Refuse, on all ranks, those that would do something else than rank 0.
 
@@ -71,7 +78,9 @@ def describe(trainer: Trainer) -> Described:
         "trainer": {name: as_text(value) for name, value in asdict(trainer.options).items()},
         "plugins": {name: type(plugin).__name__ for name, plugin in plugins.items()},
         "options": {
-            f"{name}.{field.name}": as_text(getattr(plugin, field.name))
+            f"{name}.{field.name}": (Hidden if field.metadata.get("secret") else str)(
+                as_text(getattr(plugin, field.name))
+            )
             for name, plugin in plugins.items()
             if is_dataclass(plugin)
             for field in fields(plugin)
