@@ -240,7 +240,9 @@ def test_the_core_is_this_and_nothing_else():
     """The contract, hooks, the plugin manager, the loop, data, configuration, the command line, the kit for tests."""
     found = {path.stem for path in CORE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert found == set().union(*FLOORS) | {"__init__", "__main__"}
-    assert {path.stem for path in CORE.glob("cli/*.py")} == {"__init__", "hooks", "launch", "logs", "new", "schedule"}
+    assert {path.stem for path in CORE.glob("cli/*.py")} == {
+        *("__init__", "hooks", "launch", "logs", "new", "plugins", "schedule")
+    }
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         main(["--help"])
     listed = printed.getvalue().partition("  COMMAND\n")[2].partition("\n\n")[0]

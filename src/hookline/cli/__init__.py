@@ -141,13 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         "--schedule", metavar="FILE.png",
         help="show instead what the schedulers will do, in the terminal or in a picture of this name (png, svg, pdf)",
     )  # fmt: skip
-    plugins = add("plugins", "list the installed plugins, or show one, or the hooks of a configuration's", _plugins)
-    plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
-    plugins.add_argument("--json", action="store_true", help="for machines")
-    plugins.add_argument(
-        "--verify", action="store_true",
-        help="compare the files of each plugin with those that were installed, and import it; exit code 1 for problems",
-    )  # fmt: skip
+    _add_plugins(add)
     hooks = add("hooks", "show the hooks in the order of the loop", _hooks)
     hooks.add_argument("name", nargs="?", help="one hook, in full")
     new = add("new", "write the skeleton of something new", _new)
@@ -158,6 +152,16 @@ def _parser() -> argparse.ArgumentParser:
     for written in (new, init):
         written.add_argument("--folder", default=".", help="where to write it (default: here)")
     return parser
+
+
+def _add_plugins(add: Callable[..., argparse.ArgumentParser]) -> None:
+    plugins = add("plugins", "list the installed plugins, or show one, or the hooks of a configuration's", _plugins)
+    plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
+    plugins.add_argument("--json", action="store_true", help="for machines")
+    plugins.add_argument(
+        "--verify", action="store_true",
+        help="compare the files of each plugin with those that were installed, and import it; exit code 1 for problems",
+    )  # fmt: skip
 
 
 def _launching() -> argparse.ArgumentParser:
@@ -296,6 +300,8 @@ def _plugins(options: argparse.Namespace) -> int:
     if Path(options.what or "").suffix not in (".yaml", ".yml"):
         with mendable(ValueError):
             return plugins.verify(options) if options.verify else plugins.show(options)
+    if options.json or options.verify:
+        raise UserError("--json and --verify go with the name of a plugin, or with none for all, not with a file")
     options.config, options.overrides, options.plugins = options.what, [], []
     manager = _trainer(_configuration(options)).plugins
     for name, plugin in manager.listed():
