@@ -149,6 +149,13 @@ def notebook(session: nox.Session) -> None:
 
 
 @nox.session
+def third_party(session: nox.Session) -> None:
+    """Build the wheel of the plugin in examples/third_party, install it, and run all its tests there."""
+    session.install("flit_core", "-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "0", "tests/test_third_party.py", "-m", "slow or not slow", *session.posargs)
+
+
+@nox.session
 @nox.parametrize("name", PLUGINS)
 def plugin(session: nox.Session, name: str) -> None:
     """Build one plugin's wheel and the core's, install those alone, and run the plugin's tests that need no other."""

@@ -241,7 +241,7 @@ def test_the_core_is_this_and_nothing_else():
     found = {path.stem for path in CORE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert found == set().union(*FLOORS) | {"__init__", "__main__"}
     commands = {"__init__", "doctor", "going_on", "hooks", "launch", "loading", "logs", "machine", "mistakes", "new"}
-    assert {path.stem for path in CORE.glob("cli/*.py")} == commands | {"schedule"}
+    assert {path.stem for path in CORE.glob("cli/*.py")} == commands | {"plugins", "schedule"}
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         main(["--help"])
     listed = printed.getvalue().partition("  COMMAND\n")[2].partition("\n\n")[0]

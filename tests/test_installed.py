@@ -193,7 +193,8 @@ def test_plugins_that_cannot_be_imported_are_listed_and_told(site, commands, tmp
 
 def test_one_plugin_in_full(site, commands):
     site("my-echo", "echo")
-    text, data = commands(["plugins", "echo"], ["plugins", "echo", "--json"])
+    text, data, file = commands(["plugins", "echo"], ["plugins", "echo", "--json"], ["plugins", "run.yaml", "--verify"])
+    assert (file.returncode, "go with the name of a plugin" in file.stderr) == (2, True)
     assert text.stdout.startswith("echo: Says where it is from.\n\nIn two paragraphs.\n\nmy-echo 1.0, my_echo:Echo\n")
     assert "\n  word: str = required\n      What it says; `none` for nothing.\n" in text.stdout
     assert "\n  times: list[int] = [1, 2]\n  quiet: bool = False\n" in text.stdout

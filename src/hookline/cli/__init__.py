@@ -144,13 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--schedule", metavar="FILE.png",
         help="show instead what the schedulers will do, in the terminal or in a picture of this name (png, svg, pdf)",
     )  # fmt: skip
-    plugins = add("plugins", "list the installed plugins, or show one, or the hooks of a configuration's", _plugins)
-    plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
-    plugins.add_argument("--json", action="store_true", help="for machines")
-    plugins.add_argument(
-        "--verify", action="store_true",
-        help="compare the files of each plugin with those that were installed, and import it; exit code 1 for problems",
-    )  # fmt: skip
+    _add_plugins(add)
     hooks = add("hooks", "show the hooks in the order of the loop", _hooks)
     hooks.add_argument("name", nargs="?", help="one hook, in full")
     doctor = add("doctor", "look at this machine, what is installed, and how a configuration loads its data", _doctor)
@@ -180,6 +174,16 @@ def _add_doors(add: Callable[..., argparse.ArgumentParser]) -> None:
             "-q", "--quiet", dest="log_level", action="store_const", const="warning",
             help="say nothing but warnings and errors, and show no progress: --log-level warning",
         )  # fmt: skip
+
+
+def _add_plugins(add: Callable[..., argparse.ArgumentParser]) -> None:
+    plugins = add("plugins", "list the installed plugins, or show one, or the hooks of a configuration's", _plugins)
+    plugins.add_argument("what", nargs="?", help="a plugin's name or a configuration file")
+    plugins.add_argument("--json", action="store_true", help="for machines")
+    plugins.add_argument(
+        "--verify", action="store_true",
+        help="compare the files of each plugin with those that were installed, and import it; exit code 1 for problems",
+    )  # fmt: skip
 
 
 def _launching() -> argparse.ArgumentParser:
@@ -341,6 +345,8 @@ def _plugins(options: argparse.Namespace) -> int:
     if Path(options.what or "").suffix not in (".yaml", ".yml"):
         with mendable(ValueError):
             return plugins.verify(options) if options.verify else plugins.show(options)
+    if options.json or options.verify:
+        raise UserError("--json and --verify go with the name of a plugin, or with none for all, not with a file")
     options.config, options.overrides, options.plugins = options.what, [], []
     manager = _trainer(_configuration(options)).plugins
     for name, plugin in manager.listed():

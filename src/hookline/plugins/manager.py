@@ -84,7 +84,7 @@ class PluginManager(pluggy.PluginManager):
             raise
         self._route()
         if name in self._pending and hasattr(plugin, "update_state"):
-            self._give(name, plugin, self._pending.pop(name))
+            self._ask(plugin, name, "update_state", self._pending.pop(name))
         return registered
 
     def register_all(self, plugins: Mapping[str, Any]) -> None:
@@ -139,36 +139,30 @@ class PluginManager(pluggy.PluginManager):
         for name, plugin in self.stateful():
             if ("get_state", name) in self._failures.switched_off:
                 self._failures.lose("get_state", name)
-                continue
-            try:
-                state = plugin.get_state()
-            except BaseException as error:
-                if not is_observer(plugin) or not isinstance(error, Exception):
-                    self.blame(error)
-                    raise
-                self._failures.take("get_state", name, error)  # no hook, so no route changes
-            else:
-                self._failures.in_a_row.pop(("get_state", name), None)
-                if state:
-                    yield name, plugin, state
+            elif state := self._ask(plugin, name, "get_state"):
+                yield name, plugin, state
+
+    def _ask(self, plugin: Any, name: str, method: str, *given: Any) -> Any:
+        """Call a method that is no hook; a failing observer answers None."""
+        try:
+            answer = getattr(plugin, method)(*given)
+        except BaseException as error:
+            if not is_observer(plugin) or not isinstance(error, Exception):
+                self.blame(error)
+                raise
+            self._failures.take(method, name, error)  # no hook, so no route changes
+            return None
+        self._failures.in_a_row.pop((method, name), None)
+        return answer
 
     def receive(self, states: Mapping[str, Any]) -> None:
         """Pass states to the plugins of these names; a plugin that registers later gets its state then."""
         plugins = dict(self.listed())
         for name, state in states.items():
             if name in plugins:
-                self._give(name, plugins[name], state)
+                self._ask(plugins[name], name, "update_state", state)
             else:
                 self._pending[name] = state
-
-    def _give(self, name: str, plugin: Any, state: Any) -> None:
-        try:
-            plugin.update_state(state)
-        except BaseException as error:
-            if not is_observer(plugin) or not isinstance(error, Exception):
-                self.blame(error)
-                raise
-            self._failures.say("update_state", name, error)
 
     def listed(self) -> list[tuple[str, Any]]:
         """Return the plugins by name in the order of their calls, without core and module."""
@@ -238,18 +232,18 @@ class PluginManager(pluggy.PluginManager):
 
     def _check_conflicts(self) -> None:
         for hook in self._verbs():
-            performers = [impl for impl in reversed(self._plugged(hook)) if not impl.wrapper][:2]
-            if len(performers) == 2:
-                names = [impl.plugin_name for impl in performers if impl.plugin_name != MODULE]
-                one, other = (
-                    f"the module ({type(impl.plugin).__name__}.{impl.function.__name__})"
-                    if impl.plugin_name == MODULE
-                    else repr(impl.plugin_name)
-                    for impl in performers
-                )
+            performers = {impl.plugin_name: impl for impl in reversed(self._plugged(hook)) if not impl.wrapper}
+            if len(performers) > 1:
+                own = performers.pop(MODULE, None)
+                one, *others = performers
+                off = one
+                if others:
+                    off, other = others[0], repr(others[0])
+                elif own is not None:
+                    other = f"the module ({type(own.plugin).__name__}.{own.function.__name__})"
                 raise ValueError(
-                    f"{one} and {other} both perform {hook!r}, which is done once; turn one of them off "
-                    f"(`plugins.{names[-1]}: null`), or let it wrap the verb"
+                    f"{one!r} and {other} both perform {hook!r}, which is done once; turn one of them off "
+                    f"(`plugins.{off}: null`), or let it wrap the verb"
                 )
 
     def performers(self, hook: str) -> list[str]:
