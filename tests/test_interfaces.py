@@ -422,7 +422,7 @@ def test_an_optimizer_that_was_made_before_a_part_was_replaced():
         def get_optimizers_schedulers(self, steps, epochs):
             return self.early
 
-    with pytest.raises(ValueError, match="2 of the 6 tensors of SGD are no parameters of Early"):
+    with pytest.raises(ValueError, match="2 of the 6 tensors of SGD are no parameters of the module"):
         tiny_trainer(module=Early()).train()
 
 
