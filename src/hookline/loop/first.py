@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def watched(run: Run, built: Built) -> Iterator[None]:
-    """Refuse within the block a `train_step` that does what the loop does; who performs `update` may do it."""
+    """Refuse within the block a `train_step` that does what the loop does.
+
+    Who performs `update` may do it, and who adapts modules.
+    """
     before: list[Any] = []  # while the module's step is under way
     handles: list[Any] = []
 
@@ -40,9 +43,10 @@ def watched(run: Run, built: Built) -> Iterator[None]:
                 refuse()
             before.clear()
 
-    if not run.plugins.performers("update"):
+    if not (run.plugins.performers("update") or run.plugins.heard["adapt_module"]):
         handles.append(run.module.register_forward_pre_hook(begin, with_kwargs=True))
-        handles.append(run.module.register_forward_hook(end, with_kwargs=True))
+        # First: a hook before another that removes itself, as those of plugins may, makes torch lose a step's error.
+        handles.append(run.module.register_forward_hook(end, with_kwargs=True, prepend=True))
         torch_own = [one for one in built.optimizers if isinstance(one, torch.optim.Optimizer)]
         handles += [optimizer.register_step_pre_hook(refuse) for optimizer in torch_own]
     try:
@@ -76,7 +80,7 @@ def look_at_gradients(run: Run, built: Built, stepped: Sequence[torch.optim.Opti
     grads = {name: weight.grad for name, weight in named.items() if id(weight) in now}
     without = [name for name, grad in grads.items() if grad is None]
     kind = type(run.module).__name__
-    if run.plugins.performers("run_backward"):  # which may keep gradients elsewhere
+    if run.plugins.performers("run_backward") or run.plugins.heard["adapt_module"]:  # gradients may be elsewhere
         without = []
     if without and len(without) == len(grads):
         raise ValueError(
