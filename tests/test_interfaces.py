@@ -422,7 +422,7 @@ def test_an_optimizer_that_was_made_before_a_part_was_replaced():
         def get_optimizers_schedulers(self, steps, epochs):
             return self.early
 
-    with pytest.raises(ValueError, match="2 of the 6 tensors of SGD are no parameters of Early"):
+    with pytest.raises(ValueError, match="2 of the 6 tensors of SGD are no parameters of the module"):
         tiny_trainer(module=Early()).train()
 
 
@@ -499,6 +499,27 @@ def test_a_train_step_that_clears_the_gradients_of_the_micro_batches_before():
 
     with pytest.raises(TypeError, match=r"Clears.train_step has called backward\(\), zero_grad\(\)"):
         tiny_trainer(module=Clears()).train()
+
+
+def test_an_error_of_the_first_step_is_the_one_that_is_raised():
+    class Fails(TinyModule):
+        def train_step(self, global_step, batch, device):
+            raise RuntimeError("in the step")
+
+    class Once(CallbackInterface):
+        """Hears the end of the first forward, also if it fails, and goes."""
+
+        @hookimpl
+        def on_begin_train(self, trainer):
+            self.handle = trainer.model.register_forward_hook(self.hear, always_call=True)
+
+        def hear(self, *_):
+            self.handle.remove()
+
+    module = Fails()
+    with pytest.raises(RuntimeError, match="in the step"):
+        tiny_trainer([Once()], module).train()
+    assert not module._forward_hooks
 
 
 def test_who_performs_an_update_steps_where_it_likes():

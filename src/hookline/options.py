@@ -129,8 +129,8 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
         value = str(value)  # a torch.device
     elif "int" in kinds and hasattr(value, "__index__") and not isinstance(value, bool):
         value = operator.index(value)
-    known = type(value).__name__ if value is not None else "None"
-    if known not in kinds and not ("str" in kinds and isinstance(value, str)) and field.name not in CADENCES:
+    known = "None" if value is None else "str" if isinstance(value, str) else type(value).__name__
+    if known not in kinds and field.name not in CADENCES:
         wanted = " or ".join(WORDS[kind] for kind in kinds)
         raise TypeError(f"{field.name}={value!r} must be {wanted}, and is a {type(value).__name__}")
     return value

@@ -450,7 +450,7 @@ MISTAKES = {  # what is returned in place of a loader: the message
     "the class": (lambda sampler, size: DataLoader, "returned DataLoader, which gives no batches"),
     "a method": (lambda sampler, size: Ids(8).__len__, "returned Ids.__len__, which gives no batches"),
     "a number": (8, "returned a int, which gives no batches"),
-    "a tensor": (torch.ones(8, 2), "returned a Tensor of data: .* write dataset = TensorDataset"),
+    "a tensor": (torch.ones(8, 2), "returned a Tensor of data: .* of a data set, such as TensorD"),
     "inputs and targets": ((torch.ones(8, 2), torch.ones(8)), "returned a tuple of data"),
     "inputs and targets in a list": ([torch.ones(8, 2), torch.ones(8, 1)], "returned a list of data"),
     "inputs and classes": ([torch.ones(2, 2), torch.ones(2, 2).int()], "returned a list of data"),

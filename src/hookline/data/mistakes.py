@@ -29,7 +29,7 @@ def refuse(loader: Any, method: str, size: int) -> None:
         wrong = f"{getattr(loader, '__qualname__', what)}, which gives no batches"
     elif hasattr(loader, "shape") or is_columns(loader, size):
         wrong = f"{what} of data: its parts would be taken for batches"
-        cure = f"dataset = TensorDataset(inputs, targets) and {cure}"
+        cure += " of a data set, such as TensorDataset(inputs, targets)"
     elif isinstance(loader, DataLoader) and (told := wrong_sampler(loader)):
         wrong, cure = told
     else:

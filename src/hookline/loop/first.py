@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from hookline.interfaces import Stage
 from hookline.loop.building import Built
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def watched(run: Run, built: Built) -> Iterator[None]:
-    """Refuse within the block a `train_step` that does what the loop does; who performs `update` may do it."""
+    """Refuse within the block a `train_step` that does what the loop does.
+
+    Who performs `update` may do it, and who adapts modules.
+    """
     before: list[Any] = []  # while the module's step is under way
     handles: list[Any] = []
 
@@ -39,9 +43,10 @@ def watched(run: Run, built: Built) -> Iterator[None]:
                 refuse()
             before.clear()
 
-    if not run.plugins.performers("update"):
+    if not (run.plugins.performers("update") or run.plugins.heard["adapt_module"]):
         handles.append(run.module.register_forward_pre_hook(begin, with_kwargs=True))
-        handles.append(run.module.register_forward_hook(end, with_kwargs=True))
+        # First: a hook before another that removes itself, as those of plugins may, makes torch lose a step's error.
+        handles.append(run.module.register_forward_hook(end, with_kwargs=True, prepend=True))
         torch_own = [one for one in built.optimizers if isinstance(one, torch.optim.Optimizer)]
         handles += [optimizer.register_step_pre_hook(refuse) for optimizer in torch_own]
     try:
@@ -69,31 +74,31 @@ def look_at_gradients(run: Run, built: Built, stepped: Sequence[torch.optim.Opti
     Raises:
         ValueError: none is.
     """
-    named = [(name, weight) for name, weight in run.module.named_parameters() if weight.requires_grad]
+    named = {name: weight for name, weight in run.module.named_parameters() if weight.requires_grad}
     trained, now = ({id(weight) for weight in weights_of(some)} for some in (built.optimizers, stepped))
-    left = [name for name, weight in named if id(weight) not in trained]
-    without = [name for name, weight in named if id(weight) in now and weight.grad is None]
-    if run.plugins.performers("run_backward"):  # which may keep gradients elsewhere
+    left = [name for name, weight in named.items() if id(weight) not in trained]
+    grads = {name: weight.grad for name, weight in named.items() if id(weight) in now}
+    without = [name for name, grad in grads.items() if grad is None]
+    kind = type(run.module).__name__
+    if run.plugins.performers("run_backward") or run.plugins.heard["adapt_module"]:  # gradients may be elsewhere
         without = []
-    if without and len(without) == sum(id(weight) in now for _, weight in named):
+    if without and len(without) == len(grads):
         raise ValueError(
-            f"the loss that {type(run.module).__name__}.train_step returned depends on no parameter of the optimizers, "
-            "so nothing would be trained: compute it by the module's own parameters, not by a copy of them"
+            f"the loss that {kind}.train_step returned depends on no parameter of the optimizers, so nothing would be "
+            "trained: compute it by the module's own parameters, not by a copy of them"
         )
     for names, said in (
         (left, "are in no optimizer, so they are not trained"),
         (without, "have no gradient in the first step: the loss does not depend on them"),
     ):
-        if names and run.rank == 0:
-            first = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-            run.say_once(
-                f"{len(names)} parameter(s) of {type(run.module).__name__} that require gradients {said}: {first}. "
-                "Freeze what shall not be trained: requires_grad_(False)"
-            )
+        first = ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+        text = f"{len(names)} parameter(s) of {kind} that require gradients {said}: {first}. "
+        run.say_once(text + "Freeze what shall not be trained: requires_grad_(False)" if names and not run.rank else "")
 
 
 def say_not_finite(run: Run) -> None:
     """Say which parameters are not finite at the end of a training whose losses nobody has looked at."""
-    bad = [name for name, weight in run.module.named_parameters() if not weight.isfinite().all()]
+    made = {name: weight for name, weight in run.module.named_parameters() if not is_lazy(weight)}
+    bad = [name for name, weight in made.items() if not weight.isfinite().all()]
     if bad:
         run.say_once(f"{len(bad)} parameter(s) are not finite after training, {bad[0]} for one: look at the loss")
