@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hookline import __version__
-from hookline.cli import logs, mistakes
+from hookline.cli import going_on, logs, mistakes
 from hookline.commands import (
     UserError,
     add_command,
@@ -137,19 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (door, summary) in DOORS.items():
         add_configuration(added := add(name, summary, _door, parents=[_launching()]))
         added.set_defaults(door=door)
-        added.add_argument(
-            "--resume", nargs="?", const=True, default=None, metavar="RUN",
-            help="go on with the newest run of this name; or with another run, by its name or path; or with one "
-            "checkpoint: its path, its step, best or last",
-        )  # fmt: skip
-        added.add_argument(
-            "--resume-or-start", action="store_true",
-            help="as --resume, and begin a run where there is none yet; for jobs that a scheduler starts again",
-        )  # fmt: skip
-        added.add_argument(
-            "--checkpoint", metavar="WHICH",
-            help="which checkpoint of the run: best, last, its step, or a path; with --resume RUN of that run",
-        )  # fmt: skip
+        going_on.add_options(added)
         added.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
         added.add_argument(
             "--log-level", choices=logs.LEVELS, help="how much is said of the run on standard error (default: info)"
@@ -193,8 +181,6 @@ def _launching() -> argparse.ArgumentParser:
 
 
 def _configuration(options: argparse.Namespace) -> Any:
-    from hookline.cli import going_on
-
     resume = going_on.resume_of(options) if hasattr(options, "resume") else None
     with mendable(ValueError):
         return read_configuration(options, *([] if resume is None else [f"trainer.resume={json.dumps(resume)}"]))
@@ -237,7 +223,7 @@ def _run_or_launch(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hookline.cli import going_on, launch
+    from hookline.cli import launch
 
     if options.door == "train" and (folder := launch.remembered()) is not None:
         # the run of the attempt before, not another one of this name
@@ -262,7 +248,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _do(trainer: Any, options: argparse.Namespace) -> Any:
     from hookline import config
-    from hookline.cli import going_on, launch
+    from hookline.cli import launch
 
     with mendable(ValueError):
         going_on.refuse_nothing_to_resume(options, trainer)
