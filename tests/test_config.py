@@ -443,6 +443,10 @@ def test_values_of_another_type_are_refused(write, where, given, words):
             r'takes layer: torch.*Module \| null, but got "an object of Part"',
         ),
         (
+            "layer={_target_: torch.nn.Sequential, args: [1]}",
+            r"module\.layer\.args: Sequential takes args by place alone, which a configuration cannot give",
+        ),
+        (
             "call=relu",
             r'takes call: Optional.*Callable.*, but got "relu"|takes call: .*Callable.* \| null, but got "relu"',
         ),

@@ -295,6 +295,15 @@ def test_the_other_doors(folder, whole):
 
 
 @ranks
+def test_a_mistake_in_the_set_up_is_told_once_by_all_ranks(folder):
+    wrong = ["plugins.checkpoint.every=eval", "trainer.evaluate_every=null"]
+    err = ended(start(folder, "fit", "run.yaml", "--nproc", "2", *wrong), folder, 2)
+    assert err.count("saves after evaluations, and trainer.evaluate_every is null") == 1
+    assert "ended with exit code" not in err
+    assert not (folder / "runs").exists()
+
+
+@ranks
 @pytest.mark.slow
 def test_what_one_rank_raises_is_shown_once_and_the_code_is_1(folder):
     process = start(folder, "fit", "run.yaml", "--nproc", "2", "module.fail_at=3")
@@ -384,6 +393,9 @@ def test_a_signal_to_the_launcher_saves_once(name, code, folder, whole):
     (folder / "go").touch()
     err = ended(process, folder, code)
     assert "Traceback" not in err
+    (how,) = re.findall(r"^hookline: go on with: hookline (.*)$", err, re.M)
+    assert [how.split()[:2], how.split()[-2:]] == [["fit", "run.yaml"], ["--resume", "runs/run-1"]]
+    assert "--nproc 2 " in how
     assert_saved_once_and_gone_on_with(folder, whole, f"received {name}")
 
 
@@ -414,7 +426,9 @@ def test_the_exit_code_of_the_plugin_comes_out(tmp_path):
 def test_without_the_plugin_a_signal_ends_it_at_once(name, code, folder):
     process = waiting(folder, "-p", "no:signals")
     process.send_signal(signal.Signals[name])
-    ended(process, folder, code)
+    err = ended(process, folder, code)
+    told = ["hookline: interrupted; no checkpoint was saved yet, so there is nothing to go on with"]
+    assert re.findall("^hookline: .*", err, re.M) == (told if name == "SIGINT" else [])
     assert not any(is_there(said(folder, rank)["pid"]) for rank in (0, 1))
     assert storage.listed(folder / "runs" / "run-1" / "checkpoints") == []
 

@@ -24,6 +24,7 @@ Parameters = Mapping[str, inspect.Parameter]
 
 TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 LISTS = (list, tuple, set, frozenset, Sequence, collections.abc.Iterable, collections.abc.Collection)
+BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
 MAPPINGS = (dict, Mapping, collections.abc.MutableMapping)
 NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(inf|nan)", re.I)
 
@@ -64,11 +65,15 @@ def check_names(where: str, taker: str, parameters: Parameters, given: Mapping[s
         ValueError: there is one; the message has its key, and what there is.
     """
     open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    known = [name for name, one in parameters.items() if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)]
+    known = [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD]
+    unnamed = [name for name in known if parameters[name].kind in BY_PLACE]
     for name in given:
         if name not in known and not open_ended:
             raise ValueError(f"{where}.{name}: unknown key{nearest(name, known)}; {taker} takes {listed(name, known)}")
-    missing = [name for name in known if parameters[name].default is inspect.Parameter.empty and name not in given]
+        if name in unnamed and not open_ended:
+            raise ValueError(f"{where}.{name}: {taker} takes {name} by place alone, which a configuration cannot give")
+    needed = [name for name in known if parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL]
+    missing = [name for name in needed if parameters[name].default is inspect.Parameter.empty and name not in given]
     if missing:
         wanted = ", ".join(f"{name!r} ({spell_type(parameters[name].annotation)})" for name in missing)
         raise ValueError(f"{where}: {taker}: missing a required argument: {wanted}")

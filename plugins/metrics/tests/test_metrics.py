@@ -811,7 +811,7 @@ def test_a_stage_without_metrics_is_not_listened_to():
                 "_target_": "torchmetrics.MetricCollection",
                 "metrics": {"f1": {"_target_": "torchmetrics.F1Score", "task": "none"}},
             },
-            r"metrics\.val\.accuracy\.metrics\.f1: Invalid Classification",
+            r"metrics\.val\.accuracy\.metrics\.f1\.task: F1Score takes task: Literal",
         ),
         (
             {"num_classes": 3},

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hookline import __version__
-from hookline.cli import logs, mistakes
+from hookline.cli import going_on, logs, mistakes
 from hookline.commands import (
     UserError,
     add_command,
@@ -200,8 +200,6 @@ def _launching() -> argparse.ArgumentParser:
 
 
 def _configuration(options: argparse.Namespace) -> Any:
-    from hookline.cli import going_on
-
     resume = going_on.resume_of(options) if hasattr(options, "resume") else None
     with mendable(ValueError):
         return read_configuration(options, *([] if resume is None else [f"trainer.resume={json.dumps(resume)}"]))
@@ -244,7 +242,7 @@ def _run_or_launch(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from hookline.cli import going_on, launch
+    from hookline.cli import launch
 
     if options.door == "train" and (folder := launch.remembered()) is not None:
         # the run of the attempt before, not another one of this name
@@ -269,7 +267,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _do(trainer: Any, options: argparse.Namespace) -> Any:
     from hookline import config
-    from hookline.cli import going_on, launch
+    from hookline.cli import launch
 
     with mendable(ValueError):
         going_on.refuse_nothing_to_resume(options, trainer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import shlex
@@ -17,6 +18,23 @@ from hookline.options import CHECKPOINTS, run_folder
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C in a run; says how to go on."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Let a command go on with a run; `resume_of` reads what was given."""
+    parser.add_argument(
+        "--resume", nargs="?", const=True, default=None, metavar="RUN",
+        help="go on with the newest run of this name; or with another run, by its name or path; or with one "
+        "checkpoint: its path, its step, best or last",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume-or-start", action="store_true",
+        help="as --resume, and begin a run where there is none yet; for jobs that a scheduler starts again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", metavar="WHICH",
+        help="which checkpoint of the run: best, last, its step, or a path; with --resume RUN of that run",
+    )  # fmt: skip
 
 
 def resume_of(options: Any) -> str | bool | None:
