@@ -19,6 +19,7 @@ def tests(session: nox.Session) -> None:
 
 
 CORE = [f"tests/test_{name}.py" for name in ("parts", "interfaces", "plugins", "trainer", "parity", "budgets")]
+PROGRAMS = {("docs", "how-to"): "tests/test_howto.py", ("examples", "recipes"): "tests/test_recipes.py"}
 ALWAYS = ["tests/test_architecture.py", "tests/test_private_parts.py"]
 
 
@@ -33,6 +34,8 @@ def tests_of(changed: list[str]) -> tuple[list[str], list[str]]:
             tests.add(name)
         elif path.parts[0] == "src":
             tests.update(CORE)
+        elif path.parts[:2] in PROGRAMS:
+            tests.add(PROGRAMS[path.parts[:2]])
         if path.suffix == ".md":
             pages.add(name)
     return sorted(test for test in tests if Path(test).exists()), sorted(pages)
@@ -145,6 +148,13 @@ def notebook(session: nox.Session) -> None:
     """Train in a real Jupyter kernel, and look at the outputs of the cell."""
     session.install("ipykernel", "nbclient", "nbformat", "-r", "requirements-dev.txt")
     session.run("pytest", "-n", "0", "plugins/progress/tests/test_notebook.py", "-m", "slow", *session.posargs)
+
+
+@nox.session
+def recipes(session: nox.Session) -> None:
+    """Train the recipes to what their pages say, and cut each of them once."""
+    session.install("-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "auto", "tests/test_recipes.py", "-m", "slow or not slow", *session.posargs)
 
 
 @nox.session
