@@ -19,6 +19,7 @@ def tests(session: nox.Session) -> None:
 
 
 CORE = [f"tests/test_{name}.py" for name in ("parts", "interfaces", "plugins", "trainer", "parity", "budgets")]
+PROGRAMS = {("docs", "how-to"): "tests/test_howto.py", ("examples", "recipes"): "tests/test_recipes.py"}
 ALWAYS = ["tests/test_architecture.py", "tests/test_private_parts.py"]
 
 
@@ -33,6 +34,8 @@ def tests_of(changed: list[str]) -> tuple[list[str], list[str]]:
             tests.add(name)
         elif path.parts[0] == "src":
             tests.update(CORE)
+        elif path.parts[:2] in PROGRAMS:
+            tests.add(PROGRAMS[path.parts[:2]])
         if path.suffix == ".md":
             pages.add(name)
     return sorted(test for test in tests if Path(test).exists()), sorted(pages)
@@ -153,6 +156,13 @@ def third_party(session: nox.Session) -> None:
     """Build the wheel of the plugin in examples/third_party, install it, and run all its tests there."""
     session.install("flit_core", "-r", "requirements-dev.txt")
     session.run("pytest", "-n", "0", "tests/test_third_party.py", "-m", "slow or not slow", *session.posargs)
+
+
+@nox.session
+def recipes(session: nox.Session) -> None:
+    """Train the recipes to what their pages say, and cut each of them once."""
+    session.install("-r", "requirements-dev.txt")
+    session.run("pytest", "-n", "auto", "tests/test_recipes.py", "-m", "slow or not slow", *session.posargs)
 
 
 @nox.session

@@ -143,7 +143,8 @@ class Ppo(ModuleInterface):
         return [torch.optim.Adam(self.parameters(), self.learning_rate)], []
 
     def on_end_train(self, global_step):
-        print(f"steps that the pole was kept upright: {self.trainer.metrics['val_return']:.0f} of 500")
+        if "val_return" in self.trainer.metrics:
+            print(f"steps that the pole was kept upright: {self.trainer.metrics['val_return']:.0f} of 500")
 
 
 if __name__ == "__main__":
