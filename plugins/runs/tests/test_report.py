@@ -790,6 +790,28 @@ def client_plan(*answers):
 
 # In a real browser --------------------------------------------------------------------
 
+NO_BROWSER = shutil.which("chromium") is None or shutil.which("chromedriver") is None
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Open a browser without a window."""
+    if NO_BROWSER:
+        pytest.skip("looks at the page in chromium, by chromedriver, which are not there")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="drives the browser")
+    options = webdriver.ChromeOptions()
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,1000"):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.binary_location = shutil.which("chromium")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_script_timeout(60)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
 
 @contextlib.contextmanager
 def looking(browser, url):
