@@ -180,8 +180,10 @@ def small(tmp_path):
         "validation: {nav: {omitted_files: warn}, links: {anchors: warn}}\n"
         "nav: [Home: index.md, Things: things/*, Last: last.md]\n",
         "part/README.md": "# Part\n\n[up](../docs/index.md#here) [own](#part) [code](code.py) `[no](link.md)`\n\n"
+        "![picture](dot.svg) [by name][last]\n\n[last]: ../docs/last.md\n\n"
         "| a |\n|---|\n| `x\\|y` |\n",
         "part/code.py": "print(1)\n",
+        "part/dot.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
         "docs/index.md": "# Home\n\n## Here\n\n[part](../part/README.md#part), [its folder](../part)\n",
         "docs/last.md": "# Last\n",
         "docs/things/index.md": "# Things\n\n## Second\n\n- [b](b.md)\n\n## First\n\n| [a](a.md) | [b](b.md) |\n",
@@ -198,7 +200,11 @@ def test_pages_are_made_of_readmes_and_sources(small):
     done = build(small / "site", small)
     assert done.returncode == 0, done.stderr
     site = Site(small / "site", done)
-    assert {"../../#here", "#part", "../../source/part/code.py/"} <= set(site.pages["things/a/index.html"].links)
+    assert {"../../#here", "#part", "../../source/part/code.py/", "../../last/"} <= set(
+        site.pages["things/a/index.html"].links
+    )
+    assert "../../source/part/dot.svg" in site.pages["things/a/index.html"].assets
+    assert (small / "site" / "source" / "part" / "dot.svg").exists()
     assert "<code>x|y</code>" in site.texts["things/a/index.html"]
     assert "<code>[no](link.md)</code>" in site.texts["things/a/index.html"]
     assert {"things/a/#part", "things/a/"} <= set(site.pages["index.html"].links)

@@ -2,7 +2,8 @@
 
 A page may include a Markdown file, as a README: `--8<-- "plugins/clip/README.md"`, or a section of it. Links are
 written for readers of the repository, and lead to the page of the site that shows the same. A source file that is
-linked becomes a page. A folder that is written as `how-to/*` in the navigation has the order of its index page.
+linked becomes a page, and a picture is copied. A folder that is written as `how-to/*` in the navigation has the order
+of its index page.
 """
 
 import os
@@ -13,9 +14,11 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, InclusionLevel
 
 INCLUDE = re.compile(r'^--8<-- "(\S+\.md)(?::(\w+))?"$', re.M)
-LINK = re.compile(r"^\s*(```+).*?^\s*\1$|(`+)(?!`).+?\2|(?<=\]\()([^)\s]+)(?=[)\s])", re.M | re.S)  # or code
+CODE = r"^\s*(```+).*?^\s*\1$|(`+)(?!`).+?\2"  # in which links are none
+LINK = re.compile(CODE + r"|(\]\(|^\[[^\]\n]+\]: +)([^)\s]+)", re.M | re.S)
 ROW = re.compile(r"^(#+) (.+)$|^(?:\||[-*]) +\[(.+?)\]\((\S+?)\)", re.M)  # a heading, or a link that begins a row
 LEXERS = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash", ".txt": "text"}
+PICTURES = (".png", ".svg", ".jpg", ".gif")
 MORE, LESS = {"boost": 2}, {"boost": 0.3}  # what a search shows first, and last
 SEARCH = {
     "how-to": {"boost": 1.2}, "modules.md": MORE, "configuration.md": MORE, "commands.md": MORE,
@@ -32,8 +35,11 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Add a page for each source file that a page links to."""
-    for path in sorted(site.linked_sources()):
+    """Add a page for each source file, and a copy of each picture, that a page links to."""
+    for path in sorted(set(site.linked_sources())):
+        if path.endswith(PICTURES):
+            files.append(File.generated(config, f"source/{path}", abs_src_path=str(site.root / path)))
+            continue
         text = (site.root / path).read_text(encoding="utf-8")
         shown = f"# {path}\n\n`````{LEXERS[Path(path).suffix]}\n{text}\n`````\n"
         uri = f"source/{path}.md"
@@ -93,7 +99,7 @@ class Site:
         """Return a text of the file `place` with links that work on the page `uri`."""
 
         def link(match):
-            target = match[3]
+            before, target = match[3], match[4]
             if target is None:
                 row = text[text.rfind("\n", 0, match.start()) + 1] == "|"
                 return match[0].replace("\\|", "|") if row else match[0]  # as forges show code in tables
@@ -101,14 +107,17 @@ class Site:
                 return match[0]
             path, mark, anchor = target.partition("#")
             page = self.page_of(os.path.normpath(os.path.join(os.path.dirname(place), path)))
-            return match[0] if page is None else os.path.relpath(page, os.path.dirname(uri)) + mark + anchor
+            return match[0] if page is None else before + os.path.relpath(page, os.path.dirname(uri)) + mark + anchor
 
         return LINK.sub(link, text)
 
     def page_of(self, path):
         """Return the page that shows a file of the repository, or None."""
         known = self.shown.get(path) or self.shown.get(f"{path}/README.md") or self.shown.get(f"{path}/index.md")
-        if known is None and Path(path).suffix in LEXERS and (self.root / path).is_file():
+        outside = not (self.root / path).is_relative_to(self.docs) and (self.root / path).is_file()
+        if known is None and outside and path.endswith(PICTURES):
+            return f"source/{path}"
+        if known is None and outside and path.endswith((*LEXERS,)):
             return f"source/{path}.md"
         return known
 
@@ -116,7 +125,7 @@ class Site:
         """Give the source files that pages link to."""
         for uri in self.pages:
             for match in LINK.finditer(self.text(uri, self.raw(uri))):
-                path = os.path.normpath(os.path.join(os.path.dirname(uri), match[3] or "."))
+                path = os.path.normpath(os.path.join(os.path.dirname(uri), match[4] or "."))
                 if path.startswith("source/"):
                     yield path.removeprefix("source/").removesuffix(".md")
 
