@@ -193,14 +193,14 @@ def test_the_address_keeps_the_whole_view(tmp_path, browser):
         js(browser, "document.querySelector(`[data-panel='loss'] .legend button`).click()")
         js(browser, "look({zoom: [0.2, 0.8]})")
         until(lambda: "zoom=0.2,0.8" in browser.current_url and "shut=system" in browser.current_url)
-        until(lambda: points(browser) == 2 * 50)  # val_loss of two groups
+        until(lambda: points(browser) == 3 * 50)  # val_loss of three groups
         before, address = seen(browser), browser.current_url
         assert before[13] == ["run, 1", "run, 3", "run, 2"]  # filtered, sorted
         assert before[7] == "1"
         assert js(browser, "document.querySelector('[data-object=said] pre').textContent") == "20"
         for again in (browser.refresh, lambda: (browser.get("about:blank"), browser.get(address))):
             again()
-            until(lambda: points(browser) == 2 * 50)
+            until(lambda: points(browser) == 3 * 50)
             with contextlib.suppress(AssertionError):
                 until(lambda: seen(browser) == before, 5)
             assert (seen(browser), browser.current_url) == (before, address)

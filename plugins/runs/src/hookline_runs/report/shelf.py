@@ -6,7 +6,6 @@ Names that a browser sends are looked up among the runs and objects that were fo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import stat
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hookline_runs import notes
-from hookline_runs.compare import is_better_lower
+from hookline_runs.compare import flatten, is_better_lower
 from hookline_runs.edits import GONE
 from hookline_runs.follow import Follower, Glance, Reader, Series
 from hookline_runs.objects import FOLDER, NAMED
@@ -66,7 +65,7 @@ class _Listing:
         identity, _, number = since.partition(".")
         known = int(number) if identity == self._id and number.isdecimal() else -1
         self._number += 1
-        for name, one in plain(shown).items():  # NaN is equal to nothing
+        for name, one in shown.items():
             if name not in self._told or self._told[name][1] != one:
                 self._told[name] = self._number, one
         for name in [name for name in self._told if name not in shown]:
@@ -84,6 +83,7 @@ class Shelf:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._runs, self._table = _Listing(root, Glance), _Listing(root, Tally)
+        self._parameters: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
         self._followed: OrderedDict[str, tuple[threading.Lock, Follower]] = OrderedDict()
         self._listing, self._tallying, self._following = threading.Lock(), threading.Lock(), threading.Lock()
 
@@ -92,16 +92,28 @@ class Shelf:
         with self._listing:
             complete = self._runs.look(time.monotonic() + patience)
             shown = {
-                name: told.summary(glance) | _noted(self.root / name) for name, glance in self._runs.readers.items()
+                name: told.summary(glance) | self._set_by_people(name, glance)
+                for name, glance in self._runs.readers.items()
             }
             return {"folder": str(self.root), "complete": complete, **self._runs.changed(shown, since)}
+
+    def _set_by_people(self, name: str, glance: Glance) -> dict[str, Any]:
+        """Return parameters and notes of a run; parameters are laid out once, for there may be many."""
+        config = glance.shown.config
+        if name not in self._parameters or self._parameters[name][0] is not config:
+            self._parameters[name] = config, dict(flatten(config))
+        return {"parameters": self._parameters[name][1], "notes": vars(notes.read_notes(self.root / name))}
 
     def table(self, since: str, patience: float = PATIENCE) -> dict[str, Any]:
         """Return the last and the best value of each metric of all runs, those that are new since an earlier answer."""
         with self._tallying:
             complete = self._table.look(time.monotonic() + patience)
             shown = {
-                name: {"name": name, "complete": reader.complete, "metrics": _rounded(reader)}
+                name: {
+                    "name": name,
+                    "complete": reader.complete,
+                    "metrics": _rounded(reader),
+                }  # NaN equals nothing
                 for name, reader in self._table.readers.items()
             }
             lower = {metric: is_better_lower(metric) for one in shown.values() for metric in one["metrics"]}
@@ -256,13 +268,11 @@ def folders(root: Path) -> Iterator[str]:
                     yield entry.name
 
 
-def _noted(folder: Path) -> dict[str, Any]:
-    return {"notes": dataclasses.asdict(notes.read_notes(folder))}
-
-
 def _rounded(reader: Tally) -> dict[str, Any]:
+    """Return what metrics came to; NaN as a word, since it is equal to nothing, and would be told as new each time."""
     return {
-        name: values | {key: told.short(values[key]) for key in ("last", "best")} for name, values in reader.metrics
+        name: plain(values | {key: told.short(values[key]) for key in ("last", "best")})
+        for name, values in reader.metrics
     }
 
 
