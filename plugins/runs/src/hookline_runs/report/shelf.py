@@ -13,7 +13,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,37 +87,46 @@ class Shelf:
         self._followed: OrderedDict[str, tuple[threading.Lock, Follower]] = OrderedDict()
         self._listing, self._tallying, self._following = threading.Lock(), threading.Lock(), threading.Lock()
 
-    def runs(self, since: str, patience: float = PATIENCE) -> dict[str, Any]:
-        """Return the names of all runs, and what is new of each since an earlier answer; read for so many seconds."""
+    def runs(self, since: str) -> dict[str, Any]:
+        """Return the names of all runs, and what is new of each since an earlier answer."""
         with self._listing:
-            complete = self._runs.look(time.monotonic() + patience)
-            shown = {
-                name: told.summary(glance) | self._set_by_people(name, glance)
-                for name, glance in self._runs.readers.items()
-            }
+            complete = self._runs.look(time.monotonic() + PATIENCE)
+            shown = {name: self._listed(name, glance) for name, glance in self._runs.readers.items()}
             return {"folder": str(self.root), "complete": complete, **self._runs.changed(shown, since)}
 
-    def _set_by_people(self, name: str, glance: Glance) -> dict[str, Any]:
-        """Return parameters and notes of a run; parameters are laid out once, for there may be many."""
+    def table(self, since: str) -> dict[str, Any]:
+        """Return the last and the best value of each metric of all runs, those that are new since an earlier answer."""
+        with self._tallying:
+            complete = self._table.look(time.monotonic() + PATIENCE)
+            shown = {name: _tallied(name, reader) for name, reader in self._table.readers.items()}
+            return {"complete": complete, "lower": _lower(shown.values()), **self._table.changed(shown, since)}
+
+    def whole(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what `runs` and `table` tell of some runs once those were read, however long it takes.
+
+        Raises:
+            Unknown: there is no such run.
+        """
+        listed, tallied = [], []
+        for name in names:
+            glance, tally = Glance(self.folder(name)), Tally(self.folder(name))
+            try:
+                glance.update()
+                tally.update()
+            except OSError as error:
+                raise Unknown(f"there is no run {name!r} any more") from error
+            listed.append(self._listed(name, glance))
+            tallied.append(_tallied(name, tally))
+        same = {"complete": True, "token": "", "names": list(names)}
+        return {"folder": str(self.root), "runs": listed, **same}, {"lower": _lower(tallied), "runs": tallied, **same}
+
+    def _listed(self, name: str, glance: Glance) -> dict[str, Any]:
+        """Return what the list has of a run; its parameters are laid out once, for there may be many."""
         config = glance.shown.config
         if name not in self._parameters or self._parameters[name][0] is not config:
             self._parameters[name] = config, dict(flatten(config))
-        return {"parameters": self._parameters[name][1], "notes": vars(notes.read_notes(self.root / name))}
-
-    def table(self, since: str, patience: float = PATIENCE) -> dict[str, Any]:
-        """Return the last and the best value of each metric of all runs, those that are new since an earlier answer."""
-        with self._tallying:
-            complete = self._table.look(time.monotonic() + patience)
-            shown = {
-                name: {
-                    "name": name,
-                    "complete": reader.complete,
-                    "metrics": _rounded(reader),
-                }  # NaN equals nothing
-                for name, reader in self._table.readers.items()
-            }
-            lower = {metric: is_better_lower(metric) for one in shown.values() for metric in one["metrics"]}
-            return {"complete": complete, "lower": lower, **self._table.changed(shown, since)}
+        noted = vars(notes.read_notes(self.root / name))
+        return told.summary(glance) | {"parameters": self._parameters[name][1], "notes": noted}
 
     def run(
         self, name: str, axis: str, since: str, metrics: Sequence[str], fresh: Sequence[str], mean: bool = False
@@ -268,12 +277,17 @@ def folders(root: Path) -> Iterator[str]:
                     yield entry.name
 
 
-def _rounded(reader: Tally) -> dict[str, Any]:
+def _tallied(name: str, reader: Tally) -> dict[str, Any]:
     """Return what metrics came to; NaN as a word, since it is equal to nothing, and would be told as new each time."""
-    return {
-        name: plain(values | {key: told.short(values[key]) for key in ("last", "best")})
-        for name, values in reader.metrics
+    metrics = {
+        metric: plain(values | {key: told.short(values[key]) for key in ("last", "best")})
+        for metric, values in reader.metrics
     }
+    return {"name": name, "complete": reader.complete, "metrics": metrics}
+
+
+def _lower(tallied: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    return {metric: is_better_lower(metric) for one in tallied for metric in one["metrics"]}
 
 
 def _whole(value: float) -> float | int:
