@@ -7,7 +7,6 @@ import hashlib
 import html
 import importlib.resources
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,24 +62,20 @@ def _hash(text: str) -> str:
 
 
 def _data(shelf: Shelf, names: Sequence[str], view: str) -> dict[str, Any]:
-    listed, table = shelf.runs("", math.inf), shelf.table("", math.inf)
-    missing = [name for name in names if name not in listed["names"]]
-    if missing:
-        raise Unknown(f"there is no run {missing[0]!r}")
-    kept = [one for one in listed["runs"] if not names or one["name"] in names]
-    chosen = {one["name"] for one in kept}
+    chosen = sorted(set(names or folders(shelf.root)))
+    listed, table = shelf.whole(chosen)
     runs = {}
-    for one in kept:
-        with shelf.following(one["name"]) as follower:
-            runs[one["name"]] = _run(follower)
-            logged = {known["name"]: known for known in runs[one["name"]]["live"]["objects"]}
+    for name in chosen:
+        with shelf.following(name) as follower:
+            runs[name] = _run(follower)
+            logged = {known["name"] for known in runs[name]["live"]["objects"]}
             texts = [known for known in follower.run.objects if "text" in known and known["name"] in logged]
-            runs[one["name"]]["texts"] = {f"{known['name']}\n{known['step']}": known["text"] for known in texts}
+            runs[name]["texts"] = {f"{known['name']}\n{known['step']}": known["text"] for known in texts}
     files, left_out = _files(shelf, runs)
     return {
         "view": view,
-        "list": listed | {"names": sorted(chosen), "runs": kept, "editable": False},
-        "table": table | {"names": sorted(chosen), "runs": [one for one in table["runs"] if one["name"] in chosen]},
+        "list": listed | {"editable": False},
+        "table": table,
         "runs": runs,
         "files": files,
         "left_out": left_out,

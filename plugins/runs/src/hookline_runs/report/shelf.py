@@ -6,7 +6,6 @@ Names that a browser sends are looked up among the runs and objects that were fo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import stat
@@ -14,12 +13,12 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hookline_runs import notes
-from hookline_runs.compare import is_better_lower
+from hookline_runs.compare import flatten, is_better_lower
 from hookline_runs.edits import GONE
 from hookline_runs.follow import Follower, Glance, Reader, Series
 from hookline_runs.objects import FOLDER, NAMED
@@ -66,7 +65,7 @@ class _Listing:
         identity, _, number = since.partition(".")
         known = int(number) if identity == self._id and number.isdecimal() else -1
         self._number += 1
-        for name, one in plain(shown).items():  # NaN is equal to nothing
+        for name, one in shown.items():
             if name not in self._told or self._told[name][1] != one:
                 self._told[name] = self._number, one
         for name in [name for name in self._told if name not in shown]:
@@ -84,28 +83,50 @@ class Shelf:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._runs, self._table = _Listing(root, Glance), _Listing(root, Tally)
+        self._parameters: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
         self._followed: OrderedDict[str, tuple[threading.Lock, Follower]] = OrderedDict()
         self._listing, self._tallying, self._following = threading.Lock(), threading.Lock(), threading.Lock()
 
-    def runs(self, since: str, patience: float = PATIENCE) -> dict[str, Any]:
-        """Return the names of all runs, and what is new of each since an earlier answer; read for so many seconds."""
+    def runs(self, since: str) -> dict[str, Any]:
+        """Return the names of all runs, and what is new of each since an earlier answer."""
         with self._listing:
-            complete = self._runs.look(time.monotonic() + patience)
-            shown = {
-                name: told.summary(glance) | _noted(self.root / name) for name, glance in self._runs.readers.items()
-            }
+            complete = self._runs.look(time.monotonic() + PATIENCE)
+            shown = {name: self._listed(name, glance) for name, glance in self._runs.readers.items()}
             return {"folder": str(self.root), "complete": complete, **self._runs.changed(shown, since)}
 
-    def table(self, since: str, patience: float = PATIENCE) -> dict[str, Any]:
+    def table(self, since: str) -> dict[str, Any]:
         """Return the last and the best value of each metric of all runs, those that are new since an earlier answer."""
         with self._tallying:
-            complete = self._table.look(time.monotonic() + patience)
-            shown = {
-                name: {"name": name, "complete": reader.complete, "metrics": _rounded(reader)}
-                for name, reader in self._table.readers.items()
-            }
-            lower = {metric: is_better_lower(metric) for one in shown.values() for metric in one["metrics"]}
-            return {"complete": complete, "lower": lower, **self._table.changed(shown, since)}
+            complete = self._table.look(time.monotonic() + PATIENCE)
+            shown = {name: _tallied(name, reader) for name, reader in self._table.readers.items()}
+            return {"complete": complete, "lower": _lower(shown.values()), **self._table.changed(shown, since)}
+
+    def whole(self, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what `runs` and `table` tell of some runs once those were read, however long it takes.
+
+        Raises:
+            Unknown: there is no such run.
+        """
+        listed, tallied = [], []
+        for name in names:
+            glance, tally = Glance(self.folder(name)), Tally(self.folder(name))
+            try:
+                glance.update()
+                tally.update()
+            except OSError as error:
+                raise Unknown(f"there is no run {name!r} any more") from error
+            listed.append(self._listed(name, glance))
+            tallied.append(_tallied(name, tally))
+        same = {"complete": True, "token": "", "names": list(names)}
+        return {"folder": str(self.root), "runs": listed, **same}, {"lower": _lower(tallied), "runs": tallied, **same}
+
+    def _listed(self, name: str, glance: Glance) -> dict[str, Any]:
+        """Return what the list has of a run; its parameters are laid out once, for there may be many."""
+        config = glance.shown.config
+        if name not in self._parameters or self._parameters[name][0] is not config:
+            self._parameters[name] = config, dict(flatten(config))
+        noted = vars(notes.read_notes(self.root / name))
+        return told.summary(glance) | {"parameters": self._parameters[name][1], "notes": noted}
 
     def run(
         self, name: str, axis: str, since: str, metrics: Sequence[str], fresh: Sequence[str], mean: bool = False
@@ -256,14 +277,17 @@ def folders(root: Path) -> Iterator[str]:
                     yield entry.name
 
 
-def _noted(folder: Path) -> dict[str, Any]:
-    return {"notes": dataclasses.asdict(notes.read_notes(folder))}
-
-
-def _rounded(reader: Tally) -> dict[str, Any]:
-    return {
-        name: values | {key: told.short(values[key]) for key in ("last", "best")} for name, values in reader.metrics
+def _tallied(name: str, reader: Tally) -> dict[str, Any]:
+    """Return what metrics came to; NaN as a word, since it is equal to nothing, and would be told as new each time."""
+    metrics = {
+        metric: plain(values | {key: told.short(values[key]) for key in ("last", "best")})
+        for metric, values in reader.metrics
     }
+    return {"name": name, "complete": reader.complete, "metrics": metrics}
+
+
+def _lower(tallied: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    return {metric: is_better_lower(metric) for one in tallied for metric in one["metrics"]}
 
 
 def _whole(value: float) -> float | int:

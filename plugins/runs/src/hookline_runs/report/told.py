@@ -35,7 +35,6 @@ def summary(glance: Glance) -> dict[str, Any]:
         "began": run.began,
         "revision": run.revision,
         "command": typed(run.command),
-        "parameters": dict(flatten(run.config)),
         "complete": glance.complete,
     }
 

@@ -9,7 +9,8 @@ const colourings = new Map(); // by column
 const groupValue = (name) => (view.group ? short(valueOf(name, view.group)) : "");
 
 function shade(part) {
-  const at = Math.min(Math.max(part, 0), 1) * (SHADES.length - 1) * 0.94; // the lightest is not seen on white
+  const [from, to] = theme() ? [0.25, 1] : [0, 0.94]; // the darkest is not seen on black, the lightest not on white
+  const at = (from + Math.min(Math.max(part, 0), 1) * (to - from)) * (SHADES.length - 1);
   const [one, other] = [SHADES[Math.floor(at)], SHADES[Math.ceil(at)]];
   const mixed = one.map((value, number) => Math.round(value + (other[number] - value) * (at - Math.floor(at))));
   return `rgb(${mixed.join(", ")})`;
@@ -17,7 +18,7 @@ function shade(part) {
 
 // A function from a run to its colour by a column, the same wherever it is shown: shades for numbers, else one for each value.
 function colouring(column, deal = byValue) {
-  const state = `${deal.name} ${listToken} ${tableToken}`;
+  const state = `${deal.name} ${listToken} ${tableToken} ${theme()}`;
   const kept = colourings.get(column);
   if (kept?.state === state) return kept.colour;
   const values = new Map([...runs.keys()].map((name) => [name, valueOf(name, column)]));

@@ -23,7 +23,7 @@ async function tick() {
       again = false;
       const complete = await refreshList();
       const counted = !needsTable() || await refreshTable();
-      wait = complete && counted ? EVERY : 200;
+      wait = !counted ? 20 : complete ? EVERY : 200;
       for (const name of [...view.runs]) {
         await refreshRun(name);
         draw();
