@@ -264,7 +264,8 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
     trainer.module.update_state(state["module"])
     trainer.plugins.receive({**state["plugins"], **state.get("own_plugins", {})})
     if stage is not Stage.TRAIN:
-        trainer.counters.update_state(state["trainer"]["counters"])  # so that values are logged at their step
+        if "trainer" in state:  # not in what a plugin keeps of a run, such as its best weights
+            trainer.counters.update_state(state["trainer"]["counters"])  # so that values are logged at their step
         return True
     trainer.training.update_state(state["trainer"])
     if not trainer.options.reset_optimizers_schedulers:
