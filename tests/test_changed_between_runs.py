@@ -211,6 +211,14 @@ def test_a_plugin_that_was_added_begins_anew_and_one_that_was_removed_changes_no
     assert digest(resumed.module.state_dict()) == digest(unbroken.module.state_dict())
 
 
+def test_a_plugin_that_no_longer_has_a_state_goes_on_without_it():
+    class Stateless:
+        """Has no base class, and so no `update_state`."""
+
+    _, kept, _ = run(plugins={"counts": Counts()})
+    assert run(kept.states[5], plugins={"counts": Stateless()})[0].global_step == 14
+
+
 def test_a_state_belongs_to_the_name_not_to_the_class():
     _, kept, _ = run(plugins={"counts": Counts()})
     same, other = Counts(), Counts()

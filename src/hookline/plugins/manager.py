@@ -157,7 +157,7 @@ class PluginManager(pluggy.PluginManager):
 
     def receive(self, states: Mapping[str, Any]) -> None:
         """Pass states to the plugins of these names; a plugin that registers later gets its state then."""
-        plugins = dict(self.listed())
+        plugins = {name: plugin for name, plugin in self.listed() if hasattr(plugin, "update_state")}
         for name, state in states.items():
             if name in plugins:
                 self._ask(plugins[name], name, "update_state", state)
