@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hookline.forwards import beside
 from hookline.marks import hookimpl
 
 if TYPE_CHECKING:
@@ -288,13 +289,10 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        found = [
-            vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base) and base is not torch.nn.Module
-        ]
-        own = next((one for one in found if not wraps_steps(one)), None)
-        if own is not None and not hasattr(found[0], "steps"):
-            steps = next(one for one in found if one is not own and (hasattr(one, "steps") or wraps_steps(one)))
-            cls.forward = beside(own, steps)  # type: ignore[method-assign]
+        bases = [base for base in cls.__mro__ if base not in (ModuleInterface, torch.nn.Module)]
+        found = [vars(base)["forward"] for base in bases if "forward" in vars(base)]
+        if found and (forward := beside(found, ModuleInterface.forward, Stage)) is not None:
+            cls.forward = forward  # type: ignore[method-assign]
 
     def forward(self, *args: Any, **given: Any) -> Any:
         """Call the step of a stage; the loop calls this, so wrappers such as DDP see every step.
@@ -383,29 +381,6 @@ class ModuleInterface(torch.nn.Module, CallbackInterface):
     def _unwritten(self, step: str, loaders: str) -> str:
         name = type(self).__name__
         return f"{name}.{loaders}() gave data, but {name} has no {step}(global_step, batch, device)"
-
-
-def wraps_steps(forward: Any) -> bool:
-    """Tell whether a `forward` takes the loop's arguments: it names `stage`, or passes on all that it is given."""
-    signature = inspect.signature(forward)
-    try:
-        signature.bind(None, stage=None, global_step=None, batch=None, device=None)
-    except TypeError:
-        return False
-    inner = getattr(getattr(forward, "__code__", None), "co_freevars", ())
-    return forward is ModuleInterface.forward or "stage" in signature.parameters or "__class__" in inner  # of super()
-
-
-def beside(own: Callable[..., Any], steps: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `forward` that is the module's own, and `steps` where the loop calls it."""
-
-    @functools.wraps(own)
-    def forward(self: ModuleInterface, *args: Any, **given: Any) -> Any:
-        stage = given.get("stage", args[0] if args else None)
-        return (steps if isinstance(stage, Stage) else own)(self, *args, **given)
-
-    forward.steps = steps  # type: ignore[attr-defined]
-    return forward
 
 
 def join(module: ModuleInterface, trainer: Trainer) -> None:

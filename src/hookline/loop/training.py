@@ -42,8 +42,7 @@ class Training:
         """The seconds before the last boundary read the clock; a time crossed by it is due until the next boundary."""
         self._unsettled = False  # whether a step has not reached its boundary yet
         self._stepped = True
-        self._watched = False  # whether the first step has been looked at
-        self._looking = False
+        self._first = "ahead"  # or "under way", or "behind": the step that is looked at
         self._first_loader: Loader | None = None
         self._epoch_outputs = Collector(0)
 
@@ -180,7 +179,10 @@ class Training:
         run, counters, size = self.run, self.run.counters, len(window)
         self._stepped, samples = True, self.window.begin(window)
         try:
-            outputs = run.hook.update(trainer=run, window=window) if self._watched else self._update_first(window)
+            if self._first == "behind":
+                outputs = run.hook.update(trainer=run, window=window)
+            else:
+                outputs = self._update_first(window)
         except WindowCut as cut:
             self._keep_cut(cut)
             return False
@@ -214,13 +216,12 @@ class Training:
         return True
 
     def _update_first(self, window: Sequence[Any]) -> list[Outputs]:
-        self._looking = True
+        self._first = "under way"
         try:
             with watched(self.run, self.built):
                 outputs = self.run.hook.update(trainer=self.run, window=window)
         finally:
-            self._looking = False
-        self._watched = True
+            self._first = "behind"
         return outputs  # type: ignore[no-any-return]
 
     def _keep_cut(self, cut: WindowCut) -> None:
@@ -249,7 +250,7 @@ class Training:
         if isinstance(optimizers, torch.optim.Optimizer):
             raise TypeError(f"trainer.step takes a list of optimizers, not one {type(optimizers).__name__}; write [it]")
         chosen = self.built.optimizers if optimizers is None else optimizers
-        if self._looking and closure is None:
+        if self._first == "under way" and closure is None:
             look_at_gradients(run, self.built, chosen)
         if closure is None:
             hook.on_begin_optimizer_step(trainer=run, optimizers=chosen)
