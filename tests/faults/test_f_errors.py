@@ -719,7 +719,7 @@ def test_f10_a_process_that_dies_is_seen_and_gone_on_with(by, code, status, tmp_
     assert main(["runs"]) == 0
     assert status in capsys.readouterr().out
     assert good_checkpoints(folder / "runs" / "run-1") == [8, 4]
-    resumed = run(fit, folder, "module.by=", "--resume")
+    resumed = run(fit, folder, "module.by=''", "--resume")
     assert resumed.code == 0, resumed.output
     ends = [storage.listed(path / "runs" / "run-1" / "checkpoints")[0] for path in (whole, folder)]
     assert [line.partition(":")[0] for line in differences(*ends)] == ["trainer.counters.seconds"]
