@@ -248,8 +248,11 @@ def hooks_reached():
 
     listen = type("Listen", (CallbackInterface,), {hook.name: listener(hook) for hook in HOOKS.values()})
     options = {"max_train_steps_per_epoch": 1, "log_every": "1 steps"}
-    tiny_trainer(["checkpoint"], epochs=1, **options).train()
-    resumed = tiny_trainer(["checkpoint", listen()], epochs=2, resume=True, **options)
+    checkpoint = {
+        "checkpoint": {"keep_best": 1, "mode": "min"}
+    }  # else it asks `get_mode`, which the page has with what else may ask
+    tiny_trainer(checkpoint, epochs=1, **options).train()
+    resumed = tiny_trainer({**checkpoint, "listen": listen()}, epochs=2, resume=True, **options)
     resumed.train()
     return list(reached)
 

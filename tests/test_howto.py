@@ -58,6 +58,9 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     (tmp_path / "digits.py").write_text(module_of_the_pages())
+    written = {Path(block.title).stem for page in PAGES for block in blocks(page) if block.title.endswith(".py")}
+    for name in {"digits", *written}:  # which another test may have left
+        monkeypatch.delitem(sys.modules, name, raising=False)
     modules = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - modules:
