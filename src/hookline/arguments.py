@@ -210,7 +210,7 @@ def _items(value: Any, kind: Any, inner: Sequence[Any], where: str) -> Any:
 
 def _object(value: Any, kind: Any, where: str) -> Any:
     """Fit a value to a class that is none of Python's plain ones."""
-    if not isinstance(kind, type) or kind is type or getattr(kind, "_is_protocol", False) or typing.is_typeddict(kind):
+    if not isinstance(kind, type) or kind is type or typing.Protocol in kind.__bases__ or typing.is_typeddict(kind):
         return value
     if issubclass(kind, enum.Enum):
         return _choice(value, dict(kind.__members__) | {str(one.value): one for one in kind})
