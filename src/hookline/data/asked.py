@@ -47,9 +47,10 @@ class Loaders:
             given = self._ask(stage)
             if given is None:
                 return {}
-            given = self._checked(given, stage)
+            given = _by_key(given)
             if stage is Stage.TRAIN and isinstance(given, Mapping):
                 given = trainer.hook.join_loaders(trainer=trainer, loaders=given, sampler=self._samplers[stage])
+            self._check(given, stage)
             if trainer.options.keep_loaders:
                 self._asked[stage] = given
         named = given if isinstance(given, Mapping) else {"default": given}
@@ -58,26 +59,21 @@ class Loaders:
         setup = trainer.hook.setup_loader
         return {key: setup(trainer=trainer, loader=loader, stage=stage, key=key) for key, loader in named.items()}
 
-    def _checked(self, given: Any, stage: Stage) -> Any:
-        """Return what the module gave, several loaders by key; refuse what is no loader."""
+    def _check(self, given: Any, stage: Stage) -> None:
+        """Refuse what is no loader; say once if its batches have another size than was asked for."""
         trainer, options, training = self.trainer, self.trainer.options, stage is Stage.TRAIN
-        kinds = {*map(type, given)} if isinstance(given, (list, tuple)) else set()  # a list may hold many batches
-        if any(issubclass(kind, torch.utils.data.DataLoader) for kind in kinds):
-            given = given[0] if len(given) == 1 else {str(number): loader for number, loader in enumerate(given)}
         method = f"{type(trainer.module).__name__}.get_{stage.value}_dataloader{'' if training else 's'}"
-        several = isinstance(given, Mapping)
         asked = options.train_batch_size if training else options.val_batch_size
         size = trainer.micro_batch_size if training else asked
-        for loader in given.values() if several else [given]:
+        for loader in given.values() if isinstance(given, Mapping) else [given]:
             mistakes.refuse(loader, method, size)
-            own = None if asked == 1 or (several and training) else mistakes.other_size(loader, size)
+            own = None if asked == 1 else mistakes.other_size(loader, size)
             if own is not None and trainer.rank == 0:
                 trainer.say_once(
                     f"{method}() was asked for batches of {size} (trainer.{'train' if training else 'val'}_batch_size="
                     f"{asked}), and its loader has batches of {own}, which counts; give it batch_size=batch_size",
                     about=f"{method} size",
                 )
-        return given
 
     def _ask(self, stage: Stage) -> Any:
         """Return the loader of the module, made under the same RNG state each time and on every rank.
@@ -195,3 +191,11 @@ class Loaders:
         """Drop the private loaders of a run, with their persistent workers."""
         self._private.clear()
         self.given.clear()
+
+
+def _by_key(given: Any) -> Any:
+    """Return a list of loaders by their numbers, and what is none as it is; of one loader that one."""
+    kinds = {*map(type, given)} if isinstance(given, (list, tuple)) else set()  # a list may hold many batches
+    if not any(issubclass(kind, torch.utils.data.DataLoader) for kind in kinds):
+        return given
+    return given[0] if len(given) == 1 else {str(number): loader for number, loader in enumerate(given)}

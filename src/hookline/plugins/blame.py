@@ -32,20 +32,20 @@ def blame(error: BaseException, specs: Mapping[str, Any], plugins: Mapping[int, 
     blamed: Blamed | None = None
     for frame, below in _frames(error.__traceback__):
         code, names = frame.f_code, frame.f_code.co_varnames
-        if code.co_qualname in TELL and "impl" in frame.f_locals:
-            blamed = frame.f_locals["hook"], frame.f_locals["impl"].plugin_name, frame.f_locals["impl"].plugin
+        if code.co_qualname in TELL and (impl := _local(frame, "impl")) is not None:
+            blamed = _local(frame, "hook"), impl.plugin_name, impl.plugin
         elif code is _multicall.__code__ and below is not None:
-            hook = frame.f_locals["hook_name"]
-            for impl in frame.f_locals["hook_impls"]:
+            hook = _local(frame, "hook_name")
+            for impl in _local(frame, "hook_impls"):
                 function = inspect.unwrap(impl.function)
-                mine = below.tb_frame.f_locals.get("self", impl.plugin) is impl.plugin
+                mine = _local(below.tb_frame, "self", impl.plugin) is impl.plugin
                 if not mine or getattr(function, "__code__", None) is not below.tb_frame.f_code:
                     continue
                 if impl.plugin_name not in specs:
                     blamed = hook, impl.plugin_name, impl.plugin
                 elif blamed is not None and blamed[0] == hook:  # it only passed through the wrapper
                     blamed = None
-        elif names[:1] == ("self",) and (found := plugins.get(id(frame.f_locals.get("self")))) is not None:
+        elif names[:1] == ("self",) and (found := plugins.get(id(_local(frame, "self")))) is not None:
             if blamed is None or blamed[2] is not found[1]:
                 blamed = code.co_name, *found
     if blamed is not None:
@@ -67,6 +67,15 @@ def _frames(traceback: TracebackType | None) -> Iterator[tuple[FrameType, Traceb
     while traceback is not None:
         yield traceback.tb_frame, traceback.tb_next
         traceback = traceback.tb_next
+
+
+def _local(frame: FrameType, name: str, otherwise: Any = None) -> Any:
+    """Return a local of a frame; Python before 3.13 keeps all that were read, so the error would hold itself alive."""
+    found = frame.f_locals
+    value = found.get(name, otherwise)
+    if isinstance(found, dict):
+        found.clear()
+    return value
 
 
 def _package(module: str) -> str:

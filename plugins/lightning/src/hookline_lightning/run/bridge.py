@@ -17,7 +17,7 @@ from hookline_lightning.run.calls import overridden as overridden
 from hookline_lightning.run.configure import SchedulerConfig, read_optimizers
 from hookline_lightning.run.loaders import in_turn, joined
 from hookline_lightning.run.members import member
-from hookline_lightning.run.optimizer import LightningOptimizer
+from hookline_lightning.run.optimizer import LightningOptimizer, Still
 from hookline_lightning.run.values import Values
 from hookline_lightning.run.view import View
 
@@ -300,7 +300,7 @@ class Bridge(ModuleInterface):
         optimizers, self.configs = read_optimizers(self.module.configure_optimizers())
         if not optimizers:
             log.warning("%s.configure_optimizers() returned none: no weight will move but by its own hand", name)
-            optimizers = [torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.0)]
+            optimizers = [Still(list(self.parameters()), {})]
         if len(optimizers) > 1 and not self.manual:
             raise ValueError(
                 f"{name}.configure_optimizers() returned {len(optimizers)} optimizers, and nobody knows which of them "
