@@ -73,7 +73,7 @@ class Options:
     """If a resumed run builds another schedule, for more epochs say: continue with the new one ("as_built") from the
     place that was reached, or with the saved one ("as_saved").
     """
-    resume: str | bool = False
+    resume: str | bool | None = False
     """Resume the newest run of this name that has a checkpoint (true), or the run or checkpoint at a path; `best`,
     `last` or a step: of that run. After a run's path, as `runs/mine-1/checkpoints/best`: of the run there.
     """
