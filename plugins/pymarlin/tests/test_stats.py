@@ -21,6 +21,7 @@ pytestmark = pytest.mark.plugins  # its trainer names those of the house
 @pytest.fixture(autouse=True)
 def _folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    global_stats.rebuild(StatInitArguments(), [])  # as PyMarlin's, they keep what a trainer gave them
     global_stats.reset()
 
 
