@@ -67,15 +67,6 @@ def load(name: str) -> type:
             f"no plugin named {name!r} is installed{nearest(name, installed())}; installed are "
             f"{', '.join(installed()) or 'none'}. `pip install hookline-{name}` may bring it"
         )
-    return load_point(point)
-
-
-def load_point(point: metadata.EntryPoint) -> type:
-    """Import the class of a plugin, by its entry point.
-
-    Raises:
-        ValueError: it needs other versions than are installed, or it cannot be imported.
-    """
     check_requirements(point)
     try:
         loaded: type = point.load()

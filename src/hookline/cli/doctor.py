@@ -9,7 +9,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hookline.cli.loading import look_at
 from hookline.cli.machine import OK, PROBLEM, Finding, cores, devices, place, versions
 from hookline.commands import UserError, mendable, read_configuration, table
 from hookline.config import resolve
-from hookline.installed import COMMANDS, PLUGINS, distribution, load, load_point
+from hookline.installed import COMMANDS, PLUGINS, claims, distribution, installed, load
 
 
 def examine(options: argparse.Namespace) -> int:
@@ -59,32 +58,30 @@ def plugins(named: dict[str, Any] | None) -> Iterator[Finding]:
     Args:
         named: the plugins of a configuration, with their options; None for all that are installed.
     """
-    points, twice = metadata.entry_points(group=PLUGINS), set()
-    homes: dict[tuple[str, str], set[str]] = {}
-    for point in (*points, *metadata.entry_points(group=COMMANDS)):
-        homes.setdefault((point.group, point.name), set()).add(distribution(point))
-    for (group, name), found in homes.items():
-        if len(found) > 1:
-            twice.add(name)
-            what = f"{group.removeprefix('hookline.')} named {name!r}"
-            yield Finding(PROBLEM, "plugins", f"two distributions bring {what}: {' and '.join(sorted(found))}")
-    asked = sorted(points.names) if named is None else _classes(named)
-    errors = {name: _error(name, points) for name in asked if name not in twice}
+    twice = set()
+    for group in (PLUGINS, COMMANDS):
+        for name, points in claims(group).items():
+            if len(points) > 1:
+                twice.add(name)
+                what = f"{group.removeprefix('hookline.')} named {name!r}"
+                yield Finding(
+                    PROBLEM, "plugins", f"two distributions bring {what}: {' and '.join(map(distribution, points))}"
+                )
+    there = installed()
+    asked = list(there) if named is None else _classes(named)
+    errors = {name: _error(name) for name in asked if name not in twice}
     for name, error in errors.items():
         if error:
             yield Finding(PROBLEM, f"plugin {name}", error)
     good = [name for name, error in errors.items() if not error]
-    used = sorted({distribution(point) for point in points if point.name in good})
+    used = sorted({distribution(there[name]) for name in good if name in there})
     yield Finding(OK, "plugins", f"{len(good)} can be imported: {', '.join(used) or 'none'}")
 
 
-def _error(name: str, points: metadata.EntryPoints) -> str:
+def _error(name: str) -> str:
     """Return why a plugin cannot be imported, or ""."""
     try:
-        if name in points.names:
-            load_point(points[name])
-        else:
-            load(name)
+        load(name)
     except KeyboardInterrupt:
         raise
     except ValueError as error:
