@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from hookline import CallbackInterface, hookimpl, hookspecs
 from hookline.cli import OWN, main
@@ -378,11 +381,31 @@ def test_a_plugin_is_whole_and_bears_one_word_everywhere(plugin):
     assert (ROOT / "docs" / "plugins" / f"{plugin}.md").exists()
 
 
-def test_the_list_of_requirements_is_the_list_of_folders():
-    listed = [line for name in ("requirements.txt", "requirements-dev.txt") for line in lines_of(name)]
-    assert sorted(line for line in listed if line.startswith("-e ./plugins/")) == [f"-e ./plugins/{p}" for p in PLUGINS]
-    assert "-e ." in listed
-    assert "torch==2.13.0" in lines_of("requirements.txt")
+def test_plugins_are_known_by_one_build_but_for_those_that_the_developers_requirements_name(tmp_path):
+    assert {"torch==2.13.0", "-e .", "-e ./plugins"} < set(lines_of("requirements.txt"))
+    apart = {line.removeprefix("-e ./plugins/") for line in lines_of("requirements-dev.txt") if "-e ./plugins/" in line}
+    together = [plugin for plugin in PLUGINS if plugin not in apart]
+    assert apart < set(PLUGINS)
+    code = f"import workspace; print(workspace.build_editable({str(tmp_path)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "plugins", capture_output=True, text=True, check=True
+    )
+    with zipfile.ZipFile(tmp_path / done.stdout.strip()) as wheel:
+        wheel.extractall(tmp_path)
+    lines = (tmp_path / "hookline_plugins.pth").read_text().splitlines()
+    assert lines == ["hookline_plugins", *(str(ROOT / "plugins" / plugin / "src") for plugin in together)]
+    found = {dist.name: dist for dist in metadata.distributions(path=[str(tmp_path / "hookline_plugins")])}
+    assert sorted(found) == sorted(f"hookline-{plugin.replace('_', '-')}" for plugin in together)
+    for plugin in together:
+        project = tomllib.loads((ROOT / "plugins" / plugin / "pyproject.toml").read_text())["project"]
+        dist = found[project["name"]]
+        assert {point.name: point.value for point in dist.entry_points.select(group="hookline.plugins")} == (
+            project["entry-points"].get("hookline.plugins", {})
+        )
+        assert f"/plugins/{plugin}" in dist.read_text("direct_url.json")
+    (own,) = metadata.distributions(path=[str(tmp_path)], name="hookline_plugins")
+    assert {"safetensors>=0.8", "torchmetrics<2,>=1.9"} <= {str(Requirement(need)) for need in own.requires}
+    assert not [need for need in own.requires if need.startswith("hookline") or "extra" in need]
 
 
 def test_the_core_needs_no_plugin_to_be_imported():
