@@ -259,11 +259,13 @@ def lines_in(paths):
 def test_the_core_can_be_read_in_one_sitting():
     configuration = {CORE / f"{name}.py" for name in ("arguments", "config", "masking", "reading")}
     others = {CORE / "commands.py", CORE / "pytest_plugin.py"}
+    generates = {CORE / "plugins" / "straight.py"}  # what it makes is read in hookspecs.py
     flat = {*CORE.glob("*.py"), *CORE.glob("data/*.py")} - configuration - others
-    rooms = {path for room in ("loop", "plugins", "files") for path in CORE.glob(f"{room}/*.py")}
+    rooms = {path for room in ("loop", "plugins", "files") for path in CORE.glob(f"{room}/*.py")} - generates
+    assert lines_in(generates) <= 115
     assert lines_in(configuration) <= 570
     assert lines_in(flat) <= 3800
-    assert lines_in(flat | rooms) <= 4770
+    assert lines_in(flat | rooms) <= 4790
 
 
 # The hook API -------------------------------------------------------------------------

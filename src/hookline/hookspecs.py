@@ -328,10 +328,14 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
 
     A performer that does not take each batch once must set `trainer.position` itself.
     """
-    hook = trainer.hook
-    while window := hook.take_window(trainer=trainer, batches=batches):
-        if not (trainer.training.settle() and trainer.training.take_step(window)):  # `trainer.advance`
-            return False
+    hook, goes_on = trainer.hook, True
+    while goes_on:
+        window = hook.take_window(trainer=trainer, batches=batches)
+        if not window:
+            break
+        goes_on = trainer.training.settle() and trainer.training.take_step(window)  # `trainer.advance`
+    if not goes_on:
+        return False
     if trainer.position == 0:
         raise ValueError(
             f"the training loader gave no batch: {type(trainer.module).__name__}.get_train_dataloader() was asked for "
@@ -456,6 +460,29 @@ def run_backward(trainer: Trainer, loss: torch.Tensor) -> bool:
 @event
 def on_end_backward(trainer: Trainer, global_step: int, loss_tensor: torch.Tensor) -> None:
     """Run after the backward pass of a micro-batch; see `CallbackInterface`."""
+
+
+@verb
+def step_optimizers(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer], closure: Any) -> bool:
+    """Step optimizers through every gate, then clear all gradients; return whether all of them stepped.
+
+    `trainer.step` calls it.
+    """
+    hook = trainer.hook
+    if closure is None:
+        hook.on_begin_optimizer_step(trainer=trainer, optimizers=optimizers)
+    stepped = bool(hook.should_step(trainer=trainer, optimizers=optimizers))
+    if stepped:
+        for optimizer in optimizers:
+            if not hook.step_optimizer(trainer=trainer, optimizer=optimizer, closure=closure):
+                stepped = False
+    hook.on_end_optimizer_step(trainer=trainer, optimizers=optimizers, stepped=stepped)
+    if stepped:
+        metrics = trainer.evaluation.metrics
+        hook.step_schedulers(trainer=trainer, when="step", optimizers=optimizers, metrics=metrics)
+    for optimizer in trainer.built.optimizers:  # `zero_grad` inlined, to save a call in each step
+        optimizer.zero_grad()
+    return stepped
 
 
 @event

@@ -56,6 +56,7 @@ class Training:
             return
         warn_of_module(run)
         ends.begin_training()
+        run.plugins.straighten()
         run.hook.on_begin_train(trainer=run, global_step=run.global_step)
         if run.options.sanity_val_steps:
             self.evaluation.check_sanity()
@@ -246,28 +247,17 @@ class Training:
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
         """Step optimizers through every gate, then clear all gradients; see `Trainer.step`."""
-        run, hook = self.run, self.run.hook
+        run = self.run
         if isinstance(optimizers, torch.optim.Optimizer):
             raise TypeError(f"trainer.step takes a list of optimizers, not one {type(optimizers).__name__}; write [it]")
         chosen = self.built.optimizers if optimizers is None else optimizers
         if self._first == "under way" and closure is None:
             look_at_gradients(run, self.built, chosen)
-        if closure is None:
-            hook.on_begin_optimizer_step(trainer=run, optimizers=chosen)
-        else:
+        if closure is not None:
             closure = self._completing(closure, chosen)
-        stepped = bool(hook.should_step(trainer=run, optimizers=chosen))
-        if stepped:
-            for optimizer in chosen:
-                if not hook.step_optimizer(trainer=run, optimizer=optimizer, closure=closure):
-                    stepped = False
-        hook.on_end_optimizer_step(trainer=run, optimizers=chosen, stepped=stepped)
-        if stepped:
-            hook.step_schedulers(trainer=run, when="step", optimizers=chosen, metrics=self.evaluation.metrics)
-        else:
+        stepped: bool = run.hook.step_optimizers(trainer=run, optimizers=chosen, closure=closure)
+        if not stepped:
             self._stepped = False
-        for optimizer in self.built.optimizers:  # `zero_grad` inlined, to save a call in each step
-            optimizer.zero_grad()
         return stepped
 
     def _completing(self, closure: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
