@@ -164,7 +164,9 @@ class Ddp(CallbackInterface):
             self._keep_up(trainer)
         keep_to_itself = self._wrapped is not None and index + 1 < size and not self._first
         self._first = False  # of a static graph, which torch has to see whole before it is left unaveraged
-        with self._wrapped.no_sync() if keep_to_itself else contextlib.nullcontext():  # type: ignore[union-attr]
+        if not keep_to_itself:
+            return (yield)
+        with self._wrapped.no_sync():  # type: ignore[union-attr]
             return (yield)
 
     def _keep_up(self, trainer: Trainer) -> None:

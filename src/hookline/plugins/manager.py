@@ -241,8 +241,7 @@ class PluginManager(pluggy.PluginManager):
             return tell_all(name, plugged, defaults, self._failures, self.cost, self._route, self.blame)
         performed = any(not impl.wrapper for impl in plugged)
         # A performer that returns None must not fall through to the core's way.
-        call = self.subset_hook_caller(name, self._specs.values()) if performed else caller
-        return answered(name, call, plugged, self.blame)
+        return answered(name, plugged if performed else caller.get_hookimpls(), plugged, self.blame)
 
     def _check_conflicts(self) -> None:
         for hook in self._verbs():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pluggy import HookImpl
+from pluggy._callers import _multicall
 
 from hookline.plugins.observers import Failures, is_observer
 
@@ -62,13 +63,16 @@ TELL = (tell_all.__qualname__ + ".<locals>.tell", "PluginManager.tell_each")
 
 
 def answered(
-    name: str, call: Callable[..., Any], plugged: Sequence[HookImpl], blame: Callable[[BaseException], None]
+    name: str, impls: Sequence[HookImpl], plugged: Sequence[HookImpl], blame: Callable[[BaseException], None]
 ) -> Callable[..., Any]:
-    """Return a call of a verb that raises if the result is None."""
+    """Return a call of a verb that raises if the result is None.
+
+    It hands its arguments to pluggy's execution: they are complete, since whoever calls a verb gives all of them.
+    """
 
     def answer(**arguments: Any) -> Any:
         try:
-            given = call(**arguments)
+            given = _multicall(name, impls, arguments, firstresult=True)
         except BaseException as error:
             blame(error)
             raise
