@@ -50,15 +50,16 @@ def counted(batch: Any, given: Iterable[tuple[Any, int | None]] = ()) -> tuple[i
         batch: a batch of a loader.
         given: the last batches of loaders, with their numbers of samples.
     """
-    for other, samples in given:
-        if other is batch and samples is not None:
-            return left_of(batch, samples), ""
+    first = None  # of the commonest batches, tensors of one first dimension, without many calls
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], torch.Tensor) and batch[0].ndim:
+        first = batch[0].shape[0]
         for other in batch[1:]:
             if not isinstance(other, torch.Tensor) or other.shape[:1] != batch[0].shape[:1]:
-                return guess(batch)
-        return batch[0].shape[0], ""  # the commonest, without many calls
-    return guess(batch)
+                first = None
+    for other, samples in given:
+        if other is batch and samples is not None:
+            return samples if samples == first else left_of(batch, samples), ""
+    return guess(batch) if first is None else (first, "")
 
 
 def left_of(batch: Any, samples: int) -> int:
