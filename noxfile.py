@@ -85,7 +85,7 @@ def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
     names = ("activation_checkpoint", "context_parallel", "ddp", "distributed", "fsdp")
-    names += ("metrics", "progress", "simulate", "tp", "watchdog")
+    names += ("metrics", "progress", "simulate", "sync_batchnorm", "tp", "watchdog")
     faults = ("elastic", "g_context", "g_ranks", "launch", "ranks", "two_machines")
     rows = [f"tests/faults/test_{name}.py" for name in faults]
     tests = [
