@@ -90,7 +90,7 @@ def train_with_batch_norm(plugins):
 @two_devices
 def test_batch_norm_over_two_devices_is_that_of_one():
     alone = train_with_batch_norm({})
-    outcomes = run_ranks(train_with_batch_norm, 2, {"ddp": {"sync_batchnorm": True}})
+    outcomes = run_ranks(train_with_batch_norm, 2, {"ddp": {}, "sync_batchnorm": {}})
     assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output for outcome in outcomes)
     for outcome in outcomes:
         assert list(outcome.value) == list(alone)

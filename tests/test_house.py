@@ -40,6 +40,7 @@ ITSELF = "it saves and restores runs itself, in the place of the kit's memory"
 NOT_FOR = {  # checks that a plugin is not held against, with the reason
     "accmt": {"documentation": "its options are ACCMT's arguments, which its README has in a table with their tests"},
     "checkpoint": {"state": ITSELF, "resume": ITSELF},
+    "context_parallel": {"ranks": "the tiny module has no sequences; its own tests train on ranks"},
     "deepspeed": {"ranks": "its SDK is in the environment of `nox -s deepspeed`, whose tests train on ranks"},
     "oom": {"ranks": "it refuses several ranks, and says why"},
     "tp": {"ranks": "the tiny module has no layers that it could split; its own tests train on ranks"},

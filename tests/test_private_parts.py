@@ -60,6 +60,16 @@ def simulation(torch):
     return aten._pin_memory.default, aten._local_scalar_dense.default._schema
 
 
+def ring(torch):
+    found = importlib.import_module("torch.distributed.tensor.experimental._context_parallel._attention")
+    names = "_enable_context_parallel_dispatcher", "_disable_context_parallel_dispatcher", "custom_ops"
+    names += "_templated_ring_attention", "_templated_ring_attention_backward"
+    aten, options = torch.ops.aten, found._cp_options
+    backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    kernels = aten._scaled_dot_product_flash_attention_for_cpu, backward
+    return [getattr(found, name) for name in names], options.rotate_method, options.enable_load_balance, kernels
+
+
 def given_to_lightning(lightning):
     loggers = importlib.import_module("lightning.pytorch.loggers")
     csv, averaging = loggers.CSVLogger("."), importlib.import_module("lightning.pytorch.callbacks").EMAWeightAveraging()
@@ -175,6 +185,24 @@ PARTS = [
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
             inspect.getsource(importlib.import_module("torch.utils.flop_counter").FlopCounterMode).index("_get_raw"),
         ),
+    ),
+    Part(
+        "torch",
+        {
+            "_attention",
+            "_context_parallel",
+            "_cp_options",
+            "_disable_context_parallel_dispatcher",
+            "_enable_context_parallel_dispatcher",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention_for_cpu_backward",
+            "_templated_ring_attention",
+            "_templated_ring_attention_backward",
+        },
+        {"plugins/context_parallel"},
+        "torch's ring takes the kernel of CPUs nowhere else; `context_parallel` itself resizes tensors of the batch in "
+        "place, wants one of them, and grows with each call",
+        ring,
     ),
     Part(
         "torch",

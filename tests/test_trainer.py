@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections import namedtuple
+from dataclasses import dataclass
 
 import numpy
 import pytest
@@ -422,6 +423,31 @@ def test_what_is_logged_when():
     assert logged[-1][1]["highest"] == 4.0
     halves = (logged[0][1]["train_loss"] + logged[1][1]["train_loss"]) / 2
     assert logged[-1][1]["train_loss_epoch"] == pytest.approx(halves)
+
+
+@dataclass(eq=False)
+class Doubled(CallbackInterface):
+    """Logs what the model logs twice as large."""
+
+    @hookimpl(wrapper=True)
+    def call_model(self, trainer):
+        with trainer.logs.apart() as logged:
+            outputs = yield
+        for values, options in logged:
+            trainer.log(**{name: 2 * value for name, value in values.items()}, **options)
+        return outputs
+
+
+def test_what_a_step_logs_can_be_logged_in_another_form():
+    class Logging(TinyModule):
+        def train_step(self, global_step, batch, device):
+            self.log(step_twice=global_step, reduce="max")
+            return super().train_step(global_step, batch, device)
+
+    diary = Diary()
+    tiny_trainer([diary, Doubled()], Logging(), log_every="1 steps", epochs=1, evaluate_every=None).train()
+    told = [values["step_twice"] for _, values in diary.logged if "step_twice" in values]
+    assert told == [2, 4, 6, 8, 10, 12, 14]
 
 
 def test_what_is_left_of_the_interval_is_logged_at_the_end():

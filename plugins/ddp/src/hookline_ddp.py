@@ -44,8 +44,6 @@ class Ddp(CallbackInterface):
     """Megabytes of gradients that are averaged at a time."""
     compression: str = "none"
     """What gradients are averaged in: "none", "fp16", "bf16" or "powersgd"."""
-    sync_batchnorm: bool = False
-    """Have batch norm take the statistics of all ranks' parts of a batch together; CUDA only."""
 
     requires = ("distributed",)
 
@@ -64,18 +62,6 @@ class Ddp(CallbackInterface):
             self.shadow = None  # type: ignore[assignment,method-assign]  # it uses all of them
 
     # The model ------------------------------------------------------------------------
-
-    @hookimpl(wrapper=True)
-    def convert_model(self, trainer: Trainer) -> Generator[None, torch.nn.Module, torch.nn.Module]:
-        model = yield
-        if not self.sync_batchnorm or trainer.world_size == 1:
-            return model
-        if trainer.device.type == "cpu":
-            raise ValueError(
-                "ddp.sync_batchnorm=true needs CUDA: torch has no SyncBatchNorm for CPUs; leave it away, and each rank "
-                "takes the statistics of its own part of a batch"
-            )
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return,no-untyped-call]
 
     @hookimpl
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:

@@ -378,18 +378,6 @@ def test_a_static_graph_with_windows():
         torch.testing.assert_close(promised, plain)
 
 
-def synchronized():
-    with pytest.raises(ValueError, match="ddp.sync_batchnorm=true needs CUDA: torch has no SyncBatchNorm for CPUs"):
-        tiny_trainer([Ddp(sync_batchnorm=True)]).train()
-    return True
-
-
-@pytest.mark.plugins
-@pytest.mark.xdist_group("ranks")
-def test_batch_norm_over_ranks_is_refused_on_cpus():
-    assert two(synchronized) == [True, True]
-
-
 class Searched(PlainModule):
     """Steps by a line search, which looks at the loss: each rank's own would lead it another way."""
 

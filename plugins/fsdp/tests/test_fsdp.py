@@ -715,7 +715,6 @@ def wrong(plugin):
             "fsdp.wrap names Block, and the model has none; it has Dropout, Linear, PlainModule, ReLU",
         ),
         ({"replicas": 3}, "fsdp.replicas=3 does not divide the 2 ranks"),
-        ({"sync_batchnorm": True}, "fsdp.sync_batchnorm=true needs CUDA: torch.nn.SyncBatchNorm has nothing for a CPU"),
     ],
 )
 def test_what_does_not_fit_the_run(plugin, message):

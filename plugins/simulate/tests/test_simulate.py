@@ -159,6 +159,9 @@ def measure(plugins):
     return {"parameters": look.parameters, "gradients": look.gradients, "optimizer states": look.states}, look.counted
 
 
+SHARED = {"broadcast": "broadcast_", "all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}
+
+
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
     ("plugins", "counted"),
@@ -167,10 +170,11 @@ def measure(plugins):
         ({"ddp": {}, "accumulate": {"steps": 2}}, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
         (
             {"fsdp": {"wrap": ["Linear"]}},
-            {"broadcast": "broadcast_", "all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"},
+            SHARED,
         ),
+        ({"fsdp": {"wrap": ["Linear"], "reshard_after_forward": False}}, SHARED),
     ],
-    ids=["ddp", "ddp in windows", "fsdp"],
+    ids=["ddp", "ddp in windows", "fsdp", "zero 1"],
 )
 @pytest.mark.plugins
 def test_a_plan_is_what_two_ranks_measure(plan, folder, plugins, counted):
@@ -227,6 +231,19 @@ def test_fsdp_gathers_twice_and_scatters_once(plan):
         ("all_gather", 8, "one machine"): (4, 2 * WEIGHTS),
         ("reduce_scatter", 8, "one machine"): (2, WEIGHTS),
     }
+
+
+@pytest.mark.plugins
+def test_zero_1_sends_what_ddp_sends(plan):
+    words = ["-p", "fsdp", "plugins.fsdp.wrap=[Block]", "plugins.fsdp.reshard_after_forward=false"]
+    _, found, _ = plan("1x8", *words)
+    assert found["memory"]["optimizer states"] == pytest.approx(2 * WEIGHTS / 8, abs=4 * 4)
+    assert collectives(found) == {
+        ("all_gather", 8, "one machine"): (2, WEIGHTS),
+        ("reduce_scatter", 8, "one machine"): (2, WEIGHTS),
+    }
+    _, of_ddp, _ = plan("1x8", "-p", "ddp")
+    assert sum(one["sent"] for one in found["collectives"]) == of_ddp["collectives"][0]["sent"]
 
 
 @pytest.mark.plugins

@@ -102,6 +102,16 @@ class Logs:
         finally:
             self._by_module = False
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[list[tuple[dict[str, Any], dict[str, Any]]]]:
+        """Keep the values logged within the block apart, each with its options, for who logs them in another form."""
+        logged: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self.log = lambda values, **options: logged.append((values, options))  # type: ignore
+        try:
+            yield logged
+        finally:
+            del self.log
+
     def weigh(self, weight: float | None) -> None:
         """Set the weight of values logged in the current evaluation batch; None between batches."""
         self._weight = weight

@@ -49,7 +49,7 @@ class Uneven(CallbackInterface):
             )
         if trainer.world_size > 1:
             for name, part in trainer.module.named_modules():
-                if isinstance(part, torch.nn.SyncBatchNorm):
+                if isinstance(part, torch.nn.SyncBatchNorm) or getattr(part, "across_ranks", False):
                     raise ValueError(
                         f"distributed.uneven={'join' if self.joins else 'pad'} does not go with the SyncBatchNorm "
                         f"{name}, whose statistics are of the batches of all ranks, those that only fill up too: let "

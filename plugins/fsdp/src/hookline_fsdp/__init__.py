@@ -47,8 +47,6 @@ class Fsdp(CallbackInterface):
     """Keep the shares in the memory of the host; on a CPU they are there in any case."""
     broadcast_buffers: bool = True
     """Give all ranks the buffers of rank 0 (running statistics) before each forward of training, and after a step."""
-    sync_batchnorm: bool = False
-    """Have batch norm take its statistics over all ranks (SyncBatchNorm); needs CUDA."""
     replicas: int = 1
     """How many copies of the sharded model there are; each is shared by so many fewer ranks."""
     meta: bool = False
@@ -88,18 +86,6 @@ class Fsdp(CallbackInterface):
         if isinstance(module, torch.nn.Module):
             refuse_values(module)
         return module
-
-    @hookimpl(wrapper=True)  # within activation checkpointing, which calls what is there
-    def convert_model(self, trainer: Trainer) -> Generator[None, torch.nn.Module, torch.nn.Module]:
-        model = yield
-        if not self.sync_batchnorm or trainer.world_size == 1:
-            return model
-        if trainer.on_cpu:
-            raise ValueError(
-                "fsdp.sync_batchnorm=true needs CUDA: torch.nn.SyncBatchNorm has nothing for a CPU. Leave it away, and "
-                "each rank normalizes by its own part of the batch"
-            )
-        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return,no-untyped-call]
 
     @hookimpl
     def shard_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:

@@ -78,7 +78,7 @@ class Trainer:
         detect_anomaly: whether autograd raises where a gradient is NaN.
         barebones: turn off what is not training.
         plugins: more plugins of hookline by name.
-        sync_batchnorm: whether batch norm sees the batches of all ranks (ddp on CUDA).
+        sync_batchnorm: whether batch norm sees the batches of all ranks.
         reload_dataloaders_every_n_epochs: refused, but for 0.
         default_root_dir: where folders of runs are made.
         enable_autolog_hparams: whether hparams are in the configuration that trackers get.

@@ -227,12 +227,7 @@ def strategy_of(given: SimpleNamespace) -> dict[str, Any]:
             'plugins={"ddp": {"static_graph": True}}, {"deepspeed": {…}}'
         )
     if given.sync_batchnorm and ranks > 1:
-        if "ddp" not in named:
-            raise ValueError(
-                f"sync_batchnorm=True and strategy={strategy!r}: only ddp has it; convert the module yourself, "
-                "torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)"
-            )
-        named["ddp"] = {**named["ddp"], "sync_batchnorm": True}
+        named["sync_batchnorm"] = {}
     return named
 
 
