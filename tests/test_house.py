@@ -41,6 +41,7 @@ NOT_FOR = {  # checks that a plugin is not held against, with the reason
     "accmt": {"documentation": "its options are ACCMT's arguments, which its README has in a table with their tests"},
     "checkpoint": {"state": ITSELF, "resume": ITSELF},
     "deepspeed": {"ranks": "its SDK is in the environment of `nox -s deepspeed`, whose tests train on ranks"},
+    "expert_parallel": {"ranks": "the tiny module has no experts; its own tests train on ranks"},
     "oom": {"ranks": "it refuses several ranks, and says why"},
     "tp": {"ranks": "the tiny module has no layers that it could split; its own tests train on ranks"},
 }
