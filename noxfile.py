@@ -86,7 +86,10 @@ def distributed(session: nox.Session) -> None:
     session.install("-r", "requirements-dev.txt")
     names = ("activation_checkpoint", "ddp", "distributed", "expert_parallel", "fsdp", "metrics", "progress")
     names += ("simulate", "tp", "watchdog")
-    rows = [f"tests/faults/test_{name}.py" for name in ("elastic", "g_ranks", "launch", "ranks", "two_machines")]
+    rows = [
+        f"tests/faults/test_{name}.py"
+        for name in ("elastic", "g_experts", "g_ranks", "launch", "ranks", "two_machines")
+    ]
     tests = [
         *(f"plugins/{name}/tests" for name in names),
         *rows,

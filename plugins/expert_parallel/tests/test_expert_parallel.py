@@ -19,10 +19,10 @@ WIDTH, WORDS, LENGTH = 16, 12, 6
 
 
 class Block(nn.Module):
-    def __init__(self, capacity_factor, dropout):
+    def __init__(self, experts, capacity_factor, dropout):
         super().__init__()
         self.norm, self.mix = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.moe = MixtureOfExperts(WIDTH, 24, experts=4, capacity_factor=capacity_factor)
+        self.moe = MixtureOfExperts(WIDTH, 24, experts, capacity_factor=capacity_factor)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
@@ -33,12 +33,12 @@ class Block(nn.Module):
 class Mixed(ModuleInterface):
     """Learns the next number of a sequence; as `parts` ranks do it, where it is to be compared with them."""
 
-    def __init__(self, capacity_factor=None, dropout=0.0, samples=48, parts=1):
+    def __init__(self, experts=4, capacity_factor=None, dropout=0.0, samples=48, parts=1):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.embed, self.read = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
-            self.blocks = nn.Sequential(Block(capacity_factor, dropout), Block(capacity_factor, dropout))
+            self.blocks = nn.Sequential(*(Block(experts, capacity_factor, dropout) for _ in range(2)))
             self.data = TensorDataset(torch.randint(WORDS, (samples, LENGTH + 1)))
         self.parts = parts
 
@@ -59,7 +59,7 @@ class Mixed(ModuleInterface):
     get_val_dataloaders = get_train_dataloader
 
     def get_optimizers_schedulers(self, steps_per_epoch, epochs):
-        return [torch.optim.AdamW(self.parameters(), 1e-2, eps=1e-3)], []
+        return [torch.optim.AdamW(self.parameters(), 1e-2, eps=1e-3, foreach=True)], []  # as on CUDA
 
 
 class Logged(CallbackInterface):
@@ -91,8 +91,8 @@ def each(cases):
 
 def one_model(cases, ranks, references):
     """Train every case on ranks; assert that each is what one process trains, by the first word of its name."""
-    of_ranks = on_ranks(each, ranks, cases)
-    alone = each(references)
+    of_ranks = on_ranks(each, ranks, cases, timeout=300)
+    alone = each({name: REFERENCES[name] for name in references})
     for name in cases:
         reference = alone[name.partition(" ")[0]]
         assert_alike([found[name] for found in of_ranks], reference)
@@ -121,6 +121,7 @@ REFERENCES = {
     "wide": (SPLIT | CLIPPED, {"train_batch_size": 24}),
     "capacity": (SPLIT, {"capacity_factor": 1.0, "parts": 2}, {}),
     "uneven": (SPLIT, UNEVEN, {}),
+    "few": (SPLIT, {"experts": 2}, {}),
 }
 
 
@@ -128,20 +129,28 @@ REFERENCES = {
 def test_two_ranks_are_one_process():
     cases = {
         "plain ddp": (DDP | COMPILED, {}),
-        "plain fsdp": (FSDP | AGAIN, {}),
-        "clipped ddp": (DDP | CLIPPED, {}),
-        "clipped fsdp": (FSDP | CLIPPED, {}),
+        "clipped fsdp": (FSDP | CLIPPED | AGAIN, {}),
         "capacity ddp": (DDP, {"capacity_factor": 1.0}, {}),
-        "uneven fsdp": (FSDP | PAD, UNEVEN, {}),
-        "uneven ddp with room": (DDP | PAD, UNEVEN | {"capacity_factor": 4.0}, {}),
     }
-    references = {name: REFERENCES[name] for name in ("plain", "clipped", "capacity", "uneven")}
-    found, alone = one_model(cases, 2, references)
+    found, alone = one_model(cases, 2, ("plain", "clipped", "capacity"))
     assert found["plain ddp"].looked[0][UP] == alone["plain"].looked[0][UP] // 2
     row = found["capacity ddp"].looked[1][0]
     assert row["dropped_tokens"] > 0
     assert row["expert_load_max/blocks.0.moe"] > 1 > row["expert_load_min/blocks.0.moe"] > 0
     assert row["train_loss"] > row["balance_loss"] * 0.01
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_two_ranks_are_one_process_with_the_rest():
+    cases = {
+        "plain fsdp": (FSDP | COMPILED, {}),
+        "clipped ddp": (DDP | CLIPPED | AGAIN, {}),
+        "capacity fsdp": (FSDP, {"capacity_factor": 1.0}, {}),
+        "uneven fsdp": (FSDP | PAD, UNEVEN, {}),
+        "uneven ddp with room": (DDP | PAD, UNEVEN | {"capacity_factor": 4.0}, {}),
+    }
+    one_model(cases, 2, ("plain", "clipped", "capacity", "uneven"))
 
 
 @pytest.mark.plugins
@@ -157,12 +166,53 @@ def test_four_ranks_are_one_process():
         "uneven ddp": (DDP | half | PAD, UNEVEN, {}),
         "uneven fsdp": (FSDP | half | PAD, UNEVEN, {}),
     }
-    references = {name: REFERENCES[name] for name in ("plain", "wide", "uneven")}
-    found, alone = one_model(cases, 4, references)
+    found, alone = one_model(cases, 4, ("plain", "wide", "uneven"))
     whole = alone["plain"].looked[0]
     for name, part, other in (("plain ddp", 2, 1), ("plain fsdp", 4, 4), ("plain fsdp, all", 4, 4)):
         assert found[name].looked[0][UP] == whole[UP] // part
         assert found[name].looked[0]["blocks.1.mix.weight"] == whole["blocks.1.mix.weight"] // other
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_four_ranks_in_other_layouts():
+    half = {"expert_parallel": {"router_z": 1e-3, "size": 2}}
+    split = {"tp": {"size": 2, "plan": {"blocks.*.mix": "column to whole"}}}
+    cases = {
+        "plain tp": (FSDP | split, {}),
+        "plain hsdp": (SPLIT | half | {"fsdp": {"wrap": ["Block"], "replicas": 2}}, {}),
+        "few": (FSDP | half, {"experts": 2}, {}),
+    }
+    found, alone = one_model(cases, 4, ("plain", "few"))
+    assert found["plain tp"].looked[0][UP] == alone["plain"].looked[0][UP] // 2
+    assert found["few"].looked[0][UP] == alone["few"].looked[0][UP] // 4  # by rows of one expert
+
+
+def without_memory(sizes):
+    torch.set_num_threads(1)
+    digests = []
+    for size in sizes:
+        plugins = {"expert_parallel": {"size": size}, "fsdp": {"wrap": ["Block"], "meta": True}}
+        trainer = tiny_trainer(plugins, functools.partial(Light), train_batch_size=12)
+        trainer.train()
+        digests.append(trainer.export_model())
+    return digests
+
+
+class Light(Mixed):
+    """Has its numbers on the CPU wherever it is made."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.device("cpu"):
+            self.data = TensorDataset(torch.arange(48 * (LENGTH + 1)).reshape(48, -1) % WORDS)
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_experts_that_fsdp_makes_without_memory_begin_as_others():
+    split, whole = on_ranks(without_memory, 2, [2, 1])[0]
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=3e-7)
 
 
 # Checkpoints ----------------------------------------------------------------------------
