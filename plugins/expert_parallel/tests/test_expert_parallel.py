@@ -1,6 +1,7 @@
 """Mixtures of experts over gloo, against one process that has all experts."""
 
 import functools
+import pickle
 
 import pytest
 import torch
@@ -352,6 +353,14 @@ def test_an_expert_takes_first_choices_before_second_ones_and_drops_the_rest():
     whole.load_state_dict(moe.state_dict())
     torch.testing.assert_close(moe(x), whole(x) * routed.weights[:, :1])  # of each token the first choice has a place
     assert not torch.equal(moe(x), moe.eval()(x))
+
+
+def test_without_weights_the_losses_change_no_bit_and_no_hook_is_left():
+    trainers = [tiny_trainer(plugins, Mixed()) for plugins in ({}, {"expert_parallel": {"balance": 0.0}})]
+    for trainer in trainers:
+        trainer.train()
+        pickle.dumps(trainer.module.blocks)  # a hook of the plugin's could not be
+    assert len({digest(trainer.export_model()) for trainer in trainers}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """Mixtures of experts: a layer of them, its losses and loads, and the experts on several ranks.
 
-`layer` is the layer, `exchange` has ranks exchange tokens, and the plugin, here, has both done in a run.
+`layer` is the layer, `balance` the losses, `exchange` has ranks exchange tokens, and the plugin, here, has all of them
+done in a run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from hookline import CallbackInterface, Stage, hookimpl
+from hookline_expert_parallel.balance import balance_loss, dropped, load_of, relative, router_z_loss
 from hookline_expert_parallel.exchange import Exchange, split, whole
 from hookline_expert_parallel.layer import Experts, MixtureOfExperts, Routed, Router
 
@@ -59,6 +61,7 @@ class ExpertParallel(CallbackInterface):
         self._exchanges: dict[str, Exchange] = {}
         self._routers: dict[str, Router] = {}
         self._seen: dict[str, list[Routed]] = {}
+        self._handles: list[Any] = []
         self._listening = False
         self._added = False  # whether the losses have been added in this step
 
@@ -67,7 +70,8 @@ class ExpertParallel(CallbackInterface):
     @hookimpl(wrapper=True)
     def split_model(self, trainer: Trainer) -> Generator[None, torch.nn.Module, torch.nn.Module]:
         model = yield
-        self._listen(model)
+        self._routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
+        self._listen()
         found = self._find(model)
         size = self.size or trainer.shares
         if trainer.shares % size:
@@ -109,22 +113,32 @@ class ExpertParallel(CallbackInterface):
     @hookimpl(wrapper=True, optionalhook=True)  # of distributed
     def get_shard_meshes(self) -> Generator[None, dict[str, Any], dict[str, Any]]:
         meshes = yield
-        return {**meshes, **dict.fromkeys(self._exchanges, self._mesh[COPIES])}
+        return {**meshes, **{name: self._mesh[COPIES] for name in self._exchanges}}  # noqa: C420 - there may be no mesh
 
     # Losses and loads -----------------------------------------------------------------
 
-    def _listen(self, model: torch.nn.Module) -> None:
-        self._routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-        for name, router in self._routers.items():
-            router.register_forward_hook(self._hear(name.removesuffix(".router")))
+    @hookimpl
+    def on_begin_run(self) -> None:
+        """Listen again to the routers of a model that an earlier run of this trainer has made."""
+        self._listen()
+
+    def _listen(self) -> None:
+        self._handles = [router.register_forward_hook(self._hear(name)) for name, router in self._routers.items()]
 
     def _hear(self, name: str) -> Any:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def hear(router: torch.nn.Module, inputs: Any, routed: Routed) -> None:
             if self._listening:  # else in backward, which recomputes a forward, or in an evaluation
-                self._seen.setdefault(name, []).append(routed)
+                self._seen.setdefault(name.removesuffix(".router"), []).append(routed)
 
         return hear
+
+    @hookimpl
+    def on_end_run(self) -> None:
+        """Leave the module without hooks: the user may copy or save it."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     @hookimpl(wrapper=True)
     def call_model(self, trainer: Trainer, stage: Stage) -> Generator[None, Any, Any]:
@@ -137,36 +151,30 @@ class ExpertParallel(CallbackInterface):
         finally:
             self._listening = False
         seen, self._seen, self._added = self._seen, {}, True
-        if not seen:
-            return returned
-        added = self._losses(trainer, seen)
+        added = self._losses(trainer, seen) if seen else 0
         if isinstance(returned, (tuple, list)):
             return (returned[0] + added, *returned[1:])
         return returned + added
 
-    def _losses(self, trainer: Trainer, seen: dict[str, list[Routed]]) -> torch.Tensor:
+    def _losses(self, trainer: Trainer, seen: dict[str, list[Routed]]) -> Any:
         """Log the loads, and return what the routers add to the loss: by the loads of all ranks."""
-        counts = {name: torch.stack([routed.counts for routed in calls]).sum(0) for name, calls in seen.items()}
-        loads = torch.cat([*counts.values()]) * (not trainer.idle)  # what only fills up a window is no load
+        own = [load_of(calls) for calls in seen.values()]
+        loads = torch.cat(own) * (not trainer.idle)  # what only fills up a window is no load
         if trainer.world_size > 1:
             dist.all_reduce(loads)
-        balance = z = torch.zeros((), device=loads.device)
-        for (name, calls), load in zip(seen.items(), torch.split(loads, [*map(len, counts.values())]), strict=True):
-            logits = torch.cat([routed.logits for routed in calls])
-            relative = load * (len(load) / load.sum().clamp(min=1))  # 1 is balanced
-            balance = balance + relative @ logits.softmax(-1).mean(0)
-            z = z + logits.logsumexp(-1).square().mean()
-            logged: dict[str, Any] = {"max": relative.max(), "min": relative.min()}
+        balances, zs = [], []
+        for (name, calls), load in zip(seen.items(), torch.split(loads, [*map(len, own)]), strict=True):
+            by_expert = relative(load)
+            balances.append(balance_loss(calls, by_expert))
+            zs.append(router_z_loss(calls))
+            logged: dict[str, Any] = {"max": by_expert.max(), "min": by_expert.min()}
             trainer.log(**{f"expert_load_{which}/{name}": value for which, value in logged.items()})
+        balance, z = torch.stack(balances).sum(), torch.stack(zs).sum()
         trainer.log(balance_loss=balance.detach(), router_z_loss=z.detach(), sync=True)
-        dropped = [
-            (routed.counts - routed.capacity).clamp(min=0).sum()
-            for routed in itertools.chain(*seen.values())
-            if routed.capacity is not None
-        ]
-        if dropped:
-            trainer.log(dropped_tokens=torch.stack(dropped).sum(), reduce="sum", sync=True)
-        return self.balance * balance + self.router_z * z
+        over = dropped([*itertools.chain(*seen.values())])
+        if over is not None:
+            trainer.log(dropped_tokens=over, reduce="sum", sync=True)
+        return sum(weight * loss for weight, loss in ((self.balance, balance), (self.router_z, z)) if weight)
 
     @hookimpl
     def on_begin_optimizer_step(self) -> None:
