@@ -42,6 +42,7 @@ NOT_FOR = {  # checks that a plugin is not held against, with the reason
     "checkpoint": {"state": ITSELF, "resume": ITSELF},
     "context_parallel": {"ranks": "the tiny module has no sequences; its own tests train on ranks"},
     "deepspeed": {"ranks": "its SDK is in the environment of `nox -s deepspeed`, whose tests train on ranks"},
+    "expert_parallel": {"ranks": "the tiny module has no experts; its own tests train on ranks"},
     "oom": {"ranks": "it refuses several ranks, and says why"},
     "tp": {"ranks": "the tiny module has no layers that it could split; its own tests train on ranks"},
 }

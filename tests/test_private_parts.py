@@ -105,6 +105,13 @@ PARTS = [
     ),
     Part(
         "torch",
+        {"_set_params_and_buffers_to_ignore_for_model"},
+        {"plugins/ddp"},
+        "DDP has no argument for the weights that it leaves alone, as experts are, of which some ranks have each",
+        lambda torch: torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model,
+    ),
+    Part(
+        "torch",
         {"_is_view"},
         {"src"},
         "whether a tensor shares its memory is said nowhere else",

@@ -70,7 +70,9 @@ class Module(TinyModule):
         trainer.hook.find_state(trainer=trainer, stage=trainer.stage)
         with trainer.rank_zero_first():
             pass
-        for brought, given in {"get_mesh_shape": {}, "shadow": {}, "get_replicated": {"buffers": True}}.items():
+        of_distributed = {"get_mesh_shape": {}, "shadow": {}, "get_replicated": {"buffers": True}}
+        of_distributed |= {"get_shard_meshes": {}, "computes_together": {}, "on_compute_apart": {"apart": False}}
+        for brought, given in of_distributed.items():
             if brought in trainer.plugins.heard:
                 getattr(trainer.hook, brought)(trainer=trainer, **given)
 

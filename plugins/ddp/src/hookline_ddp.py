@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -56,6 +57,7 @@ class Ddp(CallbackInterface):
         self._model: torch.nn.Module | None = None  # that of all ranks; None with one process
         self._weights: list[torch.nn.Parameter] = []
         self._trained: list[bool] = []  # which of them are trained, as gradients are averaged now
+        self._apart: list[tuple[Any, torch.nn.Parameter]] = []  # what is averaged over other ranks, with their mesh
         self._known: dict[int, torch.Tensor] = {}  # by id, all that rank 0 has given to the others
         self._first = False  # whether a static graph has not been seen yet
         if self.find_unused_parameters:
@@ -68,11 +70,20 @@ class Ddp(CallbackInterface):
         model = model.to(trainer.device)
         if trainer.world_size == 1:
             return model
-        split = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
+        apart = {
+            f"{module}.{name}": (mesh, weight)
+            for module, mesh in trainer.hook.get_shard_meshes(trainer=trainer).items()
+            for name, weight in model.get_submodule(module).named_parameters()
+        }
+        split = [name for name, weight in model.named_parameters() if isinstance(weight, DTensor) and name not in apart]
         if split:
             raise ValueError(
                 f"ddp cannot average a model whose layers are split over ranks, as {split[0]} is; take fsdp instead"
             )
+        if apart:
+            leave_out: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+            leave_out(model, [*apart])
+        self._apart = [*apart.values()]
         if self.compression == "bf16" and trainer.device.type == "cpu":
             raise ValueError("ddp.compression=bf16 needs CUDA: gloo, which joins ranks on CPUs, has none; take fp16")
         self._model, self._wrapped, self._weights, self._known = model, None, [], {}
@@ -150,10 +161,21 @@ class Ddp(CallbackInterface):
             self._keep_up(trainer)
         keep_to_itself = self._wrapped is not None and index + 1 < size and not self._first
         self._first = False  # of a static graph, which torch has to see whole before it is left unaveraged
-        if not keep_to_itself:
-            return (yield)
-        with self._wrapped.no_sync():  # type: ignore[union-attr]
-            return (yield)
+        if keep_to_itself:
+            with self._wrapped.no_sync():  # type: ignore[union-attr]
+                return (yield)
+        outputs = yield
+        if self._apart and index + 1 == size:
+            self._average_apart()
+        return outputs
+
+    def _average_apart(self) -> None:
+        """Average the gradients of what some ranks alone have, on these."""
+        for mesh, weight in self._apart:
+            if weight.grad is not None and mesh.size() > 1:
+                gradient: Any = weight.grad.to_local()  # type: ignore[attr-defined]
+                dist.all_reduce(gradient, group=mesh.get_group())
+                gradient /= mesh.size()
 
     def _keep_up(self, trainer: Trainer) -> None:
         """See whether a weight has been frozen or unfrozen since the last step, in 0.1 us a weight."""

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from hookline import CallbackInterface, hookimpl
 from hookline.cli import main
-from hookline.testing import run_ranks, tiny_trainer
+from hookline.testing import PlainModule, TinyModule, run_ranks, tiny_trainer
+from hookline_expert_parallel import MixtureOfExperts
 from hookline_simulate.commands import EXAMPLES, _parser
 from hookline_simulate.world import World
 
@@ -152,10 +153,18 @@ class Look(CallbackInterface):
         self.states = here(t for state in states for t in state.values())
 
 
-def measure(plugins):
+class Routed(PlainModule):
+    """Has experts, each of which takes as many tokens as any other."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[1] = MixtureOfExperts(16, 24, experts=4, capacity_factor=1.0)
+
+
+def measure(plugins, module):
     torch.set_num_threads(1)
     look = Look()
-    tiny_trainer({"look": look, **plugins}, epochs=1, max_steps=3).train()
+    tiny_trainer({"look": look, **plugins}, module(), epochs=1, max_steps=3).train()
     return {"parameters": look.parameters, "gradients": look.gradients, "optimizer states": look.states}, look.counted
 
 
@@ -164,27 +173,33 @@ SHARED = {"broadcast": "broadcast_", "all_gather": "_allgather_base_", "reduce_s
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
-    ("plugins", "counted"),
+    ("plugins", "module", "counted"),
     [
-        ({"ddp": {}}, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
-        ({"ddp": {}, "accumulate": {"steps": 2}}, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
+        ({"ddp": {}}, TinyModule, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
+        ({"ddp": {}, "accumulate": {"steps": 2}}, TinyModule, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
         (
             {"fsdp": {"wrap": ["Linear"]}},
+            TinyModule,
             SHARED,
         ),
-        ({"fsdp": {"wrap": ["Linear"], "reshard_after_forward": False}}, SHARED),
+        ({"fsdp": {"wrap": ["Linear"], "reshard_after_forward": False}}, TinyModule, SHARED),
+        (
+            {"ddp": {}, "expert_parallel": {}},
+            Routed,
+            {"all_to_all": "alltoall_base_", "all_reduce": "allreduce_"},
+        ),
     ],
-    ids=["ddp", "ddp in windows", "fsdp", "zero 1"],
+    ids=["ddp", "ddp in windows", "fsdp", "zero 1", "experts"],
 )
 @pytest.mark.plugins
-def test_a_plan_is_what_two_ranks_measure(plan, folder, plugins, counted):
+def test_a_plan_is_what_two_ranks_measure(plan, folder, plugins, module, counted):
     (folder / "run.yaml").write_text(
-        "module: {_target_: hookline.testing.TinyModule}\ntrainer: {train_batch_size: 8}\n"
+        f"module: {{_target_: {module.__module__}.{module.__name__}}}\ntrainer: {{train_batch_size: 8}}\n"
         f"plugins: {json.dumps(plugins)}\n"
     )
     code, found, err = plan("2")
     assert (code, err) == (0, "")
-    outcomes = run_ranks(measure, 2, plugins)
+    outcomes = run_ranks(measure, 2, plugins, module)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
     memory, moved = outcomes[0].value
     assert {name: found["memory"][name] for name in memory} == pytest.approx(memory, rel=0.05)

@@ -9,6 +9,8 @@ Each file imports those above it alone:
 | `outputs` | what ranks have collected, in the order of the data set |
 | `alike` | what ranks have in common: compared, and given to all by rank 0 |
 | `mesh` | the hooks that other plugins implement or call |
+| `together` | evaluations in which ranks need each other in every forward |
+| `stepping` | optimizers of weights that ranks share in several ways |
 | `uneven` | ranks with different numbers of batches |
 
 The plugin, here, puts them together.
@@ -35,7 +37,9 @@ from hookline_distributed.alike import Alike, compare, describe, describe_loader
 from hookline_distributed.environment import ALONE, Place, find
 from hookline_distributed.mesh import sizes_of
 from hookline_distributed.outputs import interleaved, to_host
+from hookline_distributed.stepping import Stepping
 from hookline_distributed.stores import leave, meeting
+from hookline_distributed.together import Together
 from hookline_distributed.uneven import Shortened, Uneven, lengths_of, listed
 
 if TYPE_CHECKING:
@@ -102,6 +106,9 @@ class Distributed(CallbackInterface):
             trainer.plugins.register(Uneven(self.uneven == "join"), f"{name}.uneven")
         if self.verify_model and trainer.world_size > 1:
             trainer.plugins.register(Alike(), f"{name}.alike")
+        if trainer.world_size > 1:
+            trainer.plugins.register(Together(), f"{name}.together")
+            trainer.plugins.register(Stepping(), f"{name}.stepping")
 
     @hookimpl
     def get_ranks(self) -> tuple[int, int, int]:

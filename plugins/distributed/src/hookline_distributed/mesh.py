@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hookline import verb
+from hookline import event, verb
 from hookline_distributed.alike import give
 
 if TYPE_CHECKING:
@@ -31,6 +31,34 @@ def get_mesh_shape(trainer: Trainer) -> dict[str, int]:
 @verb
 def get_mesh(trainer: Trainer) -> Any:
     """Answer the `DeviceMesh` of all ranks, made once; `mesh["data"]` is a part of it."""
+
+
+@verb
+def get_shard_meshes(trainer: Trainer) -> dict[str, Any]:
+    """Answer by the names of modules the mesh over which each is shared or averaged, where it is not that of the rest.
+
+    Asked by who shards or averages the model. Wrapped by who leaves ranks other parts of some modules, as of experts:
+    those that have one part are the ranks of the answer.
+    """
+    return {}
+
+
+@verb
+def computes_together(trainer: Trainer) -> bool:
+    """Answer whether a forward on one rank needs the same forward on others; asked before an evaluation.
+
+    Ranks with fewer batches then take part in the forwards that others have more of. Wrapped by who has ranks exchange
+    something in a forward.
+    """
+    return False
+
+
+@event
+def on_compute_apart(trainer: Trainer, apart: bool) -> None:
+    """Run before an evaluation in which some rank has no batch or does not know how many; after each with False.
+
+    Who exchanges something in a forward puts together on each rank all that it takes, and takes it apart again.
+    """
 
 
 @verb

@@ -41,11 +41,12 @@ class Uneven(CallbackInterface):
 
     @hookimpl
     def on_begin_train(self, trainer: Trainer) -> None:
-        if self.joins and trainer.world_size > 1 and not trainer.plugins.performers("shadow"):
+        stands = trainer.plugins.performers("shadow") and not trainer.hook.computes_together(trainer=trainer)
+        if self.joins and trainer.world_size > 1 and not stands:
             raise ValueError(
                 "distributed.uneven=join: no plugin here lets a rank take part in a step without computing it. ddp "
-                "does, without find_unused_parameters; fsdp cannot, since each rank is needed in every forward: let "
-                "distributed.uneven=pad have a rank go on with a batch at zero weight"
+                "does, without find_unused_parameters; fsdp and expert_parallel cannot, since each rank is needed in "
+                "every forward: let distributed.uneven=pad have a rank go on with a batch at zero weight"
             )
         if trainer.world_size > 1:
             for name, part in trainer.module.named_modules():

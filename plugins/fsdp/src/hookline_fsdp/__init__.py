@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from hookline import CallbackInterface, Stage, find_blocks, hookimpl
 from hookline_fsdp.meta import give_values, refuse_values
@@ -67,8 +67,6 @@ class Fsdp(CallbackInterface):
             )
         self._mesh: Any = None
         self._has_buffers = False  # of which all ranks have those of rank 0
-        self._last: dict[str, Any] = {}  # batch of each loader of an evaluation
-        self._behind: dict[str, int] = {}
         if not self.meta:
             setattr(self, "adapt_module", None)  # noqa: B010 - an attribute hides the method from the plugin manager
 
@@ -110,11 +108,15 @@ class Fsdp(CallbackInterface):
             ),
             "offload_policy": CPUOffloadPolicy() if self.cpu_offload and not trainer.on_cpu else OffloadPolicy(),
         }
-        blocks = self._blocks(trainer, model)
-        for block in (*blocks, model):
+        apart = trainer.hook.get_shard_meshes(trainer=trainer)  # of modules whose ranks are others
+        meshes = {model.get_submodule(name): mesh for name, mesh in apart.items()}
+        blocks = [block for block in self._blocks(trainer, model) if block not in meshes]
+        for block in (*meshes, *blocks, model):
             if self.meta:
                 give_values(model, block, trainer.device, seed)
-            fully_shard(block, **options)
+            mesh = meshes.get(block, self._mesh)
+            along = functools.partial(second_dimension, mesh.size()) if block in meshes else None
+            fully_shard(block, **(options | {"mesh": mesh, "shard_placement_fn": along}))
         if self.broadcast_buffers and any(True for _ in model.buffers()):
             model.register_forward_pre_hook(functools.partial(self._share_in_training, trainer))
             self._has_buffers = True
@@ -155,61 +157,21 @@ class Fsdp(CallbackInterface):
             trainer.hook.broadcast(trainer=trainer, tensors=list(trainer.model.buffers()))
 
     # Evaluation -----------------------------------------------------------------------
-    # Every forward is one of all ranks, and they may have different numbers of batches.
 
-    @hookimpl(wrapper=True)
-    def setup_loader(self, trainer: Trainer, stage: Stage, key: str) -> Generator[None, Any, Any]:
-        loader = yield
-        return loader if stage is Stage.TRAIN or self._mesh is None else Remembering(loader, key, self._last)
+    @hookimpl(wrapper=True, optionalhook=True)  # of distributed
+    def computes_together(self) -> Generator[None, bool, bool]:
+        return (yield) or self._mesh is not None
 
-    @hookimpl(wrapper=True, trylast=True)  # who swaps other weights in does that in the shares
-    def evaluate(self, trainer: Trainer) -> Generator[None, Any, Any]:
-        try:
-            return (yield)
-        finally:
-            self._last.clear()
-            if self._mesh is not None:
-                self._put_together(trainer.model, False)
-
-    @hookimpl(tryfirst=True)
-    def on_begin_evaluation(self, trainer: Trainer, totals: Mapping[str, int | None]) -> None:
-        """Find out how many batches of each loader this rank has less than another.
-
-        Where one has none, or does not know, the whole model is put together, and each rank is by itself.
-        """
-        if self._mesh is None:
-            return
-        ranks = trainer.hook.all_gather(trainer=trainer, value=dict(totals))
-        self._behind = {key: max(rank[key] or 0 for rank in ranks) - (own or 0) for key, own in totals.items()}
-        if not all(total for rank in ranks for total in rank.values()):
-            self._behind = {}
-            self._put_together(trainer.model, True)
-
-    @hookimpl(wrapper=True, tryfirst=True)
-    def gather_outputs(self, trainer: Trainer, stage: Stage, key: str) -> Generator[None, list[Any], list[Any]]:
-        self._keep_up(trainer, stage, key)
-        return (yield)
-
-    @hookimpl(tryfirst=True)
-    def on_end_predict_epoch(self, trainer: Trainer, key: str) -> None:
-        self._keep_up(trainer, Stage.PREDICT, key)
-
-    def _keep_up(self, trainer: Trainer, stage: Stage, key: str) -> None:
-        """Take part in the forwards that other ranks have more of: with the last batch again, which counts nowhere."""
-        for _ in range(self._behind.pop(key, 0)):
-            with trainer.idling():
-                batch = trainer.hook.prepare_batch(trainer=trainer, batch=self._last[key], stage=stage)
-                trainer.hook.call_model(trainer=trainer, batch=batch, stage=stage)
-
-    def _put_together(self, model: torch.nn.Module, together: bool) -> None:
+    @hookimpl(optionalhook=True)  # of distributed
+    def on_compute_apart(self, trainer: Trainer, apart: bool) -> None:
         """Put the whole model together on each rank, or take it apart."""
-        for block in model.modules():
-            if isinstance(block, FSDPModule):
-                if together:
+        for block in trainer.model.modules():
+            if self._mesh is not None and isinstance(block, FSDPModule):
+                if apart:
                     block.unshard()
                 else:
                     block.reshard()
-                block.set_reshard_after_forward(self.reshard_after_forward and not together, recurse=False)
+                block.set_reshard_after_forward(self.reshard_after_forward and not apart, recurse=False)
 
     # Export ---------------------------------------------------------------------------
 
@@ -219,19 +181,10 @@ class Fsdp(CallbackInterface):
         return whole(state)  # type: ignore[no-any-return]
 
 
-class Remembering:
-    """A loader that leaves its last batch behind, by its key."""
-
-    def __init__(self, loader: Any, key: str, last: dict[str, Any]) -> None:
-        self.loader, self.key, self.last = loader, key, last
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.loader:
-            self.last[self.key] = batch
-            yield batch
+def second_dimension(ranks: int, weight: torch.Tensor) -> Shard | None:
+    """Return in what to share a part of a weight that has fewer rows here than ranks; None for its rows, as ever."""
+    here = weight.to_local() if isinstance(weight, DTensor) else weight
+    return Shard(1) if here.ndim > 1 and len(here) < ranks and here.shape[1] % ranks == 0 else None
 
 
 def size_of(module: torch.nn.Module) -> int:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from hookline import CallbackInterface, hookimpl, instantiate
-from hookline_tp.parts import by_mesh, here, losses_of_parts, split, whole
+from hookline_tp.parts import here, losses_of_parts, split, whole
 from hookline_tp.plan import choose, read_style
 
 if TYPE_CHECKING:
@@ -152,19 +152,6 @@ class Tp(CallbackInterface):
                 "see a part of the features or of the sequence alone. Name their modules in tp.plan ('sequence' for a "
                 "norm), or put together what comes to them ('input from sequence to whole')"
             )
-
-    @hookimpl(wrapper=True)
-    def step_optimizer(self, optimizer: torch.optim.Optimizer) -> Generator[None, bool, bool]:
-        """Have weights that ranks share in several ways stepped apart: torch does not step a list of both at once."""
-        groups = optimizer.param_groups
-        if self._mesh is None or not all("foreach" in group for group in groups):  # such as step each weight by itself
-            return (yield)
-        finer = [{**group, "params": weights} for group in groups for weights in by_mesh(group["params"])]
-        optimizer.param_groups = finer
-        try:
-            return (yield)
-        finally:
-            optimizer.param_groups = groups
 
     # Export ---------------------------------------------------------------------------
 

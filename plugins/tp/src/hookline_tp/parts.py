@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -104,14 +104,6 @@ def losses_of_parts() -> Iterator[None]:
 def here(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def by_mesh(weights: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
-    """Return weights with those together that are on the same mesh, or on none."""
-    together: dict[Any, list[torch.Tensor]] = {}
-    for weight in weights:
-        together.setdefault(weight.device_mesh if isinstance(weight, DTensor) else None, []).append(weight)
-    return together.values()
 
 
 def layout(tensor: torch.Tensor) -> Any:
