@@ -26,13 +26,14 @@ def copy_state(state: Any) -> Any:
 def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     """Copy a value; `copied` has the copy of each memory seen so far."""
     if isinstance(value, torch.Tensor):
-        value = value.detach()
         here = value.to_local() if hasattr(value, "to_local") else value  # of a sharded tensor, the local shard
         if here.layout is not torch.strided or not here.numel():
-            return value.to("cpu", copy=True)
+            return value.detach().to("cpu", copy=True)
+        if hasattr(here, "__tensor_flatten__"):
+            return _copy_parts(value, here, copied)
         memory = here.data_ptr(), here.device, here.dtype, value.shape, here.stride()
         if memory not in copied:
-            copied[memory] = value.to("cpu", copy=True)
+            copied[memory] = value.detach().to("cpu", copy=True)
         return copied[memory]
     if isinstance(value, dict):
         other = copy.copy(value)  # keeps its kind, and what is attached to a state dict
@@ -42,6 +43,15 @@ def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     if type(value) in (list, tuple):
         return type(value)([_copy(kept, copied) for kept in value])
     return copy.deepcopy(value)
+
+
+def _copy_parts(value: Any, here: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
+    """Copy a tensor that is made of others and has no memory of its own; `here` is the local shard of a sharded one."""
+    names, about = here.__tensor_flatten__()
+    parts = {name: _copy(getattr(here, name), copied) for name in names}
+    made = here.__tensor_unflatten__(parts, about, here.shape, here.stride())
+    form = {"shape": value.shape, "stride": value.stride()}
+    return made if here is value else value.from_local(made, value.device_mesh, value.placements, **form)
 
 
 def get_named(module: torch.nn.Module, name: Any) -> torch.Tensor | None:

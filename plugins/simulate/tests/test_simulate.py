@@ -227,6 +227,19 @@ def test_one_rank(plan):
 
 
 @pytest.mark.plugins
+def test_states_of_few_bits_take_what_their_parts_take(folder):
+    optimizer = ["plugins.optimizer._target_=torchao.optim.AdamW8bit", "plugins.optimizer.replace=true"]
+    words = ["simulate", "--world", "1", "run.yaml", "--json", "module.width=64", *optimizer]
+    done = subprocess.run(  # in a process of its own: torchao works a table out once, here without values
+        [sys.executable, "-m", "hookline", *words], capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    blocks = 64 * 64 // 256
+    weight, bias = 2 * (64 * 64 + 4 * blocks + 4 * 256) + 4, 2 * 4 * 64 + 4  # codes, scales and their table; a step
+    assert found["memory"]["optimizer states"] == 2 * (weight + bias)
+
+
+@pytest.mark.plugins
 def test_ddp_reduces_its_gradients(plan):
     _, found, _ = plan("8x64", "-p", "ddp")
     assert found["batch"]["sample(s) in each"] == 1

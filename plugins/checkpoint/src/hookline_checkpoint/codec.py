@@ -2,8 +2,9 @@
 
 What JSON has stays as it is. All else is an object of one key that begins with "$":
 `{"$tuple": […]}`, `{"$tensor": "net.weight"}`, `{"$dtensor": "net.weight"}` for one of which
-ranks have shares. A dictionary that JSON cannot hold, because its keys are no strings or begin
-with "$", is written as pairs: `{"$dict": [[key, value], …]}`.
+ranks have shares, `{"$parts": [class, tensors, …]}` for one that is made of other tensors. A
+dictionary that JSON cannot hold, because its keys are no strings or begin with "$", is written
+as pairs: `{"$dict": [[key, value], …]}`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from hookline.files.weights import Tensors, memory_of
 from hookline_checkpoint.refusals import cure, describe
-from hookline_checkpoint.tensors import NATIVE, as_bytes, as_dtype, is_shared
+from hookline_checkpoint.tensors import NATIVE, as_bytes, as_dtype, is_shared, made_of_others, name_of
 
 FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict, set)}
 ARRAY_KINDS = "biufcmMSU"  # of numpy dtypes: those whose bytes are their value
@@ -140,6 +141,8 @@ class _Splitter:
     def tensor(self, value: torch.Tensor, path: tuple[Any, ...]) -> Any:
         if is_shared(value):
             return self.dtensor(value, path)
+        if name_of(type(value)) in made_of_others():
+            return self.parts(value, path)
         plain = type(value) in (torch.Tensor, torch.nn.Parameter)
         if not plain or value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
             self.refuse(value, path)
@@ -164,12 +167,23 @@ class _Splitter:
         if any(placement.is_partial() for placement in value.placements):
             self.refuse(value, path)
         here = value.to_local()
+        if type(here) is not torch.Tensor:
+            raise TypeError(
+                f"{self.at(path)} is {describe(here)}, of which ranks have shares; a checkpoint holds these whole "
+                "alone: train with ddp, or with an optimizer whose states are plain tensors"
+            )
         # By the whole memory, since of a small tensor a rank may have nothing: ranks must name all of them alike.
         memory = here.untyped_storage().data_ptr() or id(value), here.storage_offset(), value.dtype, value.shape
         if memory not in self.stored:
             self.stored[memory] = self.unused(path), value
             self.tensors[self.stored[memory][0]] = value.detach()
         return {"$dtensor": self.stored[memory][0]}
+
+    def parts(self, value: Any, path: tuple[Any, ...]) -> Any:
+        names, about = value.__tensor_flatten__()
+        parts = {name: self.encode(getattr(value, name), (*path, name)) for name in names}
+        form = [list(value.shape), list(value.stride())]
+        return {"$parts": [name_of(type(value)), parts, self.encode(about, (*path, "about")), *form]}
 
     def numpy(self, value: Any, path: tuple[Any, ...]) -> Any:
         numpy = sys.modules.get("numpy")
@@ -245,6 +259,13 @@ class _Joiner:
             self.made[name] = tensor
         return self.made[name]
 
+    def parts(self, value: list[Any]) -> Any:
+        name, parts, about, shape, stride = value
+        tensors = self.decode(parts)
+        if name not in made_of_others():  # nobody has imported it, so nobody trains with it
+            return {"class": name, **tensors}
+        return made_of_others()[name].__tensor_unflatten__(tensors, self.decode(about), torch.Size(shape), stride)
+
     def ndarray(self, value: dict[str, Any]) -> Any:
         return _numpy(value["dtype"], value["shape"], self.tensors[value["name"]].numpy().tobytes())
 
@@ -316,6 +337,7 @@ TAGS: dict[str, Callable[[_Joiner, Any], Any]] = {
     "$tensor": _Joiner.tensor,
     "$dtensor": _Joiner.tensor,
     "$ndarray": _Joiner.ndarray,
+    "$parts": _Joiner.parts,
     "$npscalar": lambda _, v: _numpy(v[0], (), bytes.fromhex(v[1]))[()],
     "$tuple": lambda j, v: tuple(j.decode(v)),
     "$set": lambda j, v: set(j.decode(v)),

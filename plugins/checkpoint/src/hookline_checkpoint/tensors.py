@@ -45,6 +45,21 @@ def is_shared(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and hasattr(value, "to_local")
 
 
+def name_of(kind: type) -> str:
+    """Return the whole name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def made_of_others() -> dict[str, Any]:
+    """Return by name the classes of tensors that are made of others, and that their packages let files name.
+
+    A package says so to torch when it is imported (`torch.serialization.add_safe_globals`).
+    """
+    known = [kind for kind in torch.serialization.get_safe_globals() if isinstance(kind, type)]
+    others = [kind for kind in known if not kind.__module__.startswith("torch.")]
+    return {name_of(kind): kind for kind in others if hasattr(kind, "__tensor_unflatten__")}
+
+
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of a tensor as another one."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

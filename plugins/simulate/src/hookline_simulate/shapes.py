@@ -30,7 +30,14 @@ def bytes_of(tree: Any) -> int:
     """Return the bytes of the tensors in nested containers that this rank has; what is tied counts once."""
     leaves = tree_leaves([dict(kept) if isinstance(kept, Mapping) else kept for kept in tree])
     tensors = {id(leaf): local(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(map(size_of, tensors.values()))
+
+
+def size_of(tensor: Any) -> int:
+    """Return the bytes of a tensor: those of its parts, where it is made of others (in 8 bits, say)."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(size_of(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return int(tensor.numel() * tensor.element_size())
 
 
 class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
