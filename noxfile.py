@@ -84,8 +84,12 @@ def kit(session: nox.Session) -> None:
 def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
-    names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "progress", "simulate", "tp", "watchdog")
-    rows = [f"tests/faults/test_{name}.py" for name in ("elastic", "g_ranks", "launch", "ranks", "two_machines")]
+    names = (
+        "activation_checkpoint", "corpus", "ddp", "distributed", "fsdp", "metrics", "progress", "simulate", "tp",
+        "watchdog",
+    )  # fmt: skip
+    faults = ("elastic", "g_datascale", "g_ranks", "launch", "ranks", "two_machines")
+    rows = [f"tests/faults/test_{name}.py" for name in faults]
     tests = [
         *(f"plugins/{name}/tests" for name in names),
         *rows,
