@@ -84,9 +84,9 @@ def kit(session: nox.Session) -> None:
 def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
-    names = ("activation_checkpoint", "context_parallel", "ddp", "distributed", "expert_parallel", "fsdp")
+    names = ("activation_checkpoint", "context_parallel", "corpus", "ddp", "distributed", "expert_parallel", "fsdp")
     names += ("metrics", "progress", "simulate", "sync_batchnorm", "tp", "watchdog")
-    faults = ("elastic", "g_context", "g_experts", "g_ranks", "launch", "ranks", "two_machines")
+    faults = ("elastic", "g_context", "g_datascale", "g_experts", "g_ranks", "launch", "ranks", "two_machines")
     rows = [f"tests/faults/test_{name}.py" for name in faults]
     tests = [
         *(f"plugins/{name}/tests" for name in names),
