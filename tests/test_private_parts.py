@@ -300,10 +300,13 @@ PARTS = [
     ),
     Part(
         "transformers",
-        {"_no_split_modules"},
+        {"_no_split_modules", "_init_weights"},
         {"plugins/hf"},
-        "which classes are blocks is said nowhere else",
-        lambda transformers: transformers.PreTrainedModel._no_split_modules,
+        "which classes are blocks, and the first values of a single module, are said nowhere else",
+        lambda transformers: (
+            transformers.PreTrainedModel._no_split_modules,
+            transformers.PreTrainedModel._init_weights,
+        ),
     ),
     Part(
         "dvclive",

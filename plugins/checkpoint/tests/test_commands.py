@@ -45,6 +45,9 @@ class Line(ModuleInterface):
     def update_state(self, state):
         self.load_state_dict(state, strict=False)
 
+    def get_hf_format(self):
+        return {"config": {"model_type": "line"}}
+
 
 class Keeper(CallbackInterface):
     def __init__(self, kept: Any) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +65,13 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
         raise ValueError(f"model={given!r} is no folder; `save_pretrained` writes one that can be loaded")
     loaded: torch.nn.Module = head.from_pretrained(Path(given).expanduser() if Path(given).exists() else given)
     return loaded
+
+
+def give_resets(model: Any) -> None:
+    """Give each module of a model that has no values yet the method by which it is given first ones."""
+    for module in model.modules():
+        if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+            module.reset_parameters = functools.partial(model._init_weights, module)
 
 
 def decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -139,6 +149,9 @@ class HfModule(ModuleInterface):
         if collate is None and tokenizer is not None:
             collate = transformers.DataCollatorWithPadding(tokenizer)
         self.model = make_model(model, auto)
+        self._names = list(self.model.state_dict())  # before plugins change it
+        if any(parameter.is_meta for parameter in self.model.parameters()):
+            give_resets(self.model)
         self.data = {"train": train_data, "val": val_data, "test": test_data, "predict": predict_data}
         self.tokenizer = tokenizer
         self.collate = collate or transformers.default_data_collator
@@ -216,6 +229,23 @@ class HfModule(ModuleInterface):
         return DataLoader(
             data, batch_size, sampler=sampler(data), collate_fn=self.collate, num_workers=self.num_workers
         )
+
+    # Weights --------------------------------------------------------------------------
+
+    def get_hf_format(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, to be exported for `from_pretrained`: configuration, names, other files."""
+        model: Any = self.model
+        config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+        files: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory(prefix="hookline-") as folder:
+            if model.can_generate():
+                model.generation_config.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
+            for path in sorted(Path(folder).rglob("*")):
+                if path.is_file():
+                    files[path.name] = path.read_bytes()
+        return {"config": config, "names": {f"model.{name}": name for name in self._names}, "files": files}
 
     # Optimizers -----------------------------------------------------------------------
 

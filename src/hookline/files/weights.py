@@ -53,18 +53,24 @@ def shards(tensors: Tensors, tied: Mapping[str, str], limit: float) -> Iterator[
         tied: the tied names that `untie` returned.
         limit: bytes of the tensors in one file; a larger tensor gets a file of its own.
     """
+    for file, names in files_of({name: tensor.nbytes for name, tensor in tensors.items()}, limit).items():
+        metadata = {name: first for name, first in tied.items() if first in names} | {"format": "pt"}
+        yield Shard(file, owned({name: tensors[name] for name in names}, tensors), metadata)
+
+
+def files_of(sizes: Mapping[str, int], limit: float) -> dict[str, list[str]]:
+    """Return the names of the tensors in each file of a model, for tensors of so many bytes; see `shards`."""
     parts: list[list[str]] = [[]]
     size = 0
-    for name, tensor in tensors.items():
-        if parts[-1] and size + tensor.nbytes > limit:
+    for name, nbytes in sizes.items():
+        if parts[-1] and size + nbytes > limit:
             parts.append([])
             size = 0
         parts[-1].append(name)
-        size += tensor.nbytes
-    for number, names in enumerate(parts, 1):
-        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        metadata = {name: first for name, first in tied.items() if first in names} | {"format": "pt"}
-        yield Shard(file, owned({name: tensors[name] for name in names}, tensors), metadata)
+        size += nbytes
+    count = len(parts)
+    several = (f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+    return dict(zip(["model.safetensors"] if count == 1 else several, parts, strict=True))
 
 
 def owned(chosen: Tensors, tensors: Tensors) -> Tensors:

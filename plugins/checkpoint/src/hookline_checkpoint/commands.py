@@ -29,6 +29,7 @@ examples:
   hookline checkpoints export digits-1 --to digits.safetensors
   hookline checkpoints export digits-1 --to digits.pt --format torch
   hookline checkpoints export digits-1 --to exported/ --max-shard-size 2GB
+  hookline checkpoints export digits-1 --to pretrained/ --format hf --dtype bfloat16
   hookline checkpoints import model.ckpt --to model.safetensors
   hookline checkpoints diff digits-1 digits-2 --section module
 """
@@ -79,13 +80,21 @@ def _parser() -> argparse.ArgumentParser:
         help="the file to write; or a folder for it, which is there or ends with /",
     )
     export.add_argument(
-        "--format", choices=["safetensors", "torch"], default="safetensors",
-        help="torch: a state dict for torch.load(…, weights_only=True) (default: safetensors)",
+        "--format", choices=["safetensors", "torch", "hf"], default="safetensors",
+        help="torch: a state dict for torch.load(…, weights_only=True); hf: a folder for from_pretrained "
+        "(default: safetensors)",
     )  # fmt: skip
     export.add_argument(
         "--max-shard-size", type=_size, metavar="SIZE",
-        help="split what is larger, e.g. 2GB, into several safetensors files and an index, as Hugging Face does",
+        help="split what is larger, e.g. 2GB, into several safetensors files and an index, as Hugging Face does "
+        "(with --format hf: 5GB)",
     )  # fmt: skip
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="round numbers with a fraction to this (their own)"
+    )
+    export.add_argument(
+        "--average", metavar="PLUGIN", help="take the average of the weights that a plugin keeps, such as ema"
+    )
     export.add_argument("--force", action="store_true", help="replace files that are there")
     foreign = add("import", "write the weights of another program's file as safetensors, running no code", _import)
     foreign.add_argument("source", metavar="SOURCE", help="a file of torch.save or safetensors, or its http(s):// URL")
@@ -213,11 +222,14 @@ def _show(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from hookline_checkpoint import export
+    from hookline_checkpoint.tensors import as_dtype
 
     path = checkpoint(options.run, options.folder)
     is_folder = options.to.endswith("/")
     to = Path(options.to)
-    written = export.export(path, to, options.format, options.max_shard_size, options.force, is_folder)
+    dtype = None if options.dtype is None else as_dtype(options.dtype)
+    wanted = export.Wanted(path, dtype, options.average)
+    written = export.export(wanted, to, options.format, options.max_shard_size, options.force, is_folder)
     for file in written:
         print(f"{file}  {_bytes(file.stat().st_size)}")
     return 0
@@ -232,8 +244,8 @@ def _import(options: argparse.Namespace) -> int:
     export.check_free([to] if os.path.lexists(to) else [], options.force)
     loaded = foreign.load_foreign(options.source, unsafe=options.unsafe)
     state, left = foreign.state_dict_of(loaded, options.key)
-    otherwise = "take it in Python, by load_foreign"
-    (file,) = export.put_safetensors(state, to.parent, to.name, otherwise)
+    source = export.of_state(state, "take it in Python, by load_foreign")
+    (file,) = export.put_safetensors(source, to.parent, to.name)
     print(f"{file}  {len(state)} tensors, {_bytes(file.stat().st_size)}")
     if left:
         print(f"left out: {', '.join(left)}")

@@ -15,6 +15,7 @@ SHARED = {  # part of the shared state: the file of its tensors; their names in 
 }
 TREES = "state.json"
 SHARES = "shards.json"  # which tensors are stored in shares: form of each, and where the pieces are
+HF = "hf.json"  # what the module says of itself in Hugging Face's format, where it does
 DTYPES = {"BOOL": "bool", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "C64": "complex64"}
 KINDS = {"F": "float", "I": "int", "U": "uint"}
 PAIRS = {  # tags of mappings that are written as pairs: where in them the pairs are

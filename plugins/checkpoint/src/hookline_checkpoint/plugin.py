@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, seconds
 from hookline.files import make_folder
-from hookline_checkpoint import writing
+from hookline_checkpoint import hf, writing
 from hookline_checkpoint.background import Background
 from hookline_checkpoint.codec import join, split, tree_to_bytes
 from hookline_checkpoint.fingerprint import describe
+from hookline_checkpoint.headers import HF
 from hookline_checkpoint.layout import contents, own, pack, shares
 from hookline_checkpoint.lock import Lock, refuse_locked
 from hookline_checkpoint.resuming import Rule, find_state, restore
@@ -70,6 +72,7 @@ class Checkpoint(CallbackInterface):
         self._prepared: Path | None = None
         self._good: set[Path] = set()
         self._lock: Lock | None = None
+        self._hf: dict[str, list[bytes]] = {}  # the file, if the module says what it is in Hugging Face's format
         self._group: Any = None  # of all ranks; where they have shares of the model, each writes its own
         if self.on_error not in ("stop", "go_on"):
             raise ValueError(f"checkpoint.on_error={self.on_error!r} must be stop or go_on")
@@ -126,6 +129,8 @@ class Checkpoint(CallbackInterface):
                 tensors, tree = split(plugin.get_state(), f"plugins.{name}")
                 join(tensors, json.loads(tree_to_bytes(tree)))
             if trainer.rank == 0:
+                said = hf.described(trainer.module)
+                self._hf = {} if said is None else {HF: [tree_to_bytes(split(said, hf.METHOD)[1])]}
                 self._lock = Lock(trainer.run_dir)
                 writing.sweep(trainer.run_dir)
 
@@ -202,7 +207,8 @@ class Checkpoint(CallbackInterface):
             about = describe(trainer, reason, state["trainer"]) | {"monitor": self.monitor, "mode": self._known_mode}
             begun = len(state.get("window", {}).get("outputs", ()))
             step = state["trainer"]["counters"]["global_step"]
-            put = functools.partial(self._put, trainer.run_dir / FOLDER, step, contents(parts), about, begun)
+            files = itertools.chain(contents(parts), self._hf.items())
+            put = functools.partial(self._put, trainer.run_dir / FOLDER, step, files, about, begun)
             if shared:
                 put = functools.partial(sharded().lead, self._group, shared, put)
             write = functools.partial(self._write, put, reason)

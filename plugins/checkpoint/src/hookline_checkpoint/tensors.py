@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,28 @@ def tensors_to_parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Buffer]:
     The format asks for the length of the head, the head as JSON, and the data without gaps; the
     widest dtypes come first and the head is padded to 8 bytes, so that every tensor is aligned.
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    head, end = {}, 0
-    for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
-        head[name] = {"dtype": NATIVE[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    yield head_of({name: (tensor.dtype, tensor.shape) for name, tensor in ordered.items()})
+    for tensor in ordered.values():
+        yield from part_of(tensor)
+
+
+def head_of(forms: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the head of a safetensors file whose tensors lie behind it in this order."""
+    head: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in forms.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        head[name] = {"dtype": NATIVE[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     written = json.dumps(head).encode()
     written += b" " * (-len(written) % 8)
-    yield len(written).to_bytes(8, "little") + written
-    for _, tensor in ordered:
-        if tensor.numel():
-            yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return len(written).to_bytes(8, "little") + written
+
+
+def part_of(tensor: torch.Tensor) -> Iterator[Buffer]:
+    """Yield the bytes of a tensor, if it has some."""
+    if tensor.numel():
+        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def is_shared(value: Any) -> bool:

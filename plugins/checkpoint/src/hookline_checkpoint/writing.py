@@ -87,17 +87,22 @@ def _read_back(path: Path) -> None:
     Raises:
         OSError: a file is not what was written.
     """
-    if hasattr(os, "posix_fadvise"):
-        for file in path.iterdir():
-            descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(descriptor)
+    for file in path.iterdir():
+        forget(file)
     try:
         verify(path)
     except CheckpointError as error:
         raise OSError(f"{path} reads back as something else than was written: {error}; look at the disk") from error
+
+
+def forget(file: Path) -> None:
+    """Have the system let go of its own copy of a file, where it can."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def leftover(folder: Path, kind: str) -> Path:
