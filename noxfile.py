@@ -91,7 +91,7 @@ def distributed(session: nox.Session) -> None:
     tests = [
         *(f"plugins/{name}/tests" for name in names),
         *rows,
-        *(f"tests/test_{name}.py" for name in ("howto", "launch", "pairs")),
+        *(f"tests/test_{name}.py" for name in ("howto", "launch", "llm", "pairs")),
     ]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
