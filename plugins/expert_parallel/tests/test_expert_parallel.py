@@ -34,7 +34,7 @@ class Block(nn.Module):
 class Mixed(ModuleInterface):
     """Learns the next number of a sequence; as `parts` ranks do it, where it is to be compared with them."""
 
-    def __init__(self, experts=4, capacity_factor=None, dropout=0.0, samples=48, parts=1):
+    def __init__(self, experts=4, capacity_factor=None, dropout=0.0, samples=48, parts=1, frozen=False):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -42,6 +42,8 @@ class Mixed(ModuleInterface):
             self.blocks = nn.Sequential(*(Block(experts, capacity_factor, dropout) for _ in range(2)))
             self.data = TensorDataset(torch.randint(WORDS, (samples, LENGTH + 1)))
         self.parts = parts
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(not frozen or ".experts." in name)
 
     def train_step(self, global_step, batch, device):
         losses = [self.loss(batch[0][part :: self.parts]) for part in range(self.parts)]
@@ -124,6 +126,7 @@ REFERENCES = {
     "capacity": (SPLIT, {"capacity_factor": 1.0, "parts": 2}, {}),
     "uneven": (SPLIT, UNEVEN, {}),
     "averaged": (SPLIT | AVERAGED, {}),
+    "frozen": (SPLIT, {"frozen": True}, {}),
     "few": (SPLIT, {"experts": 2}, {}),
 }
 
@@ -153,8 +156,9 @@ def test_two_ranks_are_one_process_with_the_rest():
         "uneven fsdp": (FSDP | PAD, UNEVEN, {}),
         "uneven ddp with room": (DDP | PAD, UNEVEN | {"capacity_factor": 4.0}, {}),
         "averaged ddp": (DDP | AVERAGED, {}),
+        "frozen ddp": (DDP, {"frozen": True}, {}),
     }
-    one_model(cases, 2, ("plain", "clipped", "capacity", "uneven", "averaged"))
+    one_model(cases, 2, ("plain", "clipped", "capacity", "uneven", "averaged", "frozen"))
 
 
 @pytest.mark.plugins
