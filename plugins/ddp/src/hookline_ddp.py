@@ -125,7 +125,8 @@ class Ddp(CallbackInterface):
         if list(map(id, weights)) == list(map(id, self._weights)) and trained == self._trained:
             return False
         self._weights, self._trained = weights, trained
-        if not any(trained):
+        apart = {id(weight) for _, weight in self._apart}
+        if not any(weight.requires_grad and id(weight) not in apart for weight in weights):
             self._wrapped = None  # nothing to average; torch would refuse it
             return True
         if self._wrapped is None:

@@ -34,7 +34,7 @@ class Block(nn.Module):
 class Mixed(ModuleInterface):
     """Learns the next number of a sequence; as `parts` ranks do it, where it is to be compared with them."""
 
-    def __init__(self, experts=4, capacity_factor=None, dropout=0.0, samples=48, parts=1):
+    def __init__(self, experts=4, capacity_factor=None, dropout=0.0, samples=48, parts=1, frozen=False):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -42,6 +42,8 @@ class Mixed(ModuleInterface):
             self.blocks = nn.Sequential(*(Block(experts, capacity_factor, dropout) for _ in range(2)))
             self.data = TensorDataset(torch.randint(WORDS, (samples, LENGTH + 1)))
         self.parts = parts
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(not frozen or ".experts." in name)
 
     def train_step(self, global_step, batch, device):
         losses = [self.loss(batch[0][part :: self.parts]) for part in range(self.parts)]
@@ -113,6 +115,7 @@ SPLIT = {"expert_parallel": {"router_z": 1e-3}}
 DDP, FSDP = {**SPLIT, "ddp": {}}, {**SPLIT, "fsdp": {"wrap": ["Block"]}}
 CLIPPED = {"clip": {"max_norm": 0.02, "log_norm": True}, "accumulate": {"steps": 2}}
 AGAIN, COMPILED = {"activation_checkpoint": {"wrap": ["Block"]}}, {"compile": {"blocks": ["Block"], "backend": "eager"}}
+AVERAGED = {"ema": {"decay": 0.9}}
 PAD = {"distributed": {"uneven": "pad"}}
 UNEVEN = {"samples": 49}
 UP = "blocks.1.moe.experts.up"
@@ -122,6 +125,8 @@ REFERENCES = {
     "wide": (SPLIT | CLIPPED, {"train_batch_size": 24}),
     "capacity": (SPLIT, {"capacity_factor": 1.0, "parts": 2}, {}),
     "uneven": (SPLIT, UNEVEN, {}),
+    "averaged": (SPLIT | AVERAGED, {}),
+    "frozen": (SPLIT, {"frozen": True}, {}),
     "few": (SPLIT, {"experts": 2}, {}),
 }
 
@@ -150,8 +155,10 @@ def test_two_ranks_are_one_process_with_the_rest():
         "capacity fsdp": (FSDP, {"capacity_factor": 1.0}, {}),
         "uneven fsdp": (FSDP | PAD, UNEVEN, {}),
         "uneven ddp with room": (DDP | PAD, UNEVEN | {"capacity_factor": 4.0}, {}),
+        "averaged ddp": (DDP | AVERAGED, {}),
+        "frozen ddp": (DDP, {"frozen": True}, {}),
     }
-    one_model(cases, 2, ("plain", "clipped", "capacity", "uneven"))
+    one_model(cases, 2, ("plain", "clipped", "capacity", "uneven", "averaged", "frozen"))
 
 
 @pytest.mark.plugins
@@ -214,6 +221,33 @@ class Light(Mixed):
 def test_experts_that_fsdp_makes_without_memory_begin_as_others():
     split, whole = on_ranks(without_memory, 2, [2, 1])[0]
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=3e-7)
+
+
+class Spoils(CallbackInterface):
+    """Makes a gradient NaN of experts that rank 1 alone has, in the second step."""
+
+    @hookimpl(tryfirst=True)
+    def on_begin_optimizer_step(self, trainer):
+        if trainer.global_step == 1 and trainer.rank == 1:
+            trainer.module.blocks[0].moe.experts.up.grad.to_local().fill_(float("nan"))
+
+
+def spoilt():
+    torch.set_num_threads(1)
+    found = []
+    for plugins in (DDP, FSDP):
+        trainer = tiny_trainer({**plugins, "spoils": Spoils(), "finite": {"policy": "skip"}}, Mixed())
+        trainer.train()
+        found.append((trainer.counters.skipped_steps, digest(trainer.export_model())))
+    return found
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_a_step_is_skipped_for_experts_of_one_rank():
+    one, other = on_ranks(spoilt, 2)
+    assert one == other
+    assert [skipped for skipped, _ in one] == [1, 1]
 
 
 # Checkpoints ----------------------------------------------------------------------------
@@ -315,14 +349,16 @@ def evaluate_all(cases):
 
 @pytest.mark.plugins
 def test_ranks_evaluate_different_numbers_of_batches():
-    cases = [(plugins, unknown) for plugins in (DDP, FSDP) for unknown in (False, True)]
+    low = {**SPLIT, "fsdp": {"wrap": ["Block"], "param_dtype": "bfloat16"}}
+    cases = [(DDP, False), (FSDP, True), (low, True)]
     wanted, rows = evaluate(SPLIT, False)
-    for (one, first), (other, second) in zip(*on_ranks(evaluate_all, 2, cases), strict=True):
-        assert one == other == pytest.approx(wanted, rel=1e-6)
+    for (one, first), (other, second), (plugins, _) in zip(*on_ranks(evaluate_all, 2, cases), cases, strict=True):
+        close = 0.1 if plugins is low else 1e-5
+        assert one == other == pytest.approx(wanted, rel=close)
         assert sorted(first) == [0, 2, 4]
         assert sorted(second) == [1, 3]
         for place, row in (first | second).items():
-            torch.testing.assert_close(row, rows[place], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(row.float(), rows[place], rtol=close, atol=close)
 
 
 # The layer, and what does not fit ----------------------------------------------------------

@@ -191,7 +191,7 @@ class ExpertParallel(CallbackInterface):
     def computes_together(self) -> Generator[None, bool, bool]:
         return (yield) or bool(self._exchanges)
 
-    @hookimpl(optionalhook=True)  # of distributed
+    @hookimpl(trylast=True, optionalhook=True)  # of distributed; behind fsdp, whose parameters may be of another type
     def on_compute_apart(self, apart: bool) -> None:
         for exchange in self._exchanges.values():
             exchange.put_together(apart)
