@@ -234,7 +234,3 @@ class Ahead:
         except BaseException:
             del held[wanted]  # whoever tries again reads again
             raise
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._held.clear()
