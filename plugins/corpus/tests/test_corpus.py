@@ -19,8 +19,9 @@ import torch
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.data import DataLoader
 
+import hookline_corpus
 from hookline import ModuleInterface
-from hookline.testing import Memory, on_ranks, run_ranks, tiny_trainer
+from hookline.testing import Memory, check_plugin, on_ranks, run_ranks, tiny_trainer
 from hookline.testing.faults import PRELOADED, at_hook, kill
 from hookline_corpus import Corpus, Files, HuggingFace, Mosaic, Tokens, WebShards, same_document
 from hookline_corpus.packing import best_fit
@@ -528,6 +529,10 @@ def test_more_workers_than_shards_read_each_token_once():
     data = Tokens(write("web", 1_000, 1), 10, numbers)
     seen = [token for batch in DataLoader(data, 2, num_workers=2) for token in real(batch).flatten().tolist()]
     assert sorted(seen) == list(range(1_000))
+
+
+def test_the_plugin_keeps_the_contract():
+    check_plugin(Corpus, readme=(Path(hookline_corpus.__file__).parents[2] / "README.md").read_text())
 
 
 # The proof ----------------------------------------------------------------------------
