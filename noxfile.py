@@ -120,6 +120,21 @@ def ft(session: nox.Session) -> None:
 
 
 @nox.session
+def mosaic(session: nox.Session) -> None:
+    """Read shards by MosaicML Streaming, which wants older versions of what other tests have."""
+    session.install(
+        "mosaicml-streaming==0.13.0",
+        "-r",
+        "requirements.txt",
+        "pytest==9.2.0",
+        "pytest-timeout==2.4.0",
+        "pytest-xdist==3.8.0",
+    )
+    tests = ("plugins/corpus/tests", "tests/habits/test_streams.py")
+    session.run("pytest", "-n", "0", *tests, "-k", "mosaic", *session.posargs)
+
+
+@nox.session
 def trackers(session: nox.Session) -> None:
     """Hand runs to the real services, on servers and in a browser too, and read back what they have kept.
 
@@ -239,10 +254,11 @@ def site(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure what a step costs, and what a checkpoint costs."""
+    """Measure what a step costs, what a checkpoint costs, and what it costs to pack a corpus."""
     session.install("-r", "requirements-dev.txt")
     session.run("python", "benchmarks/step_overhead.py", "--json")
     session.run("python", "benchmarks/checkpoint.py", "--json")
+    session.run("python", "benchmarks/corpus.py", "--json")
 
 
 @nox.session

@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, default_collate
@@ -146,8 +147,57 @@ def test_a_shuffled_stream_of_hugging_face_that_goes_on_from_its_state_is_told(c
     assert resumed.seen != whole.seen[3:]  # when this fails, they are, and the warning may go
 
 
-def look(trainer):
-    return trainer.module.seen
+class Mosaic(Reads):
+    """Trains on a loader of MosaicML Streaming."""
+
+    def __init__(self, folder):
+        super().__init__(self.get)
+        self.folder, self.loader = folder, None
+
+    def get(self, trainer, sampler, batch_size):
+        streaming = pytest.importorskip("streaming")
+        if self.loader is None:
+            data = streaming.StreamingDataset(
+                local=self.folder, shuffle=True, batch_size=batch_size, num_canonical_nodes=2
+            )
+            self.loader = streaming.StreamingDataLoader(data, batch_size=batch_size)
+        self.loader.dataset.next_epoch = trainer.epoch
+        return hookline.sharded(self.loader)
+
+
+def mosaic_on_a_rank(folder, state):
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]  # as a launcher says it
+    module = Mosaic(folder)
+    tiny_trainer({"memory": Memory(state), "ddp": {}}, module).train()
+    return module.seen
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
+@pytest.mark.xdist_group("ranks")
+def test_mosaicml_streaming_goes_on_from_its_own_state_also_on_another_number_of_ranks(tmp_path):
+    streaming, folder, memory = pytest.importorskip("streaming"), str(tmp_path / "mds"), Memory(every="1 steps")
+    kinds = {"x": "ndarray:float32:8", "y": "ndarray:float32:1", "i": "int"}
+    with streaming.MDSWriter(out=folder, columns=kinds, size_limit=600) as writer:
+        for x, y, i in zip(*columns().values(), strict=True):
+            writer.write({"x": np.array(x, np.float32), "y": np.array(y, np.float32), "i": i})
+
+    def train(memory):
+        streaming.base.util.clean_stale_shared_memory()
+        module = Mosaic(folder)
+        tiny_trainer([memory], module).train()
+        return module
+
+    whole = train(memory)
+    assert sorted(itertools.chain(*whole.seen[:6])) == list(range(N))
+    assert whole.seen[:6] != whole.seen[6:]
+    for step in (1, 6, 8):
+        resumed = train(Memory(memory.states[step]))
+        assert resumed.seen == whole.seen[step:], step
+        assert digest(resumed.state_dict()) == digest(whole.state_dict()), step
+    streaming.base.util.clean_stale_shared_memory()
+    first, second = on_ranks(mosaic_on_a_rank, 2, folder, memory.states[4])
+    steps = [sorted(one + other) for one, other in zip(first, second, strict=True)]
+    assert steps == [sorted(step) for step in whole.seen[4:]]
 
 
 def on_a_rank(urls):

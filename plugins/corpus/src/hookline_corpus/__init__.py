@@ -70,7 +70,7 @@ class Corpus(CallbackInterface):
                     "the loader shuffles sequences that come shuffled already, so each of them reads a shard: leave "
                     "shuffle=True out"
                 )
-            self._compare(trainer, data.marks())
+            self._compare(trainer, data)
         return (yield)
 
     def _prepare(self, trainer: Trainer, data: Any) -> None:
@@ -90,10 +90,11 @@ class Corpus(CallbackInterface):
 
     # State ----------------------------------------------------------------------------
 
-    def _compare(self, trainer: Trainer, marks: dict[str, Any]) -> None:
+    def _compare(self, trainer: Trainer, data: Tokens) -> None:
         """Refuse to go on in the middle of an epoch of something else."""
-        self._marks, before, self._before = marks, self._before, {}
-        told = differences(before, marks) if before else ""
+        before, self._before, self._marks = self._before, {}, data.marks()
+        names = {name: source.shards.names for name, source in data.sources.items()}
+        told = differences(before, self._marks, names) if before else ""
         if told and trainer.position:
             raise ValueError(
                 f"corpus: {told} since the checkpoint, in the middle of an epoch, so the rest of it would be another "
@@ -129,8 +130,8 @@ def use_together(trainer: Trainer, data: Tokens) -> None:
     data.use_index({key: entry for _, entries in ranks for key, entry in entries.items()})
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return what has changed, in words; "" if nothing has."""
+def differences(before: dict[str, Any], now: dict[str, Any], names: Mapping[str, list[str]]) -> str:
+    """Return what has changed, in words; "" if nothing has. `names` are those of the shards."""
     told = [
         f"{name} was {old} and is {now['options'].get(name)}"
         for name, old in before["options"].items()
@@ -140,13 +141,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
         told.append(f"the sources were {[*before['shards']]} and are {[*now['shards']]}")
     for source, old in before["shards"].items():
         new = now["shards"].get(source, old)
-        changed = [place for place, pair in enumerate(zip(old, new, strict=False)) if pair[0] != pair[1]]
-        if changed or len(old) != len(new):
-            which = f", the first at place {changed[0]}" if changed else ""
-            told.append(
-                f"{len(changed)} of the {len(old)} shards of the source {source!r} have changed{which}, and there are "
-                f"{len(new)}"
-            )
+        changed = [name for one, other, name in zip(old, new, names.get(source, new), strict=False) if one != other]
+        if changed:
+            told.append(f"{len(changed)} shards of the source {source!r} have changed, the first is {changed[0]}")
+        if len(old) != len(new):
+            told.append(f"the source {source!r} had {len(old)} shards and has {len(new)}")
     return "; ".join(told)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -163,11 +164,9 @@ class Source:
         file = self._file(number)
         if file.exists():
             known = Entry(**json.loads(file.read_text()))
-            try:
+            with contextlib.suppress(OSError):  # which `load` tells
                 if known.stamp == self.shards.stamp(number):
                     return known
-            except OSError:
-                pass  # `load` tells it
         found = self.load(number)[1]
         make_folder(self.folder)
         with replacing(file) as new:
@@ -176,7 +175,7 @@ class Source:
 
     def _file(self, number: int) -> Path:
         shards = self.shards
-        kind = type(shards).__qualname__, getattr(shards, "text", None), shards.names[number], number
+        kind = type(shards).__qualname__, getattr(shards, "text", None), shards.names[number]
         said = kind, getattr(shards, "end", None), self.encoder.name, self.encoder.end, self.fitted
         name = hashlib.blake2b(repr((self.name, *said)).encode(), digest_size=12).hexdigest()
         return self.folder / f"{name}.json"
@@ -234,7 +233,3 @@ class Ahead:
         except BaseException:
             del held[wanted]  # whoever tries again reads again
             raise
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._held.clear()

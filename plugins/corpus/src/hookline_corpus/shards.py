@@ -59,9 +59,13 @@ class Files:
             if not kind.endswith(".jsonl"):
                 yield file.read()
                 return
-            for line in file:
-                if line.strip():
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
                     yield field_of(json.loads(line), self.text)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from error
 
 
 class WebShards:

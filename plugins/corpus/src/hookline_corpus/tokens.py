@@ -100,14 +100,16 @@ class Tokens(Dataset[dict[str, torch.Tensor]]):
         Raises:
             ValueError: a source is empty, or nothing of it would be in an epoch.
         """
+        found = {}
         for name, source in self.sources.items():
             mine = [entries[name, number] for number in range(len(source.shards.names))]
-            self._passes[name] = Passes(source, mine, self.length, self.packing)
-        lengths = {name: len(passes) for name, passes in self._passes.items()}
+            found[name] = Passes(source, mine, self.length, self.packing)
+        lengths = {name: len(passes) for name, passes in found.items()}
         for name, number in lengths.items():
             if not number:
                 raise ValueError(f"corpus: the source {name!r} is empty: no document of its shards has a token")
         self.draws = draws_of(lengths, self.weights, self.until)
+        self._passes, self._ahead = found, Ahead()
 
     @property
     def passes(self) -> dict[str, Passes]:
@@ -142,7 +144,7 @@ class Tokens(Dataset[dict[str, torch.Tensor]]):
     def use_seed(self, seed: int) -> None:
         """Take the seed of a run, unless there is one of its own."""
         if not self._own_seed:
-            self.seed = seed
+            self.seed, self._ahead = seed, Ahead()
 
     def order(self) -> Epoch:
         """Return the order of the epoch."""
