@@ -35,8 +35,9 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
     """Return a model of transformers: built from a configuration, loaded from a folder, or the one that was given.
 
     Args:
-        model: a mapping with `model_type` and the arguments of that type's configuration, for weights drawn anew; a
-            folder of `save_pretrained`, or a name on the hub; or a `PreTrainedModel`.
+        model: a mapping with `model_type` and the arguments of that type's configuration, or with `config`, a folder
+            that has one, and what is to be another, for weights drawn anew; a folder of `save_pretrained`, or a name
+            on the hub; or a `PreTrainedModel`.
         auto: the class that chooses the model's head by its configuration, such as "AutoModelForCausalLM".
 
     Raises:
@@ -51,6 +52,10 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
     head: Any = getattr(transformers, auto)
     if isinstance(model, Mapping):
         options = dict(model)
+        folder = options.pop("config", None)
+        if folder is not None:
+            from_folder: torch.nn.Module = head.from_config(transformers.AutoConfig.from_pretrained(folder, **options))
+            return from_folder
         kind = options.pop("model_type", None)
         kinds = list(transformers.CONFIG_MAPPING)
         if kind not in kinds:
@@ -63,6 +68,11 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
     given = os.fspath(model)
     if (given.startswith((".", "~")) or os.path.isabs(given)) and not Path(given).expanduser().is_dir():
         raise ValueError(f"model={given!r} is no folder; `save_pretrained` writes one that can be loaded")
+    if torch.empty(0).is_meta:
+        raise ValueError(
+            f"model={given!r} is loaded whole, and this module is made without memory for its weights: give "
+            f"model={{config: {given}}}, and plugins.checkpoint.initial={given}, of which each rank reads its share"
+        )
     loaded: torch.nn.Module = head.from_pretrained(Path(given).expanduser() if Path(given).exists() else given)
     return loaded
 

@@ -258,6 +258,16 @@ def test_what_cannot_be_built(options, words):
         make(**options)
 
 
+def test_a_model_from_the_configuration_of_a_folder():
+    make().model.save_pretrained("kept")
+    module = make(1, model={"config": "kept", "n_layer": 1})
+    assert len(module.model.transformer.h) == 1
+    again = make(model={"config": "kept"})
+    assert digest(again.model.state_dict()) == digest(make().model.state_dict())
+    with torch.device("meta"), pytest.raises(ValueError, match=r"model='kept' is loaded whole.*model={config: kept}"):
+        make(model="kept")
+
+
 def test_no_data_and_no_labels():
     with pytest.raises(ValueError, match="train_data is not given, so there is nothing to train on"):
         train(make(train_data=None))

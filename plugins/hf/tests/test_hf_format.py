@@ -1,5 +1,6 @@
 """Models of transformers go from checkpoints of any layout into Hugging Face's format and back, bit by bit."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -95,3 +96,35 @@ def test_what_two_ranks_share_in_any_way_is_loaded_with_the_same_logits(capsys):
         index = json.loads(Path(f"out/{name}/model.safetensors.index.json").read_text())
         assert len({*index["weight_map"].values()}) == sum("-of-" in file for file in written) > 3
         assert {"config.json", "generation_config.json"} < set(written)
+
+
+def begin_all():
+    """Begin with a folder in several layouts; return the weights by the names of the layouts."""
+    torch.set_num_threads(1)
+    begun = {}
+    for name, plugins in BEGUN.items():
+        torch.manual_seed(1)
+        make = functools.partial(HfModule, {"config": "folder"}, train_data=Counting(), lr=0.0)
+        plugins = {**plugins, "checkpoint": {"every": None, "initial": "folder"}}
+        trainer = Trainer(make, plugins, run_name=name, train_batch_size=4, device="cpu", max_steps=1)
+        trainer.train()
+        begun[name] = digest(trainer.export_model())
+    return begun
+
+
+BEGUN = {
+    "meta": {"fsdp": {"meta": True}},
+    "tp": {"tp": {"size": 2, "plan": PLAN}},
+    "both": {"tp": {"size": 2, "plan": PLAN}, "fsdp": {}},
+    "ddp": {"ddp": {}},
+}
+
+
+def test_a_run_in_any_layout_begins_with_the_weights_of_a_folder():
+    config = transformers.AutoConfig.for_model(**LLAMA)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.save_pretrained("folder", max_shard_size="6KB")
+    expected = digest({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    for begun in on_ranks(begin_all, 2):
+        assert begun == dict.fromkeys(BEGUN, expected)
