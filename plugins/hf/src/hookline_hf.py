@@ -294,7 +294,9 @@ class Hf(CallbackInterface):
 
     @hookimpl
     def on_setup(self, trainer: Trainer) -> None:
-        if not keeps(trainer.module):
+        module: Any = trainer.module
+        self._names = set(module.model.state_dict()) if keeps(module) else set()  # before plugins change it
+        if not keeps(module):
             log.warning(
                 "hf has nothing to keep: a %s has no `model` of transformers, as a hookline_hf.HfModule has",
                 type(trainer.module).__name__,
@@ -306,8 +308,13 @@ class Hf(CallbackInterface):
         if not keeps(module):
             return
         weights = trainer.export_model()  # all ranks may have to give their share
-        if trainer.rank == 0:
-            kept = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+        kept = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+        if lacking := sorted(self._names - kept.keys()):
+            log.warning(
+                "hf keeps nothing: what is exported lacks %s (%d in all), and from_pretrained would draw them at "
+                "random; with lora set lora.export=merged", lacking[0], len(lacking),
+            )  # fmt: skip
+        elif trainer.rank == 0:
             module.model.save_pretrained(trainer.run_dir / self.folder, state_dict=kept)
             if (tokenizer := getattr(module, "tokenizer", None)) is not None:
                 tokenizer.save_pretrained(trainer.run_dir / self.folder)

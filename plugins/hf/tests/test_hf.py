@@ -239,6 +239,23 @@ def test_blocks_are_those_that_transformers_names():
     assert [type(block).__name__ for block in make().get_blocks()] == ["GPT2Block", "GPT2Block"]
 
 
+@pytest.mark.plugins
+def test_adapters_are_kept_merged_or_not_at_all(caplog):
+    llama = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    llama |= {"intermediate_size": 24, "vocab_size": 32, "max_position_embeddings": 16}
+    module, lora = make(model=llama), {"rank": 2, "targets": ["q_proj", "down_proj"]}
+    trainer = train(module, {"lora": {**lora, "export": "merged"}, "hf": {}}, epochs=1)
+    tokens = torch.arange(8)[None]
+    merged = transformers.AutoModelForCausalLM.from_pretrained(trainer.run_dir / "pretrained").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, module.eval().model(tokens).logits)
+        assert not torch.allclose(merged(tokens).logits, make(model=llama).eval().model(tokens).logits)
+    assert "hf keeps nothing" not in caplog.text
+    trainer = train(make(model=llama), {"lora": lora, "hf": {}}, epochs=1)
+    assert "hf keeps nothing: what is exported lacks lm_head.weight" in caplog.text
+    assert not (trainer.run_dir / "pretrained").exists()
+
+
 # Bad input ----------------------------------------------------------------------------
 
 

@@ -236,8 +236,8 @@ def _replace(stored: Stored, average: Stored, plugin: str) -> None:
             "average: `hookline export` evaluates a run, and exports the average with its own"
         )
     for name in average.forms:
-        alike = [name, *(other for other, first in stored.tied.items() if first == stored.tied.get(name, name))]
-        for other in alike:
+        first = stored.tied.get(name, name)
+        for other in [one for one in stored.forms if stored.tied.get(one, one) == first]:
             stored.forms[other], stored.pieces[other] = average.forms[name], average.pieces[name]
             stored.cast[other] = stored.cast[name]
 
