@@ -19,7 +19,7 @@ NAMES = {
     "blocks.*.qkv": {"to": ["layers.*.q", "layers.*.k", "layers.*.v"], "sizes": [8, 4, 4]},
     ("blocks.*.gate", "blocks.*.up"): "layers.*.gate_up",
     "blocks.*.turned": {"to": "layers.*.turned", "order": [1, 0]},
-    "blocks.*.rotary": {"to": "layers.*.rotary", "view": [HEADS, -1, 2, WIDTH], "order": [0, 2, 1, 3]},
+    "blocks.*.rotary": {"to": "layers.*.rotary", "view": [HEADS, -1, 2, WIDTH], "order": [1, 2, 0, 3]},
     "head": "lm_head",
     "embedding": "embed",
     "steps": None,
