@@ -293,7 +293,7 @@ def set_run_state(trainer: Trainer, state: Mapping[str, Any], stage: Stage) -> b
 
 @verb
 def allocate(trainer: Trainer, path: Sequence[Any], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """Return an uninitialized tensor to read a tensor into that ranks have stored in shards.
+    """Return an uninitialized tensor to read a stored tensor into; of one stored whole, a shard alone is used.
 
     `path` is its place in the run's state, such as `("optimizers", 0, "state", "net.weight", "exp_avg")`. The core
     makes it like the last parameter or buffer that the path names, if the shape is the same: of a sharded model this

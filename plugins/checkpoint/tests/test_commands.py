@@ -235,6 +235,8 @@ def test_shards(run, capsys):
         loaded |= load_file(f"out/{file}")
     whole = load_file(at(run, 4) / "model.safetensors")
     assert all(torch.equal(loaded[name], whole[name]) for name in whole)
+    assert command(capsys, "export", run.name, "--to", "out/other.safetensors")[0] == 0
+    assert json.loads(Path("out/model.safetensors.index.json").read_text()) == index
     assert command(capsys, "export", run.name, "--to", "one/", "--max-shard-size", "2GB")[0] == 0
     assert [path.name for path in Path("one").iterdir()] == ["model.safetensors"]
 

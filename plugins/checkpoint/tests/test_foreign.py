@@ -413,6 +413,9 @@ def test_i3_other_folders(tmp_path, marker):
         load_foreign(newest)
     with pytest.raises(ForeignError, match="is a folder, and one file is wanted$"):
         load_foreign(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(ForeignError, match="in Hugging Face's format is for `checkpoint.initial`, of which each rank"):
+        load_foreign(tmp_path)
     assert digest(load_foreign(newest / "model.safetensors")) == digest(load_file(newest / "model.safetensors"))
 
 

@@ -35,8 +35,9 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
     """Return a model of transformers: built from a configuration, loaded from a folder, or the one that was given.
 
     Args:
-        model: a mapping with `model_type` and the arguments of that type's configuration, for weights drawn anew; a
-            folder of `save_pretrained`, or a name on the hub; or a `PreTrainedModel`.
+        model: a mapping with `model_type` and the arguments of that type's configuration, or with `config`, a folder
+            that has one, and what is to be another, for weights drawn anew; a folder of `save_pretrained`, or a name
+            on the hub; or a `PreTrainedModel`.
         auto: the class that chooses the model's head by its configuration, such as "AutoModelForCausalLM".
 
     Raises:
@@ -51,6 +52,10 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
     head: Any = getattr(transformers, auto)
     if isinstance(model, Mapping):
         options = dict(model)
+        folder = options.pop("config", None)
+        if folder is not None:
+            from_folder: torch.nn.Module = head.from_config(transformers.AutoConfig.from_pretrained(folder, **options))
+            return from_folder
         kind = options.pop("model_type", None)
         kinds = list(transformers.CONFIG_MAPPING)
         if kind not in kinds:
@@ -63,6 +68,11 @@ def make_model(model: Any, auto: str) -> torch.nn.Module:
     given = os.fspath(model)
     if (given.startswith((".", "~")) or os.path.isabs(given)) and not Path(given).expanduser().is_dir():
         raise ValueError(f"model={given!r} is no folder; `save_pretrained` writes one that can be loaded")
+    if torch.empty(0).is_meta:
+        raise ValueError(
+            f"model={given!r} is loaded whole, and this module is made without memory for its weights: give "
+            f"model={{config: {given}}}, and plugins.checkpoint.initial={given}, of which each rank reads its share"
+        )
     loaded: torch.nn.Module = head.from_pretrained(Path(given).expanduser() if Path(given).exists() else given)
     return loaded
 
@@ -284,7 +294,9 @@ class Hf(CallbackInterface):
 
     @hookimpl
     def on_setup(self, trainer: Trainer) -> None:
-        if not keeps(trainer.module):
+        module: Any = trainer.module
+        self._names = set(module.model.state_dict()) if keeps(module) else set()  # before plugins change it
+        if not keeps(module):
             log.warning(
                 "hf has nothing to keep: a %s has no `model` of transformers, as a hookline_hf.HfModule has",
                 type(trainer.module).__name__,
@@ -296,8 +308,13 @@ class Hf(CallbackInterface):
         if not keeps(module):
             return
         weights = trainer.export_model()  # all ranks may have to give their share
-        if trainer.rank == 0:
-            kept = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+        kept = {name.removeprefix("model."): w for name, w in weights.items() if name.startswith("model.")}
+        if lacking := sorted(self._names - kept.keys()):
+            log.warning(
+                "hf keeps nothing: what is exported lacks %s (%d in all), and from_pretrained would draw them at "
+                "random; with lora set lora.export=merged", lacking[0], len(lacking),
+            )  # fmt: skip
+        elif trainer.rank == 0:
             module.model.save_pretrained(trainer.run_dir / self.folder, state_dict=kept)
             if (tokenizer := getattr(module, "tokenizer", None)) is not None:
                 tokenizer.save_pretrained(trainer.run_dir / self.folder)

@@ -239,6 +239,23 @@ def test_blocks_are_those_that_transformers_names():
     assert [type(block).__name__ for block in make().get_blocks()] == ["GPT2Block", "GPT2Block"]
 
 
+@pytest.mark.plugins
+def test_adapters_are_kept_merged_or_not_at_all(caplog):
+    llama = {"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    llama |= {"intermediate_size": 24, "vocab_size": 32, "max_position_embeddings": 16}
+    module, lora = make(model=llama), {"rank": 2, "targets": ["q_proj", "down_proj"]}
+    trainer = train(module, {"lora": {**lora, "export": "merged"}, "hf": {}}, epochs=1)
+    tokens = torch.arange(8)[None]
+    merged = transformers.AutoModelForCausalLM.from_pretrained(trainer.run_dir / "pretrained").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, module.eval().model(tokens).logits)
+        assert not torch.allclose(merged(tokens).logits, make(model=llama).eval().model(tokens).logits)
+    assert "hf keeps nothing" not in caplog.text
+    trainer = train(make(model=llama), {"lora": lora, "hf": {}}, epochs=1)
+    assert "hf keeps nothing: what is exported lacks lm_head.weight" in caplog.text
+    assert not (trainer.run_dir / "pretrained").exists()
+
+
 # Bad input ----------------------------------------------------------------------------
 
 
@@ -256,6 +273,16 @@ def test_blocks_are_those_that_transformers_names():
 def test_what_cannot_be_built(options, words):
     with pytest.raises(ValueError, match=words):
         make(**options)
+
+
+def test_a_model_from_the_configuration_of_a_folder():
+    make().model.save_pretrained("kept")
+    module = make(1, model={"config": "kept", "n_layer": 1})
+    assert len(module.model.transformer.h) == 1
+    again = make(model={"config": "kept"})
+    assert digest(again.model.state_dict()) == digest(make().model.state_dict())
+    with torch.device("meta"), pytest.raises(ValueError, match=r"model='kept' is loaded whole.*model={config: kept}"):
+        make(model="kept")
 
 
 def test_no_data_and_no_labels():

@@ -1,5 +1,6 @@
 """Models of transformers go from checkpoints of any layout into Hugging Face's format and back, bit by bit."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -32,6 +33,12 @@ LAYOUTS = {
     "gpt2-fsdp": (GPT, {"fsdp": {}, "ema": {"decay": 0.5}}),  # tied: the embedding is the head
     "gpt2-ddp": (GPT, {"ddp": {}}),
 }
+BEGUN = {
+    "meta": {"fsdp": {"meta": True}},
+    "tp": {"tp": {"size": 2, "plan": PLAN}},
+    "both": {"tp": {"size": 2, "plan": PLAN}, "fsdp": {}},
+    "ddp": {"ddp": {}},
+}
 TOKENS = torch.arange(20).reshape(2, 10) % 32
 
 
@@ -62,8 +69,18 @@ def train(name, model, plugins, **options):
     return exported, logits_of(model, exported)
 
 
-def train_all():
-    return {name: train(name, *LAYOUTS[name]) for name in LAYOUTS}
+def on_a_rank():
+    return {name: train(name, *LAYOUTS[name]) for name in LAYOUTS}, {name: begin(name) for name in BEGUN}
+
+
+def begin(name):
+    """Begin with a folder in some layout, on other weights; return those that it has then."""
+    torch.manual_seed(1)
+    make = functools.partial(HfModule, {"config": "folder"}, train_data=Counting(), lr=0.0)
+    plugins = {**BEGUN[name], "checkpoint": {"every": None, "initial": "folder"}}
+    trainer = Trainer(make, plugins, run_name=f"begun-{name}", train_batch_size=4, device="cpu", max_steps=1)
+    trainer.train()
+    return digest(trainer.export_model())
 
 
 @torch.no_grad()
@@ -79,8 +96,13 @@ def command(capsys, *words):
     return code, captured.out + captured.err
 
 
-def test_what_two_ranks_share_in_any_way_is_loaded_with_the_same_logits(capsys):
-    trained = on_ranks(train_all, 2)[0]
+def test_two_ranks_that_share_in_any_way_give_the_same_logits_and_begin_with_the_same_weights(capsys):
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**LLAMA))
+    model.save_pretrained("folder", max_shard_size="6KB")
+    expected = digest({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    (trained, begun), (_, other) = on_ranks(on_a_rank, 2)
+    assert begun == other == dict.fromkeys(BEGUN, expected)
     for name, (weights, logits) in trained.items():
         average = ["--average", "ema"] if name == "gpt2-fsdp" else []
         code, said = command(capsys, "export", f"{name}-1", "--to", f"out/{name}", "--format", "hf", *average,

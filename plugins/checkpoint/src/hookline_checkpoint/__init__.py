@@ -7,9 +7,10 @@ Each file imports those above it alone:
 | `storage` | names of checkpoints, and how they are read: only what is whole |
 | `writing`, `lock`, `background` | write and remove them; one writer for a run folder; a save in a thread |
 | `tensors`, `refusals`, `codec` | tensors as safetensors, what is refused, and a state taken apart into both and JSON |
-| `headers`, `sharded`, `layout` | which tensors there are; those that ranks share; which section is in which file |
+| `headers`, `stored` | which tensors there are; each of them read by itself |
+| `sharded`, `layout` | those that ranks share; which section is in which file |
 | `fingerprint`, `retention`, `resuming` | what a manifest says; which checkpoints stay; which one a run goes on with |
-| `stored`, `hf` | tensors on the disk, read one at a time; their names in Hugging Face's format |
+| `hf`, `initial` | names of tensors in Hugging Face's format; weights that a run begins with |
 | `plugin` | the hooks: when to save and what to take |
 | `compare`, `export`, `foreign` | two checkpoints; weights for other programs, and of other programs |
 | `commands`, `verify_resume` | the commands `hookline checkpoints` and `hookline verify-resume` |

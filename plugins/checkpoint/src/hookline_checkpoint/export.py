@@ -92,7 +92,8 @@ def export(
         written = [home / name]
     else:
         _refuse_dtypes(source, "say --format torch")
-        (home / INDEX).unlink(missing_ok=True)  # it would lead to files of two exports, if this one breaks off
+        if home / INDEX in there:  # it would lead to files of two exports, if this one breaks off
+            (home / INDEX).unlink()
         written = put_safetensors(source, home, name, max_shard_size)
     for file in set(there) - set(written):
         file.unlink(missing_ok=True)

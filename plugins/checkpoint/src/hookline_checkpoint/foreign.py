@@ -240,6 +240,8 @@ def _hint(path: Path) -> str:
         )
     if (path / "manifest.json").exists():
         return "; a checkpoint of hookline is for `resume` and for `hookline checkpoints export`"
+    if any(path.glob("model*.safetensors")):
+        return "; a folder in Hugging Face's format is for `checkpoint.initial`, of which each rank reads its share"
     return ""
 
 

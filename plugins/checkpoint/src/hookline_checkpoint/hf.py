@@ -81,6 +81,9 @@ class Rule(NamedTuple):
         return tensor.reshape(shape).permute(inverse).reshape(tensor.shape)
 
 
+SAME = Rule(("*",), ("*",), 0, None, None, None)
+"""Of a module that says nothing: its names are those there."""
+
 # What a module says -------------------------------------------------------------------
 
 

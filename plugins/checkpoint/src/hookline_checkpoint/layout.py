@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 
 from hookline.files.weights import Tensors
 from hookline_checkpoint.codec import join, split, tree_to_bytes
-from hookline_checkpoint.headers import SHARED, SHARES, TREES, own_files, ranks_of
-from hookline_checkpoint.storage import Buffer, read, read_manifest, read_tree, understanding
-from hookline_checkpoint.tensors import is_shared, read_tensors, tensors_to_parts
+from hookline_checkpoint.headers import SHARED, SHARES, TREES, entries, own_files, ranks_of
+from hookline_checkpoint.storage import Buffer, Reader, read, read_manifest, read_tree, understanding
+from hookline_checkpoint.stored import tensors_of_file
+from hookline_checkpoint.tensors import is_shared, read_tensors, tensors_in, tensors_to_parts
 
 OWN = ("own_plugins", "logs", "rng", "loader", "window")  # the sections that each rank has for itself
 
@@ -82,18 +84,49 @@ def unpack_shared(path: Path, parts: Collection[str], allocate: Allocate | None 
         CheckpointError: it is damaged.
     """
     about = read_manifest(path)
-    trees = [TREES, *({SHARES} & about["files"].keys())]
-    readers = {**dict.fromkeys([SHARED[part] for part in parts], read_tensors), **dict.fromkeys(trees, read_tree)}
-    _, contents = read(path, readers)
+    _, trees = read(path, dict.fromkeys([TREES, *({SHARES} & about["files"].keys())], read_tree))
     found: dict[str, Tensors] = {}
     with understanding():
-        wanted = {part: contents[TREES][part] for part in parts}
-    if SHARES in contents:
+        wanted = {part: trees[TREES][part] for part in parts}
+        targets = {part: _targets(path, part, tree, allocate) for part, tree in wanted.items()}
+    readers = {SHARED[part]: partial(_read, shares=shares) for part, shares in targets.items()}
+    _, contents = read(path, readers)
+    if SHARES in trees:
         from hookline_checkpoint.sharded import load  # needs torch.distributed, which is slow to import
 
-        found = load(path, about, contents[SHARES], wanted, allocate)
+        found = load(path, about, trees[SHARES], wanted, allocate)
     with understanding():
         return {part: join({**contents[SHARED[part]], **found.get(part, {})}, tree) for part, tree in wanted.items()}
+
+
+def _targets(path: Path, part: str, tree: Any, allocate: Allocate | None) -> Tensors:
+    """Return by name the memory for this rank's shares of tensors that are stored whole."""
+    if allocate is None:
+        return {}
+    targets: Tensors = {}
+    forms = tensors_of_file(path / SHARED[part])
+    for where, tag, name in entries(tree, () if part == "others" else (part,)):
+        if tag == "$tensor" and isinstance(name, str) and name not in targets:
+            form, _ = forms[name]
+            tensor = allocate(path=where, shape=form.shape, dtype=form.dtype)
+            if is_shared(tensor):
+                targets[name] = tensor
+    return targets
+
+
+def _read(file: Reader, shares: Tensors) -> Tensors:
+    """Return the tensors of a file; of those that ranks share, the shares, never one of them whole."""
+    if not shares:
+        return read_tensors(file)
+    from hookline_checkpoint.sharded import regions_of, take_rows
+
+    regions, tensors = regions_of(shares), dict(shares)
+    for name, first, rows in tensors_in(file, by_rows=shares):
+        if name in shares:
+            take_rows(rows, first, regions[name])
+        else:
+            tensors[name] = rows
+    return tensors
 
 
 def unpack_own(path: Path, rank: int) -> dict[str, Any]:

@@ -62,6 +62,10 @@ class Checkpoint(CallbackInterface):
     """Write in the background; training waits only while the state is copied. Takes memory for one more state."""
     timeout: str = "10 min"
     """How long a save in the background may take before the run ends, or a rank wait for another in any save."""
+    initial: str | None = None
+    """A folder in Hugging Face's format, or a safetensors file, with whose weights a run begins that is not resumed."""
+    initial_strict: bool = True
+    """Refuse an `initial` that lacks tensors of the module, or has others; false warns of it."""
 
     def __post_init__(self) -> None:
         self._cadences = cadences(self.every)
@@ -80,6 +84,8 @@ class Checkpoint(CallbackInterface):
         self._background: Background[Path | None] | None = None
         if not self.asynchronous:
             self.run = None  # type: ignore[assignment,method-assign]  # hides the wrapper: nothing is to be waited for
+        if self.initial is None:
+            self.setup_optimizers = None  # type: ignore[assignment,method-assign]
         if not (self.keep_best and self._cadences):
             for hook in ("get_watched_metrics", "on_end_train"):
                 setattr(self, hook, None)  # hides it
@@ -90,11 +96,24 @@ class Checkpoint(CallbackInterface):
 
     @hookimpl
     def restore(self, trainer: Trainer, stage: Stage) -> bool:
+        if stage is not Stage.TRAIN and self.initial is not None and trainer.resuming is None:
+            self._begin_with(trainer, self.initial)
         if not trainer.options.resume:
             return False
         if stage is Stage.TRAIN and self._cadences and trainer.rank == 0:
             refuse_locked(trainer.run_dir)  # before reading, since whoever has it removes what is read
         return restore(trainer, stage, self.strict, self._rule(trainer))
+
+    @hookimpl(wrapper=True, tryfirst=True)  # who makes optimizers may keep weights of its own
+    def setup_optimizers(self, trainer: Trainer) -> Generator[None, Any, Any]:
+        if self.initial is not None and trainer.resuming is None:
+            self._begin_with(trainer, self.initial)
+        return (yield)
+
+    def _begin_with(self, trainer: Trainer, source: str) -> None:
+        from hookline_checkpoint.initial import begin_with  # needs torch.distributed, which is slow to import
+
+        begin_with(trainer, source, self.initial_strict)
 
     def _rule(self, trainer: Trainer) -> Rule:
         return self.monitor, functools.partial(self._mode_of, trainer)

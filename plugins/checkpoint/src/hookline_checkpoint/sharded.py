@@ -10,10 +10,9 @@ import contextlib
 import dataclasses
 import datetime
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,8 +32,8 @@ from torch.futures import Future
 from hookline.files.weights import Tensors
 from hookline_checkpoint.codec import tree_to_bytes
 from hookline_checkpoint.headers import SHARES, entries, shares_of
-from hookline_checkpoint.storage import CheckpointError, read, understanding
-from hookline_checkpoint.tensors import NATIVE, as_bytes, as_dtype, read_tensors, tensors_to_parts
+from hookline_checkpoint.storage import CheckpointError, Reader, read, understanding
+from hookline_checkpoint.tensors import NATIVE, as_bytes, as_dtype, tensors_in, tensors_to_parts
 from hookline_checkpoint.writing import put
 
 Places = dict[MetadataIndex, tuple[str, str, torch.Size]]
@@ -236,26 +235,82 @@ def load(
     }
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(loaded, Metadata({**known}), is_coordinator=True)
-    pieces: dict[str, list[Any]] = {}
+    pieces: dict[str, dict[str, list[Any]]] = {}
     for item in planner.create_local_plan().items:
-        pieces.setdefault(places[item.storage_index][0], []).append(item)
+        file, key, _ = places[item.storage_index]
+        pieces.setdefault(file, {}).setdefault(key, []).append(item)
     for file, items in pieces.items():
-        keys = {places[item.storage_index][1] for item in items}
-        _, contents = read(path, {file: partial(read_tensors, names=keys)})
-        for item in items:
-            _, key, sizes = places[item.storage_index]
-            dtype = known[item.storage_index.fqn].properties.dtype
-            if key not in contents[file] or contents[file][key].nbytes != sizes.numel() * dtype.itemsize:
-                raise CheckpointError(f"{file} has no such piece of {item.storage_index.fqn} as {SHARES} lists")
-            piece = as_bytes(contents[file][key]).view(dtype).reshape(sizes)
-            for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                piece = piece.narrow(dim, begin, length)
-            planner.resolve_tensor(item).detach().copy_(piece)
+
+        def put_in_place(reader: Reader, items: Mapping[str, list[Any]] = items) -> set[str]:
+            placed = set()
+            for key, _, tensor in tensors_in(reader, items):
+                for item in items[key]:
+                    if _put_piece(tensor, item, places[item.storage_index][2], known, planner):
+                        placed.add(key)
+            return placed
+
+        _, placed = read(path, {file: put_in_place})
+        if lacking := items.keys() - placed[file]:
+            fqn = items[min(lacking)][0].storage_index.fqn
+            raise CheckpointError(f"{file} has no such piece of {fqn} as {SHARES} lists")
     parts: dict[str, Tensors] = {}
     for full, tensor in loaded.items():
         part, _, name = full.partition(BETWEEN)
         parts.setdefault(part, {})[name] = tensor
     return parts
+
+
+def _put_piece(
+    stored: torch.Tensor, item: Any, sizes: torch.Size, known: Mapping[str, TensorStorageMetadata], planner: Any
+) -> bool:
+    """Copy what a plan takes of a piece to its place; answer whether it is such a piece."""
+    dtype = known[item.storage_index.fqn].properties.dtype
+    if stored.nbytes != sizes.numel() * dtype.itemsize:
+        return False
+    piece = as_bytes(stored).view(dtype).reshape(sizes)
+    for dim, (begin, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+        piece = piece.narrow(dim, begin, length)
+    planner.resolve_tensor(item).detach().copy_(piece)
+    return True
+
+
+class Region(NamedTuple):
+    """A part of a whole tensor that this rank has: from where on, and its memory."""
+
+    begins: list[int]
+    target: torch.Tensor
+
+
+def regions_of(shares: Mapping[str, torch.Tensor]) -> dict[str, list[Region]]:
+    """Return by name which parts of whole tensors this rank has of those that ranks share."""
+    known: dict[str, Any] = {
+        name: TensorStorageMetadata(
+            TensorProperties(share.dtype), share.shape,
+            [ChunkStorageMetadata(torch.Size([0] * share.dim()), share.shape)],
+        )
+        for name, share in shares.items()
+    }  # fmt: skip
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(shares), Metadata(known), is_coordinator=True)
+    regions: dict[str, list[Region]] = {name: [] for name in shares}
+    for item in planner.create_local_plan().items:
+        target = planner.resolve_tensor(item).detach()
+        regions[item.storage_index.fqn].append(Region(list(item.storage_offsets), target))
+    return regions
+
+
+def take_rows(rows: torch.Tensor, first: int, regions: Iterable[Region]) -> None:
+    """Copy what this rank has of some rows of a tensor, the first of which has this number."""
+    for begins, target in regions:
+        if not rows.dim():
+            target.copy_(rows)
+            continue
+        low, high = max(first, begins[0]), min(first + len(rows), begins[0] + len(target))
+        if low < high:
+            part = rows[low - first : high - first]
+            for dim, (begin, size) in enumerate(zip(begins[1:], target.shape[1:], strict=True), 1):
+                part = part.narrow(dim, begin, size)
+            target[low - begins[0] : high - begins[0]].copy_(part)
 
 
 def _whole(path: Any, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -183,7 +183,7 @@ def _average_tree(others: Any, plugin: str) -> dict[str, Any]:
 
 def _of_part(path: Path, part: str, tree: Mapping[str, Any], index: Mapping[str, Any]) -> Stored:
     """Return tensors of one part of a checkpoint, by their names in its tree."""
-    head = _tensors_of_file(path / SHARED[part])
+    head = tensors_of_file(path / SHARED[part])
     heads: dict[str, dict[str, tuple[Form, int]]] = {}
     stored = Stored(str(path))
     first: dict[str, str] = {}
@@ -204,7 +204,7 @@ def _of_part(path: Path, part: str, tree: Mapping[str, Any], index: Mapping[str,
             for piece in said["pieces"]:
                 file, sizes = str(piece["file"]), torch.Size(piece["sizes"])
                 if file not in heads:
-                    heads[file] = _tensors_of_file(path / Path(file).name)
+                    heads[file] = tensors_of_file(path / Path(file).name)
                 there, begin = heads[file][piece["key"]]
                 _checked(Form(form.dtype, sizes), there.nbytes, key)
                 pieces.append(Piece(path / Path(file).name, begin, list(piece["offsets"]), sizes))
@@ -236,8 +236,8 @@ def _replace(stored: Stored, average: Stored, plugin: str) -> None:
             "average: `hookline export` evaluates a run, and exports the average with its own"
         )
     for name in average.forms:
-        alike = [name, *(other for other, first in stored.tied.items() if first == stored.tied.get(name, name))]
-        for other in alike:
+        first = stored.tied.get(name, name)
+        for other in [one for one in stored.forms if stored.tied.get(one, one) == first]:
             stored.forms[other], stored.pieces[other] = average.forms[name], average.pieces[name]
             stored.cast[other] = stored.cast[name]
 
@@ -285,7 +285,7 @@ def of_folder(path: Path) -> Stored:
 def _of_files(where: str, files: Iterable[Path]) -> Stored:
     stored = Stored(where)
     for file in files:
-        for name, (form, begin) in _tensors_of_file(Path(os.path.realpath(file))).items():  # of a cache, a link
+        for name, (form, begin) in tensors_of_file(Path(os.path.realpath(file))).items():  # of a cache, a link
             if name in stored.forms:
                 raise ValueError(f"{where}: {name} stands in two files")
             stored.forms[name] = form
@@ -293,7 +293,7 @@ def _of_files(where: str, files: Iterable[Path]) -> Stored:
     return stored
 
 
-def _tensors_of_file(path: Path) -> dict[str, tuple[Form, int]]:
+def tensors_of_file(path: Path) -> dict[str, tuple[Form, int]]:
     """Return the tensors of a safetensors file by name: the form of each, and the byte at which it begins."""
     head = read_head(path.parent, path.name)
     size = path.stat().st_size
@@ -306,7 +306,7 @@ def _tensors_of_file(path: Path) -> dict[str, tuple[Form, int]]:
             first, last = entry["data_offsets"]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path.name}: {name} cannot be read: {type(error).__name__}: {error}") from error
-        if not 0 <= first <= last <= size - begin or last - first != form.nbytes:
+        if not 0 <= first <= last <= size - begin or last - first != form.nbytes or min(form.shape, default=0) < 0:
             raise CheckpointError(f"{path.name}: {name} is not where the head says; the file is damaged")
         tensors[name] = form, begin + first
     return tensors

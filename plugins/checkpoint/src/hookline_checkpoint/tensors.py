@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hookline.files.weights import Tensors
-from hookline_checkpoint.storage import Buffer, Reader
+from hookline_checkpoint.storage import PIECE, Buffer, Reader
 
 NATIVE = {  # what safetensors knows, in its words; tensors of other dtypes are stored as their bytes
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
@@ -76,38 +76,54 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def read_tensors(file: Reader, names: Container[str] | None = None) -> Tensors:
+def read_tensors(file: Reader) -> Tensors:
     """Return the tensors of a safetensors file, each read into memory of its own.
 
     Not into one memory for all: sums depend in the last bit on how a tensor lies in memory, and
     torch lays its own out alike.
 
+    Raises:
+        ValueError: it is none.
+    """
+    return {name: tensor for name, _, tensor in tensors_in(file)}
+
+
+def tensors_in(
+    file: Reader, names: Container[str] | None = None, by_rows: Container[str] = ()
+) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Yield the tensors of a safetensors file one by one, as they lie in it, each behind its name and 0; keep none.
+
     Args:
         file: its content.
-        names: keep these alone.
+        names: leave all others out.
+        by_rows: yield these as some rows at a time, each time behind the number of the first.
 
     Raises:
         ValueError: it is none.
     """
-    tensors, place = {}, 0
+    place = 0
     try:
         head = json.loads(file.take(int.from_bytes(file.take(8), "little")))
-        for name, entry in sorted(head.items(), key=lambda item: item[1]["data_offsets"]):
+        head.pop("__metadata__", None)
+        ordered = sorted(head.items(), key=lambda item: item[1]["data_offsets"])
+        for name, entry in ordered:
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             end = place + math.prod(shape) * dtype.itemsize
             if entry["data_offsets"] != [place, end] or end - place > file.left:
                 raise ValueError(f"{name} is not where the head says")
             if names is not None and name not in names:
                 file.skip(end - place)
-                place = end
-                continue
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            if end > place:
-                file.fill(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+            else:
+                count = shape[0] if shape else 1
+                some = max(1, PIECE * count // max(end - place, 1)) if shape and name in by_rows else count
+                for begin in range(0, count, some) if count else (0,):
+                    rows = torch.empty([min(some, count - begin), *shape[1:]] if shape else [], dtype=dtype)
+                    if rows.numel():
+                        file.fill(rows.reshape(-1).view(torch.uint8).numpy().data)
+                    yield name, begin, rows
             place = end
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"no safetensors file: {type(error).__name__}: {error}") from error
-    return tensors
 
 
 def as_dtype(name: str) -> torch.dtype:
