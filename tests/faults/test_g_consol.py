@@ -35,7 +35,7 @@ def begin_where_one_sees_nothing():
 
 
 @pytest.mark.xdist_group("ranks")
-def test_g30_a_rank_that_cannot_read_the_weights_to_begin_with_ends_all():
+def test_g60_a_rank_that_cannot_read_the_weights_to_begin_with_ends_all():
     save_file(Module().state_dict(), "in.safetensors")
     for rank in run_ranks(begin_where_one_sees_nothing, 2):
         assert rank.code == 1
@@ -50,7 +50,7 @@ def export_until_killed():
         main(EXPORT)
 
 
-def test_g31_an_export_that_is_killed_leaves_no_folder_that_could_be_loaded():
+def test_g61_an_export_that_is_killed_leaves_no_folder_that_could_be_loaded():
     trainer = tiny_trainer({"checkpoint": {}}, Module(), run_name="it", epochs=1)
     trainer.train()
     assert run(export_until_killed).code == -signal.SIGKILL
