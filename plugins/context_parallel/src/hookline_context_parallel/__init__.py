@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from hookline import CallbackInterface, Stage, hookimpl, hookspecs
 from hookline_context_parallel.attention import around, instead, settings
-from hookline_context_parallel.check import compare
+from hookline_context_parallel.check import compare, refuse_ignored
 from hookline_context_parallel.parts import Parts, named_in, reduced, tensors_of, with_tensors
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ __version__ = "0.1.0"
 
 DATA = "data"  # the dimension of the mesh in which the ranks of a sequence are neighbours
 ROTATIONS = ("allgather", "alltoall")
-IGNORED = -100  # the label that torch's losses ignore
 
 
 @dataclass(eq=False)
@@ -104,30 +103,20 @@ class ContextParallel(CallbackInterface):
     # The step -------------------------------------------------------------------------
 
     @hookimpl(wrapper=True)
-    def prepare_batch(self, trainer: Trainer, batch: Any) -> Generator[None, Any, Any]:
-        """Look for labels that do not count, where nobody says how many do; before the batch goes to its device.
-
-        Raises:
-            ValueError: the first.
-        """
+    def prepare_batch(self, trainer: Trainer, batch: Any, stage: Stage) -> Generator[None, Any, Any]:
+        """Look at what would be wrong in silence: at labels before they go to their device, and once at the model."""
         if self._parts is not None and not trainer.plugins.heard["get_weight"]:
-            for name, tensor in tensors_of(batch):
-                whole_number = name in self.batch and not tensor.is_floating_point() and tensor.device.type == "cpu"
-                if whole_number and bool((tensor == IGNORED).any()):
-                    raise ValueError(
-                        f"context_parallel: {name} has labels of {IGNORED}, which losses ignore, so the parts of a "
-                        "sequence do not count as much as each other: let a method get_weight(self, batch) of the "
-                        f"module, marked @hookimpl, answer how many count, such as (batch[…] != {IGNORED}).sum()"
-                    )
-        return (yield)
+            refuse_ignored({name: tensor for name, tensor in tensors_of(batch) if name in self.batch})
+        batch = yield
+        if self._parts is not None and not self._verified and stage is Stage.TRAIN:
+            self._verified = True
+            compare(trainer, self._parts, batch, self.batch, functools.partial(self._of_parts, stage=stage))
+        return batch
 
     @hookimpl
     def call_model(self, trainer: Trainer, batch: Any, stage: Stage) -> Any:
         if self._parts is None:
             return hookspecs.call_model(trainer=trainer, batch=batch, stage=stage)
-        if not self._verified and stage is Stage.TRAIN:
-            self._verified = True
-            compare(trainer, self._parts, batch, self.batch, functools.partial(self._of_parts, stage=stage))
         return self._of_parts(trainer, self._parts, batch, stage)
 
     def _of_parts(self, trainer: Trainer, parts: Parts, batch: Any, stage: Stage) -> Any:
