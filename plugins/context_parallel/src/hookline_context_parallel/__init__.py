@@ -46,7 +46,7 @@ class ContextParallel(CallbackInterface):
     rotate: str = "allgather"
     """How keys and values come to all ranks: "allgather" at once, "alltoall" one part after the other."""
     verify: bool = True
-    """Compare the loss of a few positions with that of the whole model, before the first step of each session."""
+    """Compare what a few positions come to with what one rank computes of them, before a session's first step."""
 
     requires = ("distributed",)
 
@@ -57,7 +57,7 @@ class ContextParallel(CallbackInterface):
             raise ValueError(f"context_parallel.rotate={self.rotate!r} must be one of {', '.join(ROTATIONS)}")
         self._size = 1
         self._parts: Parts | None = None
-        self._at = At(1, 0, None)  # of the batch under way
+        self._at = At(1, 0, 0)  # of the batch under way
         self._weight = torch.tensor(1.0)  # of this rank's part of it
         self._verified = not self.verify
 
@@ -181,9 +181,10 @@ class ContextParallel(CallbackInterface):
         if isinstance(value, torch.Tensor):
             if value.numel() == 1 and value.is_floating_point():
                 return parts.mean(value, self._weight)
-            if value.ndim > at.dim and value.shape[at.dim] == at.length:
+            rows = len(value) if at.dim and value.ndim else at.rows
+            if value.ndim > at.dim and value.shape[at.dim] == at.length and rows == at.rows:
                 return parts.whole(value, at.dim)
-            if at.rows is not None and value.ndim and len(value) == at.rows * at.length:
+            if at.dim == 1 and rows == at.rows * at.length:  # both in one dimension
                 return parts.whole(value.reshape(at.rows, at.length, *value.shape[1:]), 1).flatten(0, 1)
         elif isinstance(value, (bool, str)) or value is None:
             return value
@@ -199,14 +200,14 @@ class At(NamedTuple):
 
     dim: int
     length: int
-    rows: int | None
-    """How many sequences lie before them, where outputs may have both in one dimension."""
+    rows: int
+    """The size of their first dimension."""
 
     @classmethod
     def of(cls, whole: torch.Tensor, dim: int, ranks: int) -> At:
         """Return where that is, for the first of the named tensors of a batch."""
         dim %= whole.ndim
-        return cls(dim, whole.shape[dim] // ranks, len(whole) if dim == 1 else None)
+        return cls(dim, whole.shape[dim] // ranks, len(whole))
 
 
 def buffer_of(module: torch.nn.Module, name: str) -> torch.Tensor:

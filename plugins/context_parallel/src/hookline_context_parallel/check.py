@@ -58,8 +58,7 @@ def compare(
     short = {name: min(SHORT * parts.pieces, some.shape[dims[name]]) for name, some in named.items()}
     batch = with_tensors(batch, {name: some.narrow(dims[name], 0, short[name]) for name, some in named.items()})
     seen: list[list[torch.Tensor]] = [[], []]
-    alone = torch.autocast(trainer.device.type, enabled=False)
-    with torch.no_grad(), kept_rng(), trainer.idling(), evaluating(trainer.model), alone:
+    with torch.no_grad(), kept_rng(), trainer.idling(), evaluating(trainer.model):
         with instead(functools.partial(seeing, seen[0])):
             whole = loss_of(hookspecs.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN))
         with instead(functools.partial(seeing, seen[1])):
