@@ -213,6 +213,13 @@ PARTS = [
     ),
     Part(
         "torch",
+        {"_check_input_dim"},
+        {"plugins/sync_batchnorm"},
+        "which shapes a batch norm takes is said nowhere else",
+        lambda torch: torch.nn.BatchNorm1d(1)._check_input_dim,
+    ),
+    Part(
+        "torch",
         {"_BatchNorm"},
         {"plugins/activation_checkpoint"},
         "batch norms of other packages derive from it, too",

@@ -1,6 +1,7 @@
 """Ranks over gloo that share sequences, against one process."""
 
 import functools
+import json
 import os
 import re
 
@@ -8,14 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from hookline import CallbackInterface, ModuleInterface, hookimpl
-from hookline.testing import assert_one_model, digest, on_ranks, train_tiny
+from hookline.cli import main
+from hookline.testing import assert_one_model, digest, on_ranks, tiny_trainer, train_tiny
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-SAMPLES, LENGTH, WORDS, WIDTH, HEADS = 24, 32, 13, 16, 4
+SAMPLES, LENGTH, WORDS, WIDTH, HEADS = 24, 32, 16, 16, 4  # as many words as positions of a half
 
 
 class Rotary(nn.Module):
@@ -25,8 +29,8 @@ class Rotary(nn.Module):
         self.register_buffer("turns", torch.polar(torch.ones_like(angles), angles), persistent=False)
 
     def forward(self, x):
-        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * self.turns[: x.shape[-2]]).flatten(-2)
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self.turns[: x.shape[-2]]).flatten(-2).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -95,7 +99,7 @@ class Transformer(ModuleInterface):
         self.log(right=(logits.argmax(-1) == labels).sum() / counts, sync=True)
         self.log(peak=logits.detach().max(), reduce="max", sync=True)
         self.log(square=logits.detach().square().mean(), sync=True, weighted_by=labels.numel())
-        return loss, logits, labels
+        return loss, logits.flatten(0, 1), labels
 
     def train_step_of(self, batch):
         return F.cross_entropy(self.forward_words(batch).flatten(0, 1), batch["labels"].flatten())
@@ -123,10 +127,16 @@ BUFFERS = {f"blocks.{place}.rotary.turns": 0 for place in range(2)}
 
 
 class Told(CallbackInterface):
-    """Keeps what is logged."""
+    """Keeps what is logged, and the outputs of the last step and the last validation."""
 
     def __init__(self):
         self.rows = []
+
+    def on_end_train_step(self, global_step, *outputs):
+        self.trained = outputs
+
+    def on_end_val_epoch(self, global_step, *outputs):
+        self.validated = outputs
 
     @hookimpl
     def on_log(self, metrics, global_step):
@@ -134,7 +144,9 @@ class Told(CallbackInterface):
 
 
 def look(trainer):
-    return trainer.predict(collect=True), trainer.plugins.get_plugin("told").rows
+    told = trainer.plugins.get_plugin("told")
+    in_order = [trainer.predict(collect=True), told.validated[2]]  # of flat ones several shares would be mixed
+    return in_order, [told.trained, told.validated[1]] if trainer.shares == 1 else None, told.rows
 
 
 def train(module, others, parts={}, **options):  # noqa: B006
@@ -152,8 +164,10 @@ def train_all(cases):
 def assert_alike(ranks, alone):
     assert_one_model(ranks, alone, rtol=1e-4, atol=2e-6, rtol_of_metrics=2e-6)
     for one in ranks:
-        torch.testing.assert_close(one.looked[0], alone.looked[0], rtol=1e-4, atol=2e-5)
-    told, wanted = ranks[0].looked[1], alone.looked[1]
+        for own, other in zip(one.looked[:2], alone.looked[:2], strict=True):
+            if own is not None:
+                torch.testing.assert_close(own, other, rtol=1e-4, atol=2e-5)
+    told, wanted = ranks[0].looked[2], alone.looked[2]
     assert len(told) == len(wanted)
     for own, other in zip(told, wanted, strict=True):
         assert own == pytest.approx(other, rel=1e-5, abs=1e-6)
@@ -166,7 +180,7 @@ ON_TWO = {
     "ddp": (RAGGED, {"ddp": {}}, {}),
     "attention to all": ({"causal": False}, {"ddp": {}}, {"balance": False, "rotate": "alltoall"}),
     "fsdp": (RAGGED, {"fsdp": {"wrap": ["Block"]}, "accumulate": {"steps": 2}}, {"rotate": "alltoall"}),
-    "recomputed": ({}, {"ddp": {}, "activation_checkpoint": {"blocks": ["Block"]}, "clip": {"max_norm": 0.1}}, {}),
+    "recomputed": ({}, {"ddp": {}, "activation_checkpoint": {"wrap": ["Block"]}, "clip": {"max_norm": 0.1}}, {}),
 }
 ON_FOUR = {
     "ddp over two": (RAGGED, {"ddp": {}}, {"size": 2}),
@@ -191,6 +205,17 @@ def test_ranks_are_one_process(world_size, cases):
             assert_alike([rank[place] for rank in ranks], alone(module, others))
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
+
+
+@pytest.mark.plugins
+@pytest.mark.parametrize(
+    "others", [{"fsdp": {"param_dtype": "bfloat16"}}, {"ddp": {}, "amp": {"precision": "bf16"}}], ids=["fsdp", "amp"]
+)
+@pytest.mark.slow
+def test_half_precision_is_near(others):
+    one, other = on_ranks(train, 2, RAGGED, others)
+    assert digest(one.weights) == digest(other.weights)
+    assert one.metrics["val_loss"] == pytest.approx(train(RAGGED, {}, False).metrics["val_loss"], rel=1e-2)
 
 
 def cut_and_resumed(module, others):
@@ -248,3 +273,51 @@ def test_what_would_be_wrong_is_refused():
     for said in on_ranks(refusals, 2, list(REFUSED.values())):
         for (name, case), words in zip(REFUSED.items(), said, strict=True):
             assert re.search(case[-1], words), (name, words)
+
+
+class Count(TorchDispatchMode):
+    """Counts what goes around in the ring: (calls, bytes)."""
+
+    calls = bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if func.__name__.startswith("all_to_all_single"):
+            self.calls, self.bytes = self.calls + 1, self.bytes + args[0].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+class Counted(CallbackInterface):
+    """Counts in the last step."""
+
+    @hookimpl(wrapper=True, tryfirst=True)
+    def update(self):
+        with Count() as self.count:
+            return (yield)
+
+
+PARTS = {"batch": BATCH, "buffers": BUFFERS, "rotate": "alltoall"}
+
+
+def sent():
+    torch.set_num_threads(1)
+    counted = Counted()
+    plugins = {"counted": counted, "ddp": {}, "context_parallel": PARTS}
+    tiny_trainer(plugins, Transformer(), train_batch_size=12, epochs=1, max_steps=3, evaluate_every=None).train()
+    return counted.count.calls, counted.count.bytes
+
+
+@pytest.mark.plugins
+def test_a_plan_has_what_two_ranks_send(tmp_path, capsys, monkeypatch):
+    plugins = {"ddp": {}, "context_parallel": PARTS}
+    run = {"module": {"_target_": f"{__name__}.Transformer"}, "trainer": {"train_batch_size": 12}, "plugins": plugins}
+    (tmp_path / "run.yaml").write_text(json.dumps(run))
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", "--world", "2", "--json", "run.yaml"]) == 0
+    found = json.loads(capsys.readouterr().out)["collectives"]
+    (around,) = [one for one in found if one["kind"] == "permute"]
+    assert [(around["calls"], around["bytes"])] * 2 == on_ranks(sent, 2)
+    two = 2 * 12 * LENGTH // 2 * WIDTH * 4  # keys and values of a part, in float32
+    layers, passed_on = 2, 4  # one forward, one and two gradients in backward
+    assert around["sent"] == layers * passed_on * two

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from hookline import CallbackInterface, Stage, hookimpl, hookspecs
 from hookline_context_parallel.attention import around, instead, settings
-from hookline_context_parallel.check import compare
+from hookline_context_parallel.check import compare, refuse_ignored
 from hookline_context_parallel.parts import Parts, named_in, reduced, tensors_of, with_tensors
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ __version__ = "0.1.0"
 
 DATA = "data"  # the dimension of the mesh in which the ranks of a sequence are neighbours
 ROTATIONS = ("allgather", "alltoall")
-IGNORED = -100  # the label that torch's losses ignore
 
 
 @dataclass(eq=False)
@@ -47,7 +46,7 @@ class ContextParallel(CallbackInterface):
     rotate: str = "allgather"
     """How keys and values come to all ranks: "allgather" at once, "alltoall" one part after the other."""
     verify: bool = True
-    """Compare the loss of a few positions with that of the whole model, before the first step of each session."""
+    """Compare what a few positions come to with what one rank computes of them, before a session's first step."""
 
     requires = ("distributed",)
 
@@ -58,7 +57,7 @@ class ContextParallel(CallbackInterface):
             raise ValueError(f"context_parallel.rotate={self.rotate!r} must be one of {', '.join(ROTATIONS)}")
         self._size = 1
         self._parts: Parts | None = None
-        self._at = At(1, 0, None)  # of the batch under way
+        self._at = At(1, 0, 0)  # of the batch under way
         self._weight = torch.tensor(1.0)  # of this rank's part of it
         self._verified = not self.verify
 
@@ -104,30 +103,20 @@ class ContextParallel(CallbackInterface):
     # The step -------------------------------------------------------------------------
 
     @hookimpl(wrapper=True)
-    def prepare_batch(self, trainer: Trainer, batch: Any) -> Generator[None, Any, Any]:
-        """Look for labels that do not count, where nobody says how many do; before the batch goes to its device.
-
-        Raises:
-            ValueError: the first.
-        """
+    def prepare_batch(self, trainer: Trainer, batch: Any, stage: Stage) -> Generator[None, Any, Any]:
+        """Look at what would be wrong in silence: at labels before they go to their device, and once at the model."""
         if self._parts is not None and not trainer.plugins.heard["get_weight"]:
-            for name, tensor in tensors_of(batch):
-                whole_number = name in self.batch and not tensor.is_floating_point() and tensor.device.type == "cpu"
-                if whole_number and bool((tensor == IGNORED).any()):
-                    raise ValueError(
-                        f"context_parallel: {name} has labels of {IGNORED}, which losses ignore, so the parts of a "
-                        "sequence do not count as much as each other: let a method get_weight(self, batch) of the "
-                        f"module, marked @hookimpl, answer how many count, such as (batch[…] != {IGNORED}).sum()"
-                    )
-        return (yield)
+            refuse_ignored({name: tensor for name, tensor in tensors_of(batch) if name in self.batch})
+        batch = yield
+        if self._parts is not None and not self._verified and stage is Stage.TRAIN:
+            self._verified = True
+            compare(trainer, self._parts, batch, self.batch, functools.partial(self._of_parts, stage=stage))
+        return batch
 
     @hookimpl
     def call_model(self, trainer: Trainer, batch: Any, stage: Stage) -> Any:
         if self._parts is None:
             return hookspecs.call_model(trainer=trainer, batch=batch, stage=stage)
-        if not self._verified and stage is Stage.TRAIN:
-            self._verified = True
-            compare(trainer, self._parts, batch, self.batch, functools.partial(self._of_parts, stage=stage))
         return self._of_parts(trainer, self._parts, batch, stage)
 
     def _of_parts(self, trainer: Trainer, parts: Parts, batch: Any, stage: Stage) -> Any:
@@ -192,9 +181,10 @@ class ContextParallel(CallbackInterface):
         if isinstance(value, torch.Tensor):
             if value.numel() == 1 and value.is_floating_point():
                 return parts.mean(value, self._weight)
-            if value.ndim > at.dim and value.shape[at.dim] == at.length:
+            rows = len(value) if at.dim and value.ndim else at.rows
+            if value.ndim > at.dim and value.shape[at.dim] == at.length and rows == at.rows:
                 return parts.whole(value, at.dim)
-            if at.rows is not None and value.ndim and len(value) == at.rows * at.length:
+            if at.dim == 1 and rows == at.rows * at.length:  # both in one dimension
                 return parts.whole(value.reshape(at.rows, at.length, *value.shape[1:]), 1).flatten(0, 1)
         elif isinstance(value, (bool, str)) or value is None:
             return value
@@ -210,14 +200,14 @@ class At(NamedTuple):
 
     dim: int
     length: int
-    rows: int | None
-    """How many sequences lie before them, where outputs may have both in one dimension."""
+    rows: int
+    """The size of their first dimension."""
 
     @classmethod
     def of(cls, whole: torch.Tensor, dim: int, ranks: int) -> At:
         """Return where that is, for the first of the named tensors of a batch."""
         dim %= whole.ndim
-        return cls(dim, whole.shape[dim] // ranks, len(whole) if dim == 1 else None)
+        return cls(dim, whole.shape[dim] // ranks, len(whole))
 
 
 def buffer_of(module: torch.nn.Module, name: str) -> torch.Tensor:

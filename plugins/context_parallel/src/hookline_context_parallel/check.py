@@ -18,6 +18,7 @@ from hookline_context_parallel.parts import Parts, named_in, with_tensors
 if TYPE_CHECKING:
     from hookline import Trainer
 
+IGNORED = -100  # the label that torch's losses ignore
 SHORT = 8  # positions of each piece of the sequence that are looked at
 SAME = {torch.float32: 1e-4, torch.float64: 1e-4}  # by how much of itself a loss may differ
 ROUGH = 2e-2  # the same, where numbers are shorter
@@ -28,6 +29,21 @@ WHY = (
     "table in context_parallel.buffers), for labels that it shifts (shift them in the data), for other attention, and "
     "for a loss that is no mean over what get_weight counts. context_parallel.verify=false goes on without a look"
 )
+
+
+def refuse_ignored(named: Mapping[str, torch.Tensor]) -> None:
+    """Refuse labels that do not count, where nobody says how many do; those on other devices are not waited for.
+
+    Raises:
+        ValueError: the first tensor that has some.
+    """
+    for name, tensor in named.items():
+        if tensor.device.type == "cpu" and not tensor.is_floating_point() and not bool((tensor != IGNORED).all()):
+            raise ValueError(
+                f"context_parallel: {name} has labels of {IGNORED}, which losses ignore, so the parts of a sequence do "
+                "not count as much as each other: let a method get_weight(self, batch) of the module, marked "
+                f"@hookimpl, answer how many count, such as (batch[…] != {IGNORED}).sum()"
+            )
 
 
 def compare(
@@ -42,21 +58,20 @@ def compare(
     short = {name: min(SHORT * parts.pieces, some.shape[dims[name]]) for name, some in named.items()}
     batch = with_tensors(batch, {name: some.narrow(dims[name], 0, short[name]) for name, some in named.items()})
     seen: list[list[torch.Tensor]] = [[], []]
-    alone = torch.autocast(trainer.device.type, enabled=False)
-    with torch.no_grad(), kept_rng(), trainer.idling(), evaluating(trainer.model), alone:
+    with torch.no_grad(), kept_rng(), trainer.idling(), evaluating(trainer.model):
         with instead(functools.partial(seeing, seen[0])):
             whole = loss_of(hookspecs.call_model(trainer=trainer, batch=batch, stage=Stage.TRAIN))
         with instead(functools.partial(seeing, seen[1])):
             together = loss_of(in_parts(trainer, parts, batch))
-    near = max(SAME.get(weight.dtype, ROUGH) for weight in trainer.model.parameters())
+    near = max(SAME.get(tensor.dtype, ROUGH) for tensor in (*trainer.model.parameters(), *seen[0]))
     said = f"context_parallel: over {parts.mesh.size()} ranks,"
     for place, (one, part) in enumerate(itertools.zip_longest(*seen)):
         other = None if part is None else parts.whole(here(part), SEQUENCE)
-        if one is None or other is None or (one - other).norm() > 10 * near * one.norm():
+        if one is None or other is None or not (one - other).norm() <= 10 * near * one.norm():
             raise ValueError(
                 f"{said} attention number {place // 3 + 1} gets other {THREE[place % 3]} than on one rank. {WHY}"
             )
-    if not torch.allclose(whole.double(), together.double(), rtol=near, atol=0, equal_nan=True):
+    if not torch.isclose(whole.double(), together.double(), rtol=near, atol=0, equal_nan=True).all():
         raise ValueError(f"{said} a loss is {together.item():.6g} that is {whole.item():.6g} on one rank. {WHY}")
 
 

@@ -144,6 +144,8 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         name = func.__name__.partition(".")[0].strip("_")
         kind = next((known for known in SENT if known.replace("_", "") in name.replace("_", "")), name)
+        if kind == "all_to_all" and any(isinstance(parts, list) and len(parts) - parts.count(0) == 1 for parts in args):
+            kind = "permute"  # each sends all that it has to one other
         ranks = dist.get_process_group_ranks(group)
         size = max(bytes_of([part]) for part in (*args[:2], result))  # in and out: one of them is the whole
         self._counted[kind, len(ranks), self._world.where(ranks)] += [size]
