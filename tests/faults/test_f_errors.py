@@ -124,6 +124,7 @@ SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start the
 ELSEWHERE = {  # methods that this run does not come to: they want other ranks, Ray, a module of a certain kind, or a
     # plugin that asks
     "accmt": {"get_mode", "on_checkpoint"},
+    "ddp": {"average_gradients"},
     "distributed": {"get_mesh"},
     "ema": {"convert_model"},
     "fsdp": {"adapt_module"},

@@ -60,6 +60,8 @@ class Ddp(CallbackInterface):
         self._apart: list[tuple[Any, torch.nn.Parameter]] = []  # what is averaged over other ranks, with their mesh
         self._known: dict[int, torch.Tensor] = {}  # by id, all that rank 0 has given to the others
         self._first = False  # whether a static graph has not been seen yet
+        if self.compression == "none":
+            self.average_gradients = None  # type: ignore[assignment,method-assign]  # hides it: torch averages
         if self.find_unused_parameters:
             self.shadow = None  # type: ignore[assignment,method-assign]  # it uses all of them
 
@@ -142,17 +144,18 @@ class Ddp(CallbackInterface):
             gradient_as_bucket_view=True,
         )
         self._wrapped.broadcast_buffers = self.broadcast_buffers  # all begin with those of rank 0 in any case
-        self._compress(self._wrapped)
+        if trainer.plugins.heard["average_gradients"]:
+            ask = trainer.hook.average_gradients
+            self._wrapped.register_comm_hook(trainer, lambda trainer, bucket: ask(trainer=trainer, bucket=bucket))
+        self._powersgd = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=10)
         self._first = self.static_graph
         return True
 
-    def _compress(self, wrapped: DistributedDataParallel) -> None:
+    @hookimpl(optionalhook=True)  # of distributed
+    def average_gradients(self, bucket: Any) -> Any:
         if self.compression == "powersgd":
-            state = powerSGD_hook.PowerSGDState(None, start_powerSGD_iter=10)
-            wrapped.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        elif self.compression != "none":
-            hook = getattr(default_hooks, f"{self.compression}_compress_hook")
-            wrapped.register_comm_hook(None, hook)
+            return powerSGD_hook.powerSGD_hook(self._powersgd, bucket)
+        return getattr(default_hooks, f"{self.compression}_compress_hook")(None, bucket)
 
     # The step -------------------------------------------------------------------------
 

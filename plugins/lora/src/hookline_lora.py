@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator
+import importlib
+import logging
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 EXPORTS = ("adapters", "merged")
+BITS = {"int8": 1, "nf4": 64 * 256}  # with what the numbers of a weight must be a multiple of: its blocks, and theirs
 SAMPLE = 4096  # elements of each weight of the base that tell it from others
 
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +43,15 @@ class Lora(CallbackInterface):
     export: str = "adapters"
     """What `export_model` returns: "adapters" alone, or the weights with the adapters "merged" into them."""
 
+    quantize: str | None = None
+    """Keep the frozen weights of linear layers in fewer bits, with torchao: "int8" or "nf4" (QLoRA); null leaves
+    them as they are."""
+
     def __post_init__(self) -> None:
+        if self.quantize is not None and self.quantize not in BITS:
+            raise ValueError(f"lora.quantize={self.quantize!r} must be one of {', '.join(BITS)}, or null")
+        if self.quantize is None:
+            self.shard_model = None  # type: ignore[assignment,method-assign]  # hides it: any model may be shared
         if self.rank < 1:
             raise ValueError(f"lora.rank={self.rank} must be at least 1")
         if self.alpha is not None and not self.alpha > 0:
@@ -60,7 +71,7 @@ class Lora(CallbackInterface):
         peft = import_peft()
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ValueError("lora: the model has no values yet (meta device), and adapters are of a model that has")
-        self._base = fingerprint(model)
+        self._base = fingerprint(model) + (f" {self.quantize}" if self.quantize else "")
         targets = linear_layers(model) if self.targets is None else self.targets
         config = peft.LoraConfig(
             target_modules=targets if isinstance(targets, str) else list(targets),
@@ -74,7 +85,42 @@ class Lora(CallbackInterface):
                 peft.inject_adapter_in_model(config, model)
             except ValueError as error:
                 raise ValueError(f"lora.targets={self.targets!r}: {error}") from error
+        if self.quantize is not None:
+            self._quantize(trainer, model)
         model.register_load_state_dict_pre_hook(keep_base)  # type: ignore[no-untyped-call]
+        return model
+
+    def _quantize(self, trainer: Trainer, model: torch.nn.Module) -> None:
+        """Put fewer bits in the place of the frozen weights of linear layers, and say which are left."""
+        frozen_layers = {
+            name.replace(".base_layer", ""): layer
+            for name, layer in model.named_modules()
+            if type(layer) is torch.nn.Linear and not layer.weight.requires_grad
+        }
+        left = [name for name, layer in frozen_layers.items() if layer.weight.numel() % BITS[self.quantize or ""]]
+        if left and trainer.rank == 0:
+            trainer.say_once(
+                f"lora.quantize={self.quantize} leaves {', '.join(left)} as they are: they have no multiple of "
+                f"{BITS[self.quantize or '']} numbers"
+            )
+        quantized = import_quantization(str(self.quantize))
+        for layer in (layer for name, layer in frozen_layers.items() if name not in left):
+            layer.weight = torch.nn.Parameter(quantized(layer.weight.detach()), requires_grad=False)
+
+    @hookimpl(wrapper=True)
+    def shard_model(self, trainer: Trainer) -> Generator[None, Any, Any]:
+        """Refuse to share out weights of few bits.
+
+        Raises:
+            ValueError: ranks are to share them.
+        """
+        said = f"lora.quantize={self.quantize}: ranks cannot share weights of few bits; take ddp"
+        try:
+            model = yield
+        except (AssertionError, NotImplementedError) as error:  # of torchao's, for what it cannot take apart
+            raise ValueError(said) from error
+        if any(hasattr(weight, "device_mesh") for weight in model.parameters()):
+            raise ValueError(said)
         return model
 
     @hookimpl
@@ -132,6 +178,26 @@ def import_peft() -> Any:
     return peft
 
 
+def import_quantization(bits: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what makes a weight of few bits; without what torchao logs of kernels of other devices."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        torchao = importlib.import_module("torchao.quantization")
+    except ImportError as error:
+        raise ValueError(
+            f"lora.quantize={bits}: torchao cannot be imported ({error}): pip install 'torchao>=0.18,<0.19'"
+        ) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    if bits == "nf4":
+        return lambda weight: torchao.NF4Tensor.from_tensor(weight, 64, 256)
+    return lambda weight: torchao.Int8Tensor.from_hp(weight, granularity=torchao.PerRow())
+
+
 def linear_layers(model: torch.nn.Module) -> list[str]:
     """Return the names of all linear layers."""
     names = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
@@ -159,6 +225,9 @@ def merged(module: torch.nn.Module, state: Tensors) -> Tensors:
     for name, layer in module.named_modules():
         if hasattr(layer, "get_delta_weight"):
             weight = state[f"{name}.base_layer.weight"]
+            if type(weight) is not torch.Tensor:  # in fewer bits
+                given = layer.get_base_layer().weight
+                weight = given.dequantize() if hasattr(given, "qdata") else given.get_original_weight()
             plain[f"{name}.weight"] = weight + layer.get_delta_weight("default").to(weight)
     return plain
 

@@ -198,3 +198,75 @@ def test_a_model_without_values_is_refused():
     tiny.net = torch.nn.Linear(8, 1, device="meta")
     with pytest.raises(ValueError, match="lora: the model has no values yet"):
         train(Lora(), module=tiny)
+
+
+# Bases of few bits --------------------------------------------------------------------
+
+
+class Wide(PlainModule):
+    """Has one layer whose weight is large enough for nf4."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layers = [torch.nn.Linear(8, 128), torch.nn.Tanh(), torch.nn.Linear(128, 128), torch.nn.Tanh()]
+            self.net = torch.nn.Sequential(*layers, torch.nn.Linear(128, 1))
+
+
+FEW = {"int8": "Int8Tensor", "nf4": "NF4Tensor"}
+
+
+def parts(weight):
+    return {name: getattr(weight, name).tolist() for name in weight.__tensor_flatten__()[0]}
+
+
+@pytest.mark.parametrize("bits", FEW)
+def test_a_base_of_few_bits_is_torchaos_and_stays_as_it_is(bits, caplog):
+    trainer = train(Lora(quantize=bits), module=Wide())
+    weight = trainer.module.net[2].base_layer.weight
+    given = Wide().net[2].weight.detach()
+    torchao = pytest.importorskip("torchao.quantization")
+    by_hand = {
+        "nf4": lambda: torchao.NF4Tensor.from_tensor(given, 64, 256),
+        "int8": lambda: torchao.Int8Tensor.from_hp(given, granularity=torchao.PerRow()),
+    }[bits]()
+    assert type(weight).__name__ == FEW[bits]
+    assert digest(parts(weight)) == digest(parts(by_hand))
+    assert (f"lora.quantize={bits} leaves net.0, net.4 as they are" in caplog.text) is (bits == "nf4")
+    whole = train(Lora(), module=Wide())
+    assert 0 < abs(trainer.metrics["val_loss"] - whole.metrics["val_loss"]) < 0.1 * whole.metrics["val_loss"]
+
+
+@pytest.mark.parametrize("bits", FEW)
+def test_adapters_on_a_base_of_few_bits_are_saved_resumed_and_merged(bits, monkeypatch):
+    memory = Memory(every="1 steps")
+    whole = train(Lora(quantize=bits, export="merged"), memory, module=Wide())
+    assert all(".lora_" in name for name in memory.states[5]["module"])
+    resumed = train(Lora(quantize=bits, export="merged"), Memory(memory.states[5]), module=Wide())
+    merged = whole.export_model()
+    assert digest(resumed.export_model()) == digest(merged)
+    (plain := Wide()).load_state_dict(merged)
+    assert tiny_trainer([], plain).validate()["val_loss"] == pytest.approx(whole.metrics["val_loss"], rel=1e-4)
+    with pytest.raises(ValueError, match="the adapters of this checkpoint were trained on other weights"):
+        train(Lora(), Memory(memory.states[5]), module=Wide())
+
+
+def test_wrong_bits():
+    with pytest.raises(ValueError, match="lora.quantize='int4' must be one of int8, nf4, or null"):
+        Lora(quantize="int4")
+
+
+def with_few_bits(sharding):
+    try:
+        return train_tiny({sharding: {}, "lora": Lora(quantize="nf4")}, Wide)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.plugins
+@pytest.mark.xdist_group("ranks")
+def test_ranks_train_adapters_on_a_base_of_few_bits():
+    assert_one_model(on_ranks(with_few_bits, 2, "ddp"), train_tiny({"lora": Lora(quantize="nf4")}, Wide))
+    for said in on_ranks(with_few_bits, 2, "fsdp"):
+        assert "lora.quantize=nf4: ranks cannot share weights of few bits; take ddp" in said

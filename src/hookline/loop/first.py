@@ -99,6 +99,9 @@ def look_at_gradients(run: Run, built: Built, stepped: Sequence[torch.optim.Opti
 def say_not_finite(run: Run) -> None:
     """Say which parameters are not finite at the end of a training whose losses nobody has looked at."""
     made = {name: weight for name, weight in run.module.named_parameters() if not is_lazy(weight)}
-    bad = [name for name, weight in made.items() if not weight.isfinite().all()]
+    few_bits = {
+        name for name, weight in made.items() if hasattr(weight, "__tensor_flatten__") and not weight.requires_grad
+    }
+    bad = [name for name, weight in made.items() if name not in few_bits and not weight.isfinite().all()]
     if bad:
         run.say_once(f"{len(bad)} parameter(s) are not finite after training, {bad[0]} for one: look at the loss")

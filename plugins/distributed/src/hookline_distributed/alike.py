@@ -139,6 +139,9 @@ def _together(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     for tensor in tensors:
         if isinstance(tensor, DTensor) or tensor.is_meta:
             continue
+        if hasattr(tensor, "__tensor_flatten__"):  # made of others, in fewer bits
+            yield from _together(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+            continue
         same = kinds.setdefault((tensor.dtype, tensor.device), [])
         if same and sum(other.nbytes for other in same) + tensor.nbytes > AT_ONCE:
             yield same.copy()

@@ -1,4 +1,4 @@
-"""The hooks that `distributed` brings: the mesh of ranks, what they hold alike and are given, and shadowing."""
+"""The hooks that `distributed` brings: the mesh of ranks, what they hold alike, are given, average, and shadowing."""
 
 from __future__ import annotations
 
@@ -94,6 +94,20 @@ def broadcast(trainer: Trainer, tensors: Sequence[torch.Tensor]) -> Sequence[tor
     """
     give(tensors, trainer.device)
     return tensors
+
+
+@verb
+def average_gradients(trainer: Trainer, bucket: Any) -> Any:
+    """Answer a future of the mean over all ranks of a bucket of gradients, as one flat tensor.
+
+    Performed by who sends something else than the gradients (compressed ones), wrapped by who looks at them or changes
+    them. `bucket` is a `torch.distributed.GradBucket`: `.buffer()` has the gradients of this rank, `.gradients()` and
+    `.parameters()` the parts. Asked for by `ddp` while backward runs, in the same order on all ranks, and only where a
+    plugin implements it.
+    """
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+    return default_hooks.allreduce_hook(None, bucket)  # type: ignore[arg-type]
 
 
 @verb
