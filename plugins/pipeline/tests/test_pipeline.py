@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from hookline import ModuleInterface, copy_state
-from hookline.testing import assert_one_model, digest, on_ranks, tiny_trainer, train_tiny
+from hookline.testing import assert_one_model, digest, on_ranks, run_ranks, tiny_trainer, train_tiny
 from hookline_pipeline import Pipeline
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -74,7 +74,10 @@ class Transformer(ModuleInterface):
     def get_train_dataloader(self, sampler, batch_size):
         return DataLoader(self.data, batch_size, sampler=sampler(self.data))
 
-    get_val_dataloaders = get_train_dataloader
+    get_val_dataloaders = get_predict_dataloaders = get_train_dataloader
+
+    def predict_step(self, global_step, batch, device):
+        return self.net(batch[0][:, :-1]).argmax(-1)
 
     def get_optimizers_schedulers(self, steps_per_epoch, epochs):
         optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
@@ -118,10 +121,14 @@ def parameters_here(trainer):
     return here, (trainer.share, trainer.shares)
 
 
+def predicted(trainer):
+    return trainer.predict(collect=True)
+
+
 @pytest.mark.plugins
 def test_two_stages_have_the_bits_of_one_process():
     cases = [
-        {"pipeline": {}},
+        {"pipeline": {}, "look": predicted},
         {"pipeline": {"schedule": "GPipe", "split": ["net.blocks.1"]}, "module": {"samples": 46}},
         {"pipeline": {"schedule": "Interleaved1F1B"}},
         {"pipeline": {"schedule": "ZBVZeroBubble"}},
@@ -130,26 +137,41 @@ def test_two_stages_have_the_bits_of_one_process():
     cases = [{**case, "others": plain} for case in cases]
     for case, ours, expected in assert_all_train_one_model(2, cases):
         assert digest(ours.weights) == digest(expected.weights), case
+        assert digest(ours.looked) == digest(expected.looked)
+
+
+TIED = {"tied": True}
+FSDP = {"fsdp": {"wrap": ["Block"]}}
 
 
 @pytest.mark.plugins
-def test_four_ranks_train_what_one_process_trains():
-    tied = {"tied": True}
+def test_stages_of_two_ranks_train_what_one_process_trains():
     cases = [
-        {"pipeline": {}, "module": tied},
-        {"pipeline": {"size": 2}, "steps": 2, "module": tied, "others": {"ddp": {}}, "look": parameters_here},
-        {"pipeline": {"size": 2}, "steps": 2, "module": tied, "others": {"fsdp": {"wrap": ["Block"]}}},
+        {"pipeline": {"size": 2}, "steps": 2, "module": TIED, "others": {"ddp": {}}, "look": parameters_here},
+        {"pipeline": {"size": 2}, "steps": 2, "module": TIED, "others": FSDP},
         {"pipeline": {"size": 2}, "steps": 2, "others": {"tp": {"size": 2, "plan": TENSOR}}},
-        {"pipeline": {"size": 2, "schedule": "Interleaved1F1B"}, "others": {"ddp": {}}},
-        {"pipeline": {"size": 2, "schedule": "InterleavedZeroBubble"}, "others": {"ddp": {}}},
-        {"pipeline": {"size": 2, "schedule": "Interleaved1F1B"}, "others": {"fsdp": {"wrap": ["Block"]}}},
     ]
     looked = [ours.looked for _, ours, _ in assert_all_train_one_model(4, cases, rtol=1e-4, atol=1e-6)]
-    here, share = looked[1]  # of rank 0, which has the last stage
+    here, share = looked[0]  # of rank 0, which has the last stage
     assert share == (0, 2)
     assert {name.partition(".blocks.")[2][:1] for name in here} == {"", "2", "3"}
     assert {"net.norm.weight", "net.embed.weight"} < set(here)  # the embedding because it is tied
     assert "net.place" not in here
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_other_schedules_over_four_ranks_train_what_one_process_trains():
+    cases = [
+        {"pipeline": {}, "module": TIED},
+        {"pipeline": {"size": 2, "schedule": "Interleaved1F1B"}, "others": {"ddp": {}}},
+        {"pipeline": {"size": 2, "schedule": "DualPipeV"}, "others": {"ddp": {}}},
+        {"pipeline": {"size": 2, "schedule": "InterleavedZeroBubble"}, "others": {"ddp": {}}},
+        {"pipeline": {"size": 2, "schedule": "Interleaved1F1B"}, "others": FSDP},
+        {"pipeline": {"size": 2, "schedule": "LoopedBFS"}, "others": FSDP},
+    ]
+    for _ in assert_all_train_one_model(4, cases, rtol=1e-4, atol=1e-6):
+        pass
 
 
 # State --------------------------------------------------------------------------------
@@ -161,6 +183,10 @@ LAYOUTS = {
     "stages fsdp": {"pipeline": {"size": 2}, "fsdp": {"wrap": ["Block"]}},
     "fsdp": {"fsdp": {"wrap": ["Block"]}},
 }
+
+
+def assert_close(ours, expected):
+    torch.testing.assert_close(dict(ours), dict(expected), rtol=1e-4, atol=1e-6)
 
 
 def save(folder, layout, steps=2, resume=None, **options):
@@ -189,6 +215,7 @@ def at(folder, step):
 
 
 @pytest.mark.plugins
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_bits_and_in_other_layouts(tmp_path):
     names = ["stages ddp", "stages fsdp"]
     whole = on_ranks(save_all, 4, [(tmp_path / name, name, {"dropout": 0.3}) for name in names])
@@ -197,3 +224,77 @@ def test_a_run_goes_on_with_the_same_bits_and_in_other_layouts(tmp_path):
     for rank in range(4):
         for one, other in zip(whole[rank], again[rank], strict=True):
             assert digest(one) == digest(other)
+
+
+@pytest.mark.plugins
+def test_a_checkpoint_of_stages_is_read_elsewhere_and_the_other_way_round(tmp_path):
+    torch.set_num_threads(1)
+    whole = save(tmp_path / "one", "one")
+    (first, _) = on_ranks(save_all, 2, [(tmp_path / "stages", "stages", {})])
+    assert_close(first[0]["weights"], whole["weights"])
+    jobs = [
+        (tmp_path / "1", "stages", {"resume": at(tmp_path / "one", 3)}),
+        (tmp_path / "2", "fsdp", {"resume": at(tmp_path / "stages", 3)}),
+    ]
+    for ours in on_ranks(save_all, 2, jobs)[0]:
+        assert_close(ours["weights"], whole["weights"])
+    assert_close(save(tmp_path / "3", "one", resume=at(tmp_path / "stages", 3))["weights"], whole["weights"])
+
+
+# What is refused ----------------------------------------------------------------------
+
+
+class Around(Words):
+    """Does something that does not go from stage to stage."""
+
+    def __init__(self, how):
+        super().__init__(2, 0.0)
+        self.how = how
+        self.register_buffer("mean", torch.zeros(()))
+        self.embed.kept = 0.0
+
+    def forward(self, codes):
+        mask = torch.ones(codes.shape[1], 1)
+        x = first = self.embed(codes)
+        if self.how == "attribute":
+            self.embed.kept = x.mean()
+        for block in self.blocks[::-1] if self.how == "order" else self.blocks:
+            x = block(x, mask)
+        if self.how == "twice":
+            x = self.blocks[1](x, mask)
+        if self.how == "skip":
+            x = x + first
+        if self.how == "buffer":
+            self.mean += x.detach().mean()
+        return self.read(self.norm(x)) + self.embed.kept
+
+
+class Refused(Transformer):
+    def __init__(self, how):
+        super().__init__(2)
+        self.net = Around(how)
+
+
+HOWS = {
+    "skip": "depends on an earlier stage in another way than through the arguments of net.blocks.1",
+    "attribute": "depends on an earlier stage in another way than through the arguments of net.blocks.1",
+    "buffer": "stages have changed the buffer net.mean in different ways",
+    "order": "net.blocks.0 is called in stage 1, behind the end of its own, stage 0",
+    "twice": "net.blocks.1, where a stage begins, is called twice in one step",
+}
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("order", "twice")]
+
+
+def refused(how):
+    trainer = tiny_trainer({"pipeline": {"split": ["net.blocks.1"]}}, Refused(how), train_batch_size=24)
+    trainer.train()
+    trainer.export_model()
+
+
+@pytest.mark.plugins
+@pytest.mark.parametrize("how", ["skip", "attribute", "buffer", *SLOW])
+def test_what_goes_around_a_stage_is_refused(how):
+    outcomes = run_ranks(refused, 2, how)
+    told = "\n".join(outcome.output for outcome in outcomes)
+    assert all(outcome.code for outcome in outcomes), told
+    assert HOWS[how] in told, told

@@ -39,14 +39,15 @@ def give_up(module: torch.nn.Module, meshes: Mapping[str, Any]) -> None:
         module: changed in place.
         meshes: by the names of the parameters that go, the ranks that keep them.
     """
+    owners = {id(module.get_parameter(name)): mesh for name, mesh in meshes.items()}
     made: dict[int, torch.nn.Parameter] = {}
-    for name, mesh in meshes.items():
-        owner, _, attribute = name.rpartition(".")
-        weight = module.get_parameter(name)
-        if id(weight) not in made:
-            gone = absent(weight.shape, weight.dtype, mesh)
-            made[id(weight)] = torch.nn.Parameter(gone, requires_grad=weight.requires_grad)
-        setattr(module.get_submodule(owner), attribute, made[id(weight)])
+    for name, weight in [*module.named_parameters(remove_duplicate=False)]:
+        if id(weight) in owners:
+            if id(weight) not in made:
+                gone = absent(weight.shape, weight.dtype, owners[id(weight)])
+                made[id(weight)] = torch.nn.Parameter(gone, requires_grad=weight.requires_grad)
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, made[id(weight)])
 
 
 def hidden(module: torch.nn.Module) -> Hidden:

@@ -75,6 +75,8 @@ class Staged(torch.nn.Module):
         super().__init__()
         self.model, self.name, self.names = model, name, list(names)
         self.current: Pass | None = None
+        self.left_out: list[str] = []
+        """The names of modules that run in one stage alone, each with a dot behind it."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """Yield the parameters that this rank has."""
@@ -92,7 +94,17 @@ class Staged(torch.nn.Module):
         if current is None:
             return self.model(*args, **given)
         with Shapes(current) if current.stage else contextlib.nullcontext():
-            outputs = self.model(*args, **given)
+            try:
+                outputs = self.model(*args, **given)
+            except (RuntimeError, NotImplementedError) as error:
+                if current.stage and "meta" in str(error):
+                    error.add_note(around("what was computed there", self.names[current.stage - 1]))
+                if "DTensor" in str(error):
+                    error.add_note(
+                        f"pipeline: parameters of other stages are not here, in stage {current.stage}; a parameter is "
+                        f"of the stage that begins last ahead of it in {self.name}, and is used in that stage alone"
+                    )
+                raise
         if isinstance(outputs, Cut):
             return outputs.tensors
         step = f"{self.name}.{given['stage'].value}_step"
@@ -173,6 +185,7 @@ class Staged(torch.nn.Module):
                 self._leave_out(child, f"{prefix}{name}.", stages)
             return
         stage, compute, name = weights.pop(), module.forward, prefix[:-1]
+        self.left_out.append(prefix)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             current = self.current
@@ -193,7 +206,10 @@ class Staged(torch.nn.Module):
             call = current.calls[name]
             current.calls[name] += 1
             if call >= len(made):
-                raise ValueError(f"pipeline: {name} of stage {stage} is called more often in stage {current.stage}")
+                raise ValueError(
+                    f"pipeline: {name} is called in stage {current.stage}, behind the end of its own, stage {stage}: "
+                    "create modules in the order in which they are called, or begin the stage at another module"
+                )
             for path, attribute, in_list in made[call].attributes:
                 nothing = torch.empty((), device=META)
                 setattr(module.get_submodule(path), attribute, [nothing] if in_list else nothing)
@@ -250,14 +266,14 @@ class Shapes(TorchFunctionMode):
 
 
 def form_of(tree: Any) -> str | None:
-    """Return the shapes of tensors and the plain values of a tree as text; None where it has anything else."""
+    """Return the shapes of tensors and whole numbers of a tree as text; None where it has what is no plain value."""
     leaves, form = tree_flatten(tree)
     said: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             said.append((tuple(leaf.shape), str(leaf.dtype)))
-        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-            said.append(leaf)
+        elif leaf is None or isinstance(leaf, (int, float, str, bytes)):
+            said.append(leaf if isinstance(leaf, int) else type(leaf).__name__)
         else:
             return None
     return f"{form}: {said}"

@@ -72,7 +72,16 @@ class Line(NamedTuple):
             dist.send(tensor, group=self.group, group_dst=peer)
 
     def hear(self, stage: int) -> Any:
-        """Return the object that the rank of a stage sends."""
+        """Return the object that the rank of a stage sends.
+
+        Raises:
+            RuntimeError: there is no such rank, since this one is simulated alone.
+        """
+        if dist.get_backend(self.group) == "fake":
+            raise RuntimeError(
+                "pipeline: what comes to a stage is known to the ranks ahead of it, and none of them is here; the "
+                "sizes of parameters, gradients and optimizer states are those of this rank's stages"
+            )
         heard = [None]
         dist.recv_object_list(heard, group=self.group, group_src=self.rank_of(stage))
         return heard[0]

@@ -81,3 +81,13 @@ def stages_of(module: torch.nn.Module, split: Sequence[str]) -> dict[str, int]:
         for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
             stages[dot + name] = stage
     return stages
+
+
+def keepers_of(module: torch.nn.Module, places: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return for each parameter by its first name the places that have it: several, where weights are one."""
+    first: dict[int, str] = {}
+    keepers: dict[str, list[int]] = {}
+    for name, weight in module.named_parameters(remove_duplicate=False):
+        at = keepers.setdefault(first.setdefault(id(weight), name), [])
+        at += [] if places[name] in at else [places[name]]
+    return keepers

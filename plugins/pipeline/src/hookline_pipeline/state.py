@@ -24,17 +24,56 @@ class Shares:
         place: of this rank.
         meshes: of the ranks at each place.
         group: of the ranks of this rank's line, in the order of places.
+        left_out: the names of modules that run at one place alone, each with a dot behind it.
     """
 
     def __init__(
-        self, module: torch.nn.Module, places: Mapping[str, int], place: int, meshes: Sequence[Any], group: Any
+        self,
+        module: torch.nn.Module,
+        places: Mapping[str, int],
+        place: int,
+        meshes: Sequence[Any],
+        group: Any,
+        left_out: Sequence[str],
     ) -> None:
         self.module, self.places, self.place, self.meshes, self.group = module, places, place, meshes, group
+        self._everywhere = [
+            name for name, _ in module.named_buffers() if name in places and not name.startswith(tuple(left_out))
+        ]
+        self.remember()
+
+    # Buffers of modules that run in several stages ------------------------------------
+
+    def remember(self) -> None:
+        """Remember the buffers that each stage may change, as they are now."""
+        self._before = {name: bits_of(named(self.module, name)) for name in self._everywhere}
+
+    def _compare(self) -> None:
+        """Look whether a buffer has been changed where it does not belong.
+
+        Raises:
+            ValueError: in other ways than where it belongs.
+        """
+        if not self._everywhere:
+            return
+        now = {name: bits_of(named(self.module, name)) for name in self._everywhere}
+        ranks: list[Any] = [None] * len(self.meshes)
+        dist.all_gather_object(
+            ranks, {name: (bits, bits != self._before[name]) for name, bits in now.items()}, self.group
+        )
+        for name in self._everywhere:
+            owner, _ = ranks[self.places[name]][name]
+            if any(changed and bits != owner for bits, changed in (of_place[name] for of_place in ranks)):
+                raise ValueError(
+                    f"pipeline: stages have changed the buffer {name} in different ways, and it is of the stage that "
+                    "begins last ahead of it: create it, or the module that has it, where it is changed"
+                )
 
     # To be stored ---------------------------------------------------------------------
 
     def of_all(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Return the state of all stages, of which each tensor is on its own ranks; all ranks come to this."""
+        self._compare()
         whole = dict(state)
         whole["optimizers"] = [{**one, "state": self._joined(one["state"])} for one in state["optimizers"]]
         if "window" in state:
@@ -131,6 +170,7 @@ class Shares:
 
     def gathered(self, state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """Return, on all ranks, weights by name with those of all stages, whole and on the host."""
+        self._compare()
         ids = {name: id(weight) for name, weight in self.module.named_parameters(remove_duplicate=False)}
         made: dict[int, torch.Tensor] = {}
         whole = dict(state)
@@ -154,3 +194,9 @@ def named(module: torch.nn.Module, name: str) -> Any:
     """Return the parameter or buffer of a name."""
     owner, _, attribute = name.rpartition(".")
     return getattr(module.get_submodule(owner), attribute)
+
+
+def bits_of(tensor: torch.Tensor) -> int:
+    """Return a number by which the bits of a tensor are told from others."""
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
+    return int((raw * (torch.arange(len(raw), device=raw.device) % 65521 + 1)).sum())
