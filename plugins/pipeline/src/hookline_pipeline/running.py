@@ -176,8 +176,14 @@ class Staged(torch.nn.Module):
         return tree_unflatten([received.pop(0) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], form)
 
     def _leave_out(self, module: torch.nn.Module, prefix: str, stages: Mapping[str, int]) -> None:
-        """Have the outermost modules with parameters of one stage alone do nothing in others."""
+        """Have the outermost modules with parameters of one stage alone do nothing in others.
+
+        One that has nothing but buffers may be called in any stage, and is left out where it gets no values.
+        """
         weights = {stages[prefix + name] for name, _ in module.named_parameters(remove_duplicate=False)}
+        only_buffers = not weights
+        if only_buffers:
+            weights = {stages[prefix + name] for name, _ in module.named_buffers(remove_duplicate=False)}
         if not weights:
             return
         if len(weights) > 1 or not prefix:
@@ -185,12 +191,16 @@ class Staged(torch.nn.Module):
                 self._leave_out(child, f"{prefix}{name}.", stages)
             return
         stage, compute, name = weights.pop(), module.forward, prefix[:-1]
-        self.left_out.append(prefix)
+        self.left_out += [] if only_buffers else [prefix]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             current = self.current
             if current is None or (stage == current.stage and not current.keeps):
                 return compute(*args, **kwargs)
+            if only_buffers and stage != current.stage:
+                leaves = tree_flatten((args, kwargs))[0]
+                if not any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves):
+                    return compute(*args, **kwargs)
             if stage > current.stage:
                 raise ValueError(
                     f"pipeline: {name} is called in stage {current.stage}, and belongs to stage {stage}, the last that "
