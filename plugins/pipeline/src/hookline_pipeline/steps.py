@@ -106,6 +106,7 @@ class Steps(CallbackInterface):
         line = self._line
         if form is None:
             raise ValueError("pipeline: a batch must consist of tensors and plain values, in tuples, lists and dicts")
+        form += "".join("01"[weight.requires_grad] for weight in trainer.module.parameters())  # as what is sent has one
         if form not in self._forms:
             self._forms[form] = self._learn(trainer, several[0][1], seeds[several[0][0]])
         metas, made = self._forms[form]
