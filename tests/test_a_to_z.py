@@ -23,7 +23,18 @@ ENTRIES = {match[1]: match for match in ENTRY.finditer(PAGE)}
 ELSEWHERE = {  # plugins whose task is to run programs of others, or whose service or device is not here
     *("accmt", "hf", "lernomatic", "lightning", "pymarlin"),
     *("aim", "clearml", "comet", "dvclive", "mlflow"),
-    *("context_parallel", "deepspeed", "distributed", "expert_parallel", "ft", "ray", "simulate", "sync_batchnorm", "tp"),
+    *(
+        "context_parallel",
+        "deepspeed",
+        "distributed",
+        "expert_parallel",
+        "ft",
+        "pipeline",
+        "ray",
+        "simulate",
+        "sync_batchnorm",
+        "tp",
+    ),
 }
 
 
