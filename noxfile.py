@@ -84,7 +84,7 @@ def kit(session: nox.Session) -> None:
 def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
-    names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "progress", "simulate", "tp", "watchdog")
+    names = ("activation_checkpoint", "ddp", "distributed", "fsdp", "metrics", "pipeline", "progress", "simulate", "tp", "watchdog")
     rows = [f"tests/faults/test_{name}.py" for name in ("elastic", "g_ranks", "launch", "ranks", "two_machines")]
     tests = [
         *(f"plugins/{name}/tests" for name in names),

@@ -23,7 +23,7 @@ ENTRIES = {match[1]: match for match in ENTRY.finditer(PAGE)}
 ELSEWHERE = {  # plugins whose task is to run programs of others, or whose service or device is not here
     *("accmt", "hf", "lernomatic", "lightning", "pymarlin"),
     *("aim", "clearml", "comet", "dvclive", "mlflow"),
-    *("deepspeed", "distributed", "ft", "ray", "simulate", "tp"),
+    *("deepspeed", "distributed", "ft", "pipeline", "ray", "simulate", "tp"),
 }
 
 

@@ -42,6 +42,7 @@ NOT_FOR = {  # checks that a plugin is not held against, with the reason
     "checkpoint": {"state": ITSELF, "resume": ITSELF},
     "deepspeed": {"ranks": "its SDK is in the environment of `nox -s deepspeed`, whose tests train on ranks"},
     "oom": {"ranks": "it refuses several ranks, and says why"},
+    "pipeline": {"ranks": "the tiny module has no blocks between which it could be cut; its own tests train on ranks"},
     "tp": {"ranks": "the tiny module has no layers that it could split; its own tests train on ranks"},
 }
 QUICK = {name for name, one in CHECKS.items() if one.quick}

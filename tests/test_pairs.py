@@ -31,6 +31,7 @@ OPTIONS = {  # of those whose defaults would change nothing here
     "metrics": {"val": {"error": {"_target_": "torchmetrics.MeanSquaredError"}}},
     "mix": {"mixup": 0.4},
     "monitor": {"grad_norm": True, "learning_rate": True},
+    "pipeline": {"split": ["net.4"]},
     "sampling": {"kind": "length", "by": 2, "bucket": 2},
     "swa": {"begin": 0.0, "every": 1, "evaluate": True},
     "sample": {"method": "extra_repr", "every": "2 steps"},

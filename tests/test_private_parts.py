@@ -149,6 +149,13 @@ PARTS = [
     ),
     Part(
         "torch",
+        {"_pytree"},
+        {"plugins/pipeline"},
+        "arguments and outputs are walked over as torch's pipelines do it, with the containers that others register",
+        lambda torch: importlib.import_module("torch.utils._pytree").tree_unflatten,
+    ),
+    Part(
+        "torch",
         {"_compiled_call_impl", "_orig_mod"},
         {"plugins/monitor", "plugins/summary"},
         "which modules are compiled is said nowhere else",

@@ -467,6 +467,16 @@ def on_begin_optimizer_step(trainer: Trainer, optimizers: Sequence[torch.optim.O
 
 
 @verb
+def get_total_norm(trainer: Trainer, norm: torch.Tensor, norm_type: float) -> torch.Tensor:
+    """Return the norm of all gradients of the model, of that of the gradients that this rank has.
+
+    Called on all ranks, if there are several, by who takes a norm over all gradients. Performed by who leaves ranks
+    some of the parameters alone, as the stages of a pipeline.
+    """
+    return norm
+
+
+@verb
 def should_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
     """Return whether to step. To skip steps, wrap it: `return (yield) and fine`; always yield, so that ranks agree."""
     return True

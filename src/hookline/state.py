@@ -26,11 +26,11 @@ def copy_state(state: Any) -> Any:
 def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     """Copy a value; `copied` has the copy of each memory seen so far."""
     if isinstance(value, torch.Tensor):
+        memory: tuple[Any, ...] = (id(value),)  # of what has none: the object, which the state keeps alive
         value = value.detach()
         here = value.to_local() if hasattr(value, "to_local") else value  # of a sharded tensor, the local shard
-        if here.layout is not torch.strided or not here.numel():
-            return value.to("cpu", copy=True)
-        memory = here.data_ptr(), here.device, here.dtype, value.shape, here.stride()
+        if here.layout is torch.strided and here.numel():
+            memory = here.data_ptr(), here.device, here.dtype, value.shape, here.stride()
         if memory not in copied:
             copied[memory] = value.to("cpu", copy=True)
         return copied[memory]

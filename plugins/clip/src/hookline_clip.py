@@ -59,11 +59,11 @@ class Clip(CallbackInterface):
     @hookimpl
     def on_begin_optimizer_step(self, trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         ways = by_sharing(optimizers)
-        if not ways:
+        if not ways and trainer.world_size == 1:  # else other ranks may have gradients, and ask for the norm of all
             return
         norm = None
         if self.log_norm:
-            norm = whole(norm_of_all(ways, self.norm_type))
+            norm = whole(norm_of_all(trainer, ways, self.norm_type))
             trainer.log(grad_norm_before_clip=norm, weighted_by=1.0)
         for way in ways.values():
             if self.max_value is not None:
@@ -77,7 +77,7 @@ class Clip(CallbackInterface):
         if self.max_norm is None or self.per_parameter:
             return
         if norm is None or self.max_value is not None or self.max_ratio is not None:
-            norm = norm_of_all(ways, self.norm_type)
+            norm = norm_of_all(trainer, ways, self.norm_type)
         for way in ways.values():
             torch.nn.utils.clip_grads_with_norm_(way, self.max_norm, norm)
 
@@ -119,10 +119,13 @@ def whole(norm: Any) -> Any:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def norm_of_all(ways: dict[Any, list[torch.nn.Parameter]], norm_type: float) -> Any:
+def norm_of_all(trainer: Trainer, ways: dict[Any, list[torch.nn.Parameter]], norm_type: float) -> Any:
     """Return the norm of all gradients together, in whatever ways ranks share them."""
     norms = [total_norm([parameter.grad for parameter in way], norm_type) for way in ways.values()]
-    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm([whole(norm) for norm in norms], norm_type)
+    norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm([whole(norm) for norm in norms], norm_type)
+    if trainer.world_size > 1:
+        norm = trainer.hook.get_total_norm(trainer=trainer, norm=norm, norm_type=norm_type)
+    return norm
 
 
 def total_norm(gradients: list[Any], norm_type: float) -> Any:

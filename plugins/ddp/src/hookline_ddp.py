@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -119,7 +120,9 @@ class Ddp(CallbackInterface):
         assert self._model is not None
         named = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
         rows = [(name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in named.items()]
-        refuse_others(trainer.hook.all_gather(trainer=trainer, value=rows))
+        group = trainer.hook.get_mesh(trainer=trainer)["data"].get_group()
+        gathered = trainer.hook.all_gather(trainer=trainer, value=rows)
+        refuse_others({rank: gathered[rank] for rank in dist.get_process_group_ranks(group)})
         new = [tensor for tensor in named.values() if id(tensor) not in self._known]
         trainer.hook.broadcast(trainer=trainer, tensors=new)
         self._known = {id(tensor): tensor for tensor in named.values()}
@@ -136,6 +139,7 @@ class Ddp(CallbackInterface):
         DistributedDataParallel.__init__(  # in place, so that who holds `trainer.model` holds what averages
             self._wrapped,
             self._model,
+            process_group=group,
             device_ids=[trainer.device] if trainer.device.type == "cuda" else None,
             init_sync=False,  # done above, for what is new
             find_unused_parameters=self.find_unused_parameters,
@@ -213,18 +217,20 @@ class Ddp(CallbackInterface):
             )
 
 
-def refuse_others(ranks: Sequence[Sequence[tuple[Any, ...]]]) -> None:
+def refuse_others(ranks: Mapping[int, Sequence[tuple[Any, ...]]]) -> None:
     """Refuse ranks that would average other weights together: averaging goes by order.
 
     Raises:
         ValueError: the first that is different, and on which rank.
     """
-    for rank, rows in enumerate(ranks):
-        for place, (own, first) in enumerate(itertools.zip_longest(rows, ranks[0])):
+    lowest = min(ranks)
+    for rank, rows in ranks.items():
+        for place, (own, first) in enumerate(itertools.zip_longest(rows, ranks[lowest])):
             if own != first:
                 raise ValueError(
                     f"ddp averages weights in their order, and number {place} is {in_words(own)} on rank {rank} and "
-                    f"{in_words(first)} on rank 0: add, freeze and unfreeze the same on all ranks at the same step"
+                    f"{in_words(first)} on rank {lowest}: add, freeze and unfreeze the same on all ranks at the same "
+                    "step"
                 )
 
 

@@ -119,16 +119,17 @@ def shared_samples(loader: Any) -> int | None:
 # Weights ------------------------------------------------------------------------------
 
 
-def give(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+def give(tensors: Iterable[torch.Tensor], device: torch.device, group: Any = None) -> None:
     """Give all ranks the tensors of rank 0, in few exchanges; not those of which they have shares, or without values.
 
     Args:
         tensors: the same on all ranks; changed in place.
         device: where tensors are exchanged.
+        group: the ranks, whose first gives; None for all.
     """
     for same in _together(tensors):
         flat = torch.cat([tensor.flatten() for tensor in same]).to(device)
-        dist.broadcast(flat, src=0)
+        dist.broadcast(flat, group=group, group_src=0)
         for tensor, part in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -170,7 +171,7 @@ class Alike(CallbackInterface):
             ValueError: the first tensor that differs, and on which rank.
         """
         sums = sums_of(trainer.hook.get_replicated(trainer=trainer, buffers=buffers))
-        said = {place: hashlib.blake2b(repr(of_place).encode()).digest() for place, of_place in sums.items()}
+        said = {(place, digest([*of_place])): digest(of_place) for place, of_place in sums.items()}
         if not differing(compare(trainer, "model", {}, said)):
             return
         each = {(place, name): total for place, of_place in sums.items() for name, total in of_place.items()}
@@ -183,6 +184,11 @@ class Alike(CallbackInterface):
             "be each rank's own, a plugin takes out by wrapping `get_replicated`, and "
             "`distributed.verify_model: false` compares nothing"
         )
+
+
+def digest(value: Any) -> bytes:
+    """Return what tells plain values apart."""
+    return hashlib.blake2b(repr(value).encode()).digest()
 
 
 def differing(ranks: Sequence[Mapping[Any, Any]]) -> list[tuple[Any, int, int]]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from hookline import verb
 from hookline_distributed.alike import give
@@ -61,11 +62,21 @@ def shares_buffers(trainer: Trainer) -> bool:
 def broadcast(trainer: Trainer, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Give all ranks the values that tensors have on rank 0, in place; answer the tensors.
 
-    All ranks come to it with the same ones in the same order. Those of which ranks have shares (DTensor) stay as they
+    All ranks come to it with the same ones in the same order; where ranks have different parts of the model, those of
+    `get_peers` do, and get the values of their first. Those of which ranks have shares (DTensor) stay as they
     are, since who shared them has made them begin alike, and so do those without values (on the meta device).
     """
-    give(tensors, trainer.device)
+    give(tensors, trainer.device, trainer.hook.get_peers(trainer=trainer))
     return tensors
+
+
+@verb
+def get_peers(trainer: Trainer) -> Any:
+    """Answer the process group of the ranks that have the same part of the model as this one: all ranks.
+
+    Performed by who gives ranks different parts of it, once they are given.
+    """
+    return dist.group.WORLD
 
 
 @verb

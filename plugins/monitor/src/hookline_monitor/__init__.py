@@ -203,6 +203,9 @@ class Monitor(CallbackInterface):
             return
         self._norm_wanted = False
         norm = norm_of_gradients(optimizers)
+        if trainer.world_size > 1:  # ranks may have other parameters, and this one none
+            norm = torch.zeros((), device=trainer.device) if norm is None else norm
+            norm = trainer.hook.get_total_norm(trainer=trainer, norm=norm, norm_type=2.0)
         if norm is not None:
             trainer.log(grad_norm=norm)
 
