@@ -55,6 +55,8 @@ class Mine(ModuleInterface):
             outputs = outputs + 1
         if self.asks == "nonzero":
             outputs = outputs[outputs > 0]
+        if self.asks == "recv":
+            torch.distributed.recv(numbers, 1)
         if self.asks == "wrong":
             outputs = outputs @ outputs
         if int(numbers.max()) < 0:
@@ -456,9 +458,10 @@ def test_nobody_makes_one_run_of_them(plan):
     [
         ("item", f"it needs the value of a tensor ({line_of('outputs.sum() > 0')}), and here tensors have none"),
         ("nonzero", f"it needs the value of a tensor ({line_of('outputs[outputs > 0]')}), and here tensors have none"),
+        ("recv", "RuntimeError: it waits for numbers that another rank sends, and here is nobody else"),
         ("wrong", "RuntimeError: "),
     ],
-    ids=["item", "nonzero", "wrong"],
+    ids=["item", "nonzero", "recv", "wrong"],
 )
 @pytest.mark.parametrize("plugin", ["ddp", "fsdp"])
 @pytest.mark.plugins
@@ -467,7 +470,7 @@ def test_a_forward_that_needs_values(plan, asks, says, plugin):
     assert code == 1
     assert f"hookline: Mine.train_step could not be simulated: {says}" in err
     assert err.count("\n") == 1
-    assert ("compute it with tensors alone (torch.where, a mask)" in err) == (asks != "wrong")
+    assert ("compute it with tensors alone (torch.where, a mask)" in err) == (asks in ("item", "nonzero"))
     share = WEIGHTS if plugin == "ddp" else WEIGHTS / 2
     assert found["memory"].keys() == {"parameters", "buffers", "gradients", "optimizer states"}
     assert found["memory"]["parameters"] == found["memory"]["gradients"] == share
