@@ -353,12 +353,14 @@ def test_what_a_long_computation_hides_of_fsdp(plan):
 
 @pytest.mark.plugins
 def test_what_a_short_computation_hides_of_fsdp(plan):
-    found, exposed = times(plan, "-p", "fsdp", "plugins.fsdp.wrap=[Block]", f"--flops={PRODUCT * 4}")
-    # forward: 1 s, then 0.75 s behind a product of 0.25 s; backward: 1 s, then 0.5 s behind two products
-    assert exposed["all_gather"] == pytest.approx(1 + 0.75 + 1 + 0.5)
-    # one scattering may be under way: the second waits for the first one's rest, and the end for the second
-    assert exposed["reduce_scatter"] == pytest.approx(0.75 + 1)
-    assert found["time"]["step"] == pytest.approx(6.25)
+    words = ["-p", "fsdp", "plugins.fsdp.wrap=[Block]", "module.blocks=3", f"--flops={PRODUCT * 4}"]
+    found, exposed = times(plan, *words)
+    # forward: 1 s, then 0.75 s behind each product of 0.25 s; backward: 1 s, 0.5 s behind two products, and 1 s, as
+    # the gradients of the last block are sent first
+    assert exposed["all_gather"] == pytest.approx(1 + 0.75 + 0.75 + 1 + 0.5 + 1)
+    # one scattering may be under way: each waits for the rest of the one before it, and the end for the last one
+    assert exposed["reduce_scatter"] == pytest.approx(0.5 + 0.75 + 1)
+    assert found["time"]["step"] == pytest.approx(9.25)
 
 
 @pytest.mark.plugins
