@@ -58,19 +58,22 @@ class Clock:
         self._free: dict[str, float] = collections.defaultdict(float)  # when a link has sent what it was given
         self._needed: dict[int, _Sent] = {}  # by the storage that a computation is going to use
         self._reduced: dict[int, _Sent] = {}  # gradients by their storage
+        self._leaving: list[_Sent] = []  # all gradients of a backward
         self._ahead = 0.0  # when the last block was used: from then on the next one is gathered
         self._behind: _Sent | None = None  # the gradients that were scattered last
 
     def begin(self, phase: str) -> None:
         """Begin a forward, a backward or ("") what lies behind them; by then all gradients have arrived."""
-        for sent in self._reduced.values():
+        for sent in self._leaving:
             self._wait(sent)
+        self._leaving.clear()
         self._reduced.clear()
         self._phase, self._ahead, self._behind = phase, self.now, None
 
     def forget(self, storage: int) -> None:
         """Forget a storage that is gone, whose number another may have next."""
         self._needed.pop(storage, None)
+        self._reduced.pop(storage, None)
 
     def compute(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Do an operation as soon as all that it uses has arrived."""
@@ -101,6 +104,7 @@ class Clock:
             self._needed |= {storage_of(tensor): sent for tensor in _tensors(tensors)}
         elif self._phase == "backward":
             self._reduced |= {storage_of(tensor): sent for tensor in _tensors(tensors)}
+            self._leaving.append(sent)
             if row.kind == "reduce_scatter":
                 if self._behind is not None:
                     self._wait(self._behind)
