@@ -12,15 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hookline import CallbackInterface, hookimpl
+from hookline import CallbackInterface, hookimpl, instantiate
 from hookline.cli import main
-from hookline.testing import PlainModule, TinyModule, run_ranks, tiny_trainer
+from hookline.config import build_trainer, load_config
+from hookline.testing import PlainModule, on_ranks
 from hookline_expert_parallel import MixtureOfExperts
+from hookline_simulate.clock import DEVICES
 from hookline_simulate.commands import EXAMPLES, _parser
+from hookline_simulate.simulate import simulate
 from hookline_simulate.world import World
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +56,8 @@ class Mine(ModuleInterface):
             outputs = outputs + 1
         if self.asks == "nonzero":
             outputs = outputs[outputs > 0]
+        if self.asks == "recv":
+            torch.distributed.recv(numbers, 1)
         if self.asks == "wrong":
             outputs = outputs @ outputs
         if int(numbers.max()) < 0:
@@ -120,11 +126,14 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
-        if func.namespace == "c10d":
-            calls, size = self.counted.get(func.__name__.partition(".")[0], (0, 0))
-            sizes = [sum(t.nbytes for t in tree_leaves(part) if isinstance(t, torch.Tensor)) for part in args[:2]]
-            self.counted[func.__name__.partition(".")[0]] = calls + 1, size + max(sizes)
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0]
+        if func.namespace in ("c10d", "_c10d_functional") and "tensor_autograd" not in name and name != "wait_tensor":
+            calls, size = self.counted.get(name, (0, 0))
+            parts = args[:2] if func.namespace == "c10d" else (args[0], result)
+            sizes = [sum(t.nbytes for t in tree_leaves(part) if isinstance(t, torch.Tensor)) for part in parts]
+            self.counted[name] = calls + 1, size + max(sizes)
+        return result
 
 
 def here(tensors):
@@ -161,52 +170,70 @@ class Routed(PlainModule):
         self.net[1] = MixtureOfExperts(16, 24, experts=4, capacity_factor=1.0)
 
 
-def measure(plugins, module):
+def measure(config):
     torch.set_num_threads(1)
     look = Look()
-    tiny_trainer({"look": look, **plugins}, module(), epochs=1, max_steps=3).train()
+    trainer = build_trainer(load_config(config, ["trainer.max_steps=3"]))
+    trainer.plugins.register(look)
+    trainer.train()
     return {"parameters": look.parameters, "gradients": look.gradients, "optimizer states": look.states}, look.counted
 
 
-SHARED = {"broadcast": "broadcast_", "all_gather": "_allgather_base_", "reduce_scatter": "_reduce_scatter_base_"}
+def plan_of(config, ranks):
+    """Return the plan of a configuration, made in a process of its own: torch keeps what it knows of meshes."""
+    return simulate(load_config(config), World(str(ranks)), DEVICES["h100"]).as_json()
+
+
+TRAINER = "trainer: {train_batch_size: 8, evaluate_every: null, eval_when_finish: false}\n"
+TINY = "module: {_target_: hookline.testing.TinyModule}\n" + TRAINER
+ROUTED = f"module: {{_target_: {__name__}.Routed}}\n" + TRAINER
+LLAMA = "module: {_target_: examples.llm.llama.Llama, context: 16, blocks: 2}\n" + TRAINER
+DDP = {"broadcast_": "broadcast", "allreduce_": "all_reduce"}
+FSDP = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
+TP = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter", "all_reduce": "all_reduce"}
 
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
-    ("plugins", "module", "counted"),
+    ("ranks", "module", "plugins", "names"),
     [
-        ({"ddp": {}}, TinyModule, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
-        ({"ddp": {}, "accumulate": {"steps": 2}}, TinyModule, {"broadcast": "broadcast_", "all_reduce": "allreduce_"}),
-        (
-            {"fsdp": {"wrap": ["Linear"]}},
-            TinyModule,
-            SHARED,
+        (2, TINY, {"ddp": {}}, DDP),
+        (2, TINY, {"ddp": {}, "accumulate": {"steps": 2}}, DDP),
+        (2, TINY, {"fsdp": {"wrap": ["Linear"]}}, {"broadcast_": "broadcast", **FSDP}),
+        (2, TINY, {"fsdp": {"wrap": ["Linear"], "reshard_after_forward": False}}, {"broadcast_": "broadcast", **FSDP}),
+        (2, ROUTED, {"ddp": {}, "expert_parallel": {}}, {"alltoall_base_": "all_to_all", "allreduce_": "all_reduce"}),
+        (4, LLAMA, {"tp": {"size": 2}, "fsdp": {}}, {**FSDP, **TP}),
+        pytest.param(
+            *(4, LLAMA, {"tp": {"size": 2}, "fsdp": {"replicas": 2}}, {**FSDP, **TP, "allreduce_": "all_reduce"}),
+            marks=pytest.mark.slow,
         ),
-        ({"fsdp": {"wrap": ["Linear"], "reshard_after_forward": False}}, TinyModule, SHARED),
-        (
-            {"ddp": {}, "expert_parallel": {}},
-            Routed,
-            {"all_to_all": "alltoall_base_", "all_reduce": "allreduce_"},
+        pytest.param(
+            *(4, LLAMA, {"fsdp": {"replicas": 2}, "clip": {}}, {**FSDP, "allreduce_": "all_reduce", **TP}),
+            marks=pytest.mark.slow,
         ),
     ],
-    ids=["ddp", "ddp in windows", "fsdp", "zero 1", "experts"],
+    ids=["ddp", "ddp in windows", "fsdp", "zero 1", "experts", "fsdp2 x tp2", "dp2 x tp2", "dp2 x fsdp2"],
 )
 @pytest.mark.plugins
-def test_a_plan_is_what_two_ranks_measure(plan, folder, plugins, module, counted):
-    (folder / "run.yaml").write_text(
-        f"module: {{_target_: {module.__module__}.{module.__name__}}}\ntrainer: {{train_batch_size: 8}}\n"
-        f"plugins: {json.dumps(plugins)}\n"
-    )
-    code, found, err = plan("2")
-    assert (code, err) == (0, "")
-    outcomes = run_ranks(measure, 2, plugins, module)
-    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output
-    memory, moved = outcomes[0].value
-    assert {name: found["memory"][name] for name in memory} == pytest.approx(memory, rel=0.05)
+def test_a_plan_is_what_ranks_measure(folder, ranks, module, plugins, names):
+    config = folder / "run.yaml"
+    config.write_text(f"{module}plugins: {json.dumps(plugins)}\n")
+    (found,) = on_ranks(plan_of, 1, config, ranks)
+    (memory, moved), *_ = on_ranks(measure, ranks, config)
+    assert found["missing"] == ""
     assert {name: found["memory"][name] for name in memory} == memory  # it is exact, as long as both count the same
-    by_kind = {one["kind"]: (one["calls"], one["bytes"]) for one in found["collectives"]}
-    assert by_kind == {kind: moved[name] for kind, name in counted.items()}
-    assert set(moved) == set(counted.values())
+    assert summed((one["kind"], one["calls"], one["bytes"]) for one in found["collectives"]) == summed(
+        (names[name], *counted) for name, counted in moved.items()
+    )
+
+
+def summed(counted):
+    """Return calls and bytes by the kind of collective."""
+    together = {}
+    for kind, calls, size in counted:
+        before = together.get(kind, (0, 0))
+        together[kind] = before[0] + calls, before[1] + size
+    return together
 
 
 # Against arithmetic -------------------------------------------------------------------
@@ -338,6 +365,105 @@ def test_half_precision_keeps_less(plan):
     assert found["memory"]["parameters"] == without["memory"]["parameters"]
 
 
+# Time ---------------------------------------------------------------------------------
+
+PRODUCT = 2 * 64 * 16 * 16  # FLOPs of a layer of Mine for the 64 samples that each of 8 ranks has
+PARTS = WEIGHTS / 2 * 7 / 8  # what a rank sends to gather a block, or to scatter its gradients
+
+
+def times(plan, *words):
+    _, found, _ = plan("8", f"--link={PARTS}", *words)  # so that a block takes one second
+    exposed = {one["kind"]: one["exposed"] for one in found["collectives"]}
+    assert sum(exposed.values()) == pytest.approx(found["time"]["exposed"])
+    assert found["time"]["computation"] + found["time"]["exposed"] == pytest.approx(found["time"]["step"])
+    return found, exposed
+
+
+@pytest.mark.plugins
+def test_what_a_long_computation_hides_of_fsdp(plan):
+    found, exposed = times(plan, "-p", "fsdp", "plugins.fsdp.wrap=[Block]", f"--flops={PRODUCT / 4}")
+    # exposed: the first block of forward, the first of backward, the last gradients; computed: five products of 4 s
+    assert exposed == pytest.approx({"all_gather": 2.0, "reduce_scatter": 1.0})
+    assert found["time"] == pytest.approx({"computation": 20.0, "communication": 6.0, "exposed": 3.0, "step": 23.0})
+    assert found["flops"] == {"step": 5 * PRODUCT, "model": 5 * PRODUCT}  # the first layer's input needs no gradient
+    assert found["mfu"] == pytest.approx(20 / 23)
+
+
+@pytest.mark.plugins
+def test_what_a_short_computation_hides_of_fsdp(plan):
+    words = ["-p", "fsdp", "plugins.fsdp.wrap=[Block]", "module.blocks=3", f"--flops={PRODUCT * 4}"]
+    found, exposed = times(plan, *words)
+    # forward: 1 s, then 0.75 s behind each product of 0.25 s; backward: 1 s, 0.5 s behind two products, and 1 s, as
+    # the gradients of the last block are sent first
+    assert exposed["all_gather"] == pytest.approx(1 + 0.75 + 0.75 + 1 + 0.5 + 1)
+    # one scattering may be under way: each waits for the rest of the one before it, and the end for the last one
+    assert exposed["reduce_scatter"] == pytest.approx(0.5 + 0.75 + 1)
+    assert found["time"]["step"] == pytest.approx(9.25)
+
+
+@pytest.mark.plugins
+def test_gradients_of_ddp_that_leave_in_one_bucket_are_exposed(plan):
+    found, exposed = times(plan, "-p", "ddp", f"--flops={PRODUCT}")
+    assert exposed == pytest.approx({"all_reduce": 4.0})
+    assert found["time"]["step"] == pytest.approx(5 + 4)
+
+
+@pytest.mark.plugins
+def test_what_is_split_within_layers_is_exposed(plan, folder):
+    (folder / "run.yaml").write_text(CONFIG + "plugins: {tp: {plan: {net.0: column, net.2: row}}}\n")
+    found, _ = times(plan, "--flops=1e3")
+    assert 0 < found["time"]["exposed"] == pytest.approx(found["time"]["communication"])
+
+
+@pytest.mark.plugins
+def test_machines_are_left_by_the_cards_of_all_ranks_that_take_part(plan):
+    words = ["-p", "fsdp", "plugins.fsdp.replicas=2", "plugins.fsdp.wrap=[Block]", "--link=8", "--network=1"]
+    _, within, _ = plan("2x4", *words)  # copies on two machines: each rank has its own card for its gradients
+    (reduced,) = (one for one in within["collectives"] if one["kind"] == "all_reduce")
+    assert reduced["seconds"] == pytest.approx(reduced["sent"] / 1)
+    _, across, _ = plan("2x4", "-p", "ddp", "--link=8", "--network=1")
+    (reduced,) = across["collectives"]
+    assert reduced["seconds"] == pytest.approx(reduced["sent"] / 4)
+
+
+def test_speeds_that_are_none(plan):
+    code, _, err = plan("1", "--device", "abacus")
+    assert (code, err) == (
+        2,
+        "hookline: --device=abacus is not known; take one of a100, h100, and state other speeds by --flops, --link and "
+        "--network\n",
+    )
+    assert plan("1", "--network", "0")[::2] == (2, "hookline: --network=0 must be above 0\n")
+
+
+# A published model --------------------------------------------------------------------
+
+BLOCK = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336  # the matrices of a block of Llama 3 8B
+READ = 4096 * 128256
+
+
+def test_the_shape_of_llama_3_8b():
+    config = OmegaConf.to_container(load_config(ROOT / "examples" / "llm" / "8b.yaml").module)
+    with torch.device("meta"):
+        module = instantiate(config, "module")
+    assert sum(p.numel() for p in module.parameters()) == 32 * BLOCK + 2 * READ + 65 * 4096 == 8_030_261_248
+
+
+@pytest.mark.plugins
+def test_a_plan_of_llama_3_8b_is_the_arithmetic_of_its_shape(capsys):
+    blocks = 2  # each of the 32 is as another
+    config = str(ROOT / "examples" / "llm" / "8b.yaml")
+    assert main(["simulate", "--world", "64x8", "--json", config, f"module.blocks={blocks}"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    padded = 4096 * 251 * 512  # a matrix of 128256 rows, of which each of 512 ranks has as many as rank 0
+    weights, tokens = blocks * BLOCK + 2 * padded + (2 * blocks + 1) * 4096, 8192
+    assert found["memory"]["parameters"] == found["memory"]["gradients"] == 4 * weights / 512
+    assert found["memory"]["optimizer states"] == pytest.approx(8 * weights / 512, rel=1e-4)  # and counts of steps
+    assert found["flops"]["model"] == tokens * (6 * (blocks * BLOCK + READ) + 12 * blocks * 4096 * tokens)
+    sizes = {one["kind"]: one["bytes"] for one in found["collectives"]}
+    assert (sizes["all_gather"], sizes["reduce_scatter"]) == (2 * 2 * weights, 4 * weights)
+
+
 # What a plan is told ------------------------------------------------------------------
 
 
@@ -372,9 +498,10 @@ def test_nobody_makes_one_run_of_them(plan):
     [
         ("item", f"it needs the value of a tensor ({line_of('outputs.sum() > 0')}), and here tensors have none"),
         ("nonzero", f"it needs the value of a tensor ({line_of('outputs[outputs > 0]')}), and here tensors have none"),
+        ("recv", "RuntimeError: it waits for numbers that another rank sends, and here is nobody else"),
         ("wrong", "RuntimeError: "),
     ],
-    ids=["item", "nonzero", "wrong"],
+    ids=["item", "nonzero", "recv", "wrong"],
 )
 @pytest.mark.parametrize("plugin", ["ddp", "fsdp"])
 @pytest.mark.plugins
@@ -383,7 +510,7 @@ def test_a_forward_that_needs_values(plan, asks, says, plugin):
     assert code == 1
     assert f"hookline: Mine.train_step could not be simulated: {says}" in err
     assert err.count("\n") == 1
-    assert ("compute it with tensors alone (torch.where, a mask)" in err) == (asks != "wrong")
+    assert ("compute it with tensors alone (torch.where, a mask)" in err) == (asks in ("item", "nonzero"))
     share = WEIGHTS if plugin == "ddp" else WEIGHTS / 2
     assert found["memory"].keys() == {"parameters", "buffers", "gradients", "optimizer states"}
     assert found["memory"]["parameters"] == found["memory"]["gradients"] == share
@@ -434,9 +561,13 @@ def test_it_is_shown(plan):
         "parameters", "buffers", "gradients", "optimizer states", "activations", "peak",
     ]  # fmt: skip
     assert lines[5].endswith("272 B")
-    assert lines[12].split()[-5:] == ["ranks", "on", "calls", "size", "sent"]
-    assert lines[13].split() == ["all_gather", "8", "between", "machines", "2", "4.25", "KiB", "3.72", "KiB"]
-    assert plan("1", form=None)[1].endswith("\nno communication\n")
+    assert lines[12].split()[-7:] == ["ranks", "on", "calls", "size", "sent", "time", "exposed"]
+    assert lines[13].split()[:9] == ["all_gather", "8", "between", "machines", "2", "4.25", "KiB", "3.72", "KiB"]
+    assert lines[13].split()[9:] == ["0.02", "us", "0.02", "us"]
+    assert [line.split()[0] for line in lines[17:21]] == ["computation", "communication", "exposed", "step"]
+    assert lines[22] == ("at 989 TFLOP/s (float32 67), 450 GB/s within a machine, 50 GB/s a device between machines")
+    assert re.fullmatch(r"MFU: \d+\.\d% at most", lines[23])
+    assert "\nno communication\n" in plan("1", form=None)[1]
     assert "mesh: none, each rank has the whole model" in plan("2", "-p", "ddp", form=None)[1]
 
 
@@ -459,6 +590,18 @@ def test_the_page_on_scaling_shows_what_is_printed(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "scaling.md").read_text()
     (command,) = re.findall(r"^hookline (simulate .* examples/chars.yaml .*)$", page, re.M)
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S)
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_page_on_language_models_shows_the_plan_of_8_billion_parameters(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "language-model.md").read_text()
+    (command,) = re.findall(r"^hookline (simulate .*)$", page, re.M)
     (shown,) = re.findall(r"^```text\n(.*?)^```$", page, re.M | re.S)
     assert main(command.split()) == 0
     assert capsys.readouterr().out == shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import gc
 import weakref
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hookline_simulate.clock import Clock
 from hookline_simulate.world import SENT, Collective, World
 
 
@@ -43,8 +43,9 @@ def size_of(tensor: Any) -> int:
 class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Has tensors without values wherever numbers are not whole, and counts what they hold and what is sent."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, clock: Clock) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.clock = clock
         self._world = world
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.sharded = self.in_forward = self.counting = False
@@ -53,7 +54,7 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.parameters: list[torch.nn.Parameter] = []
         self._sizes: dict[int, int] = {}
         self._watched: dict[int, Any] = {}
-        self._counted: dict[tuple[str, int, str], list[int]] = collections.defaultdict(list)
+        self._counted: dict[tuple[str, int, str], Collective] = {}
 
     def emptied(self, value: Any) -> Any:
         """Return a tensor without its values, if its numbers are not whole."""
@@ -79,6 +80,8 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         empty = any(isinstance(tensor, FakeTensor) for tensor in tensors) or (not tensors and _is_float(func, kwargs))
+        if not empty and func.namespace == "c10d" and func.__name__.startswith("recv"):
+            raise RuntimeError("it waits for numbers that another rank sends, and here is nobody else")
         if not empty:
             result = func(*args, **kwargs)
         elif func is torch.ops.aten._local_scalar_dense.default and not self.in_forward:
@@ -93,6 +96,8 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor))
         if self.counting and func.namespace in ("c10d", "_c10d_functional", "_dtensor"):
             self._count(func, args, result)
+        elif self.counting:
+            self.clock.compute(func, args, kwargs, result)
         return result
 
     # Memory ---------------------------------------------------------------------------
@@ -116,6 +121,7 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             def freed(_: Any) -> None:
                 self.live -= self._sizes.pop(key)
                 del self._watched[key]
+                self.clock.forget(key)
 
             self._watched[key] = weakref.ref(storage, freed)
         self.live += size - self._sizes.get(key, 0)
@@ -141,6 +147,7 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _count(self, func: Any, args: Any, result: Any) -> None:
         group = next(filter(None, map(_group, args)), None)
         if group is None or "barrier" in func.__name__:
+            self.clock.compute(func, args, {}, result)  # it waits for another
             return
         name = func.__name__.partition(".")[0].strip("_")
         kind = next((known for known in SENT if known.replace("_", "") in name.replace("_", "")), name)
@@ -148,12 +155,15 @@ class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kind = "permute"  # each sends all that it has to one other
         ranks = dist.get_process_group_ranks(group)
         size = max(bytes_of([part]) for part in (*args[:2], result))  # in and out: one of them is the whole
-        self._counted[kind, len(ranks), self._world.where(ranks)] += [size]
+        key = kind, len(ranks), self._world.where(ranks)
+        row = self._counted.setdefault(key, Collective(*key))
+        row.calls, row.bytes = row.calls + 1, row.bytes + size
+        self.clock.send(row, ranks, size, func, (args, result))
 
     @property
     def collectives(self) -> list[Collective]:
         """What has been counted."""
-        return [Collective(*key, len(sizes), sum(sizes)) for key, sizes in self._counted.items()]
+        return list(self._counted.values())
 
 
 def _is_float(func: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hookline import Stage, Trainer, config, instantiate, set_seed
+from hookline_simulate.clock import Clock, Speeds
 from hookline_simulate.shapes import Shapes, bytes_of
 from hookline_simulate.step import NO_VALUES, Simulated, Simulation, told
 from hookline_simulate.world import Plan, World
@@ -41,13 +42,13 @@ LEFT_OUT = {  # what would end the simulated run before its step, write into a r
 }
 
 
-def simulate(loaded: DictConfig, world: World) -> Plan:
-    """Simulate a step of a configuration.
+def simulate(loaded: DictConfig, world: World, speeds: Speeds) -> Plan:
+    """Simulate a step of a configuration on devices of these speeds.
 
     Raises:
         ValueError: the configuration cannot run in this world.
     """
-    found, mode = Plan(world), Shapes(world)
+    found, mode = Plan(world, speeds=str(speeds)), Shapes(world, Clock(speeds, world))
     with _alone(world), tempfile.TemporaryDirectory(prefix="hookline-") as folder, mode.resizes():
         trainer = _build(loaded, mode, Simulation(mode, found), folder)
         if trainer.world_size != world.size:
@@ -164,6 +165,16 @@ def _measure(trainer: Trainer, mode: Shapes, found: Plan) -> None:
             found.memory["activations"] = mode.activations
         found.memory["peak"] = mode.peak
         found.collectives = mode.collectives
+        _tell_time(mode, found)
+
+
+def _tell_time(mode: Shapes, found: Plan) -> None:
+    """Say how long the step takes; the model's own FLOPs are three times those of its forward, as MFU counts them."""
+    clock = mode.clock
+    sending, exposed = (sum(getattr(one, name) for one in found.collectives) for name in ("seconds", "exposed"))
+    found.time = {"computation": clock.computing, "communication": sending, "exposed": exposed, "step": clock.now}
+    found.flops = {"step": clock.flops, "model": min(3 * clock.of_forward, clock.flops)}
+    found.mfu = found.flops["model"] / (clock.speeds.half * clock.now) if clock.now else 0.0
 
 
 def _is_ours(error: BaseException) -> bool:

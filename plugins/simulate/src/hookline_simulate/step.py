@@ -106,6 +106,7 @@ class Simulation(CallbackInterface):
     @hookimpl(wrapper=True, tryfirst=True)
     def call_model(self) -> Generator[None, Any, Any]:
         self._before, self._mode.in_forward = self._mode.live, True
+        self._mode.clock.begin("forward")
         answer = yield  # where it raises, that was in the forward
         self._mode.in_forward = False
         return answer
@@ -114,7 +115,10 @@ class Simulation(CallbackInterface):
     def run_backward(self) -> Generator[None, bool, bool]:
         mode = self._mode
         mode.activations = max(mode.activations or 0, mode.live - self._before)
-        return (yield)
+        mode.clock.begin("backward")
+        answer = yield
+        mode.clock.begin("")
+        return answer
 
     @hookimpl(trylast=True)
     def on_begin_optimizer_step(self, trainer: Trainer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from hookline.commands import table
 
@@ -38,21 +38,34 @@ class World:
         """Return whether ranks are on one machine."""
         return "one machine" if len({rank // self.devices for rank in ranks}) == 1 else "between machines"
 
+    def here(self, ranks: Iterable[int]) -> int:
+        """Return how many of the ranks are on the machine of rank 0."""
+        return sum(rank < self.devices for rank in ranks)
 
-class Collective(NamedTuple):
+
+@dataclasses.dataclass
+class Collective:
     """All collectives of one kind among so many ranks."""
 
     kind: str
     ranks: int
     where: str
-    calls: int
-    bytes: int
+    calls: int = 0
+    bytes: int = 0
     """What is reduced, gathered or scattered, whole."""
+    seconds: float = 0.0
+    exposed: float = 0.0
+    """Seconds in which the computation waits for it."""
+
+    @property
+    def share(self) -> float:
+        """What each rank sends of one byte."""
+        return SENT[self.kind] * (self.ranks - 1) / self.ranks if self.kind in SENT else 1.0
 
     @property
     def sent(self) -> int:
         """What each rank sends of it."""
-        return int(SENT[self.kind] * self.bytes * (self.ranks - 1) / self.ranks) if self.kind in SENT else self.bytes
+        return int(self.share * self.bytes)
 
 
 @dataclasses.dataclass
@@ -65,6 +78,13 @@ class Plan:
     memory: dict[str, int] = dataclasses.field(default_factory=dict)
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     """Of one step."""
+    speeds: str = ""
+    time: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of one step, at the least."""
+    flops: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of this rank in one step."""
+    mfu: float = 0.0
+    """The share of the device's FLOP/s that the model's own have, at the most."""
     missing: str = ""
     """Why the step could not be simulated."""
 
@@ -75,7 +95,10 @@ class Plan:
             "mesh": self.meshes,
             "batch": self.batch,
             "memory": self.memory,
-            "collectives": [collective._asdict() | {"sent": collective.sent} for collective in self.collectives],
+            "collectives": [dataclasses.asdict(one) | {"sent": one.sent} for one in self.collectives],
+            "time": self.time,
+            "flops": self.flops,
+            "mfu": self.mfu,
             "missing": self.missing,
         }
 
@@ -90,14 +113,28 @@ class Plan:
         if self.missing:
             return
         yield ""
-        if not self.collectives:
-            yield "no communication"
-            return
         rows = [
-            [one.kind, str(one.ranks), one.where, str(one.calls), readable(one.bytes), readable(one.sent)]
+            [
+                *(one.kind, str(one.ranks), one.where, str(one.calls), readable(one.bytes), readable(one.sent)),
+                *(spoken(one.seconds), spoken(one.exposed)),
+            ]
             for one in self.collectives
         ]
-        yield from table(["communication of a step", "ranks", "on", "calls", "size", "sent"], rows, right=[1, 3, 4, 5])
+        head = ["communication of a step", "ranks", "on", "calls", "size", "sent", "time", "exposed"]
+        yield from table(head, rows, right=[1, 3, 4, 5, 6, 7]) if rows else ["no communication"]
+        yield ""
+        yield from table(["time of a step", "at least"], [[n, spoken(s)] for n, s in self.time.items()], right=[1])
+        yield ""
+        yield f"at {self.speeds}"
+        yield f"MFU: {self.mfu:.1%} at most"
+
+
+def spoken(seconds: float) -> str:
+    """Return a time as one reads it."""
+    for power, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= power:
+            return f"{seconds / power:.2f} {unit}"
+    return f"{seconds * 1e6:.2f} us"
 
 
 def readable(size: int) -> str:
