@@ -272,6 +272,8 @@ class Around(Words):
         x = first = self.embed(codes)
         if self.how == "attribute":
             self.embed.kept = x.mean()
+        if self.how == "noise":
+            x = x + torch.randn(codes.shape)[..., None]
         for block in self.blocks[::-1] if self.how == "order" else self.blocks:
             x = block(x, mask)
         if self.how == "twice":
@@ -293,6 +295,7 @@ HOWS = {
     "skip": "depends on an earlier stage in another way than through the arguments of net.blocks.1",
     "attribute": "depends on an earlier stage in another way than through the arguments of net.blocks.1",
     "buffer": "stages have changed the buffer net.mean in different ways",
+    "noise": "draws random numbers (randn) behind a module of an earlier stage, where each stage has others",
     "order": "net.blocks.0 is called in stage 1, behind the end of its own, stage 0",
     "twice": "net.blocks.1, where a stage begins, is called twice in one step",
 }
@@ -306,7 +309,7 @@ def refused(how):
 
 
 @pytest.mark.plugins
-@pytest.mark.parametrize("how", ["skip", "attribute", "buffer", *SLOW])
+@pytest.mark.parametrize("how", ["skip", "attribute", "buffer", "noise", *SLOW])
 def test_what_goes_around_a_stage_is_refused(how):
     outcomes = run_ranks(refused, 2, how)
     told = "\n".join(outcome.output for outcome in outcomes)

@@ -20,6 +20,19 @@ from hookline import set_seed
 from hookline_pipeline.absent import is_absent
 
 META = torch.device("meta")
+DRAWS = (
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "rand_like",
+    "randint_like",
+    "randn_like",
+    "normal",
+    "bernoulli",
+    "poisson",
+)
+DRAWS += ("multinomial", "random_", "normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_", "geometric_")
 
 
 class Cut(Exception):
@@ -259,15 +272,20 @@ class Shapes(TorchFunctionMode):
         """Compute with shapes alone where an argument has no more.
 
         Raises:
-            ValueError: a tensor with values would get some without in place.
+            ValueError: a tensor with values would get some without in place; stages would draw other random numbers.
         """
         kwargs = kwargs or {}
         if self.current.inside:
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-        if not any(tensor.is_meta for tensor in tensors):
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if not any(tensor.is_meta for tensor in tensors):
+            if name in DRAWS and self.current.calls:
+                raise ValueError(
+                    f"pipeline: the step draws random numbers ({name}) behind a module of an earlier stage, where "
+                    "each stage has others: draw them ahead of the first module, where all stages have the same"
+                )
+            return func(*args, **kwargs)
         if not tensors[0].is_meta and (name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))):
             raise ValueError(around(f"what {name} changes in place", "the module at which the stage begins"))
         args, kwargs = tree_map_only(torch.Tensor, without_values, (args, kwargs))
