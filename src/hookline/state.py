@@ -27,14 +27,14 @@ def _copy(value: Any, copied: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     """Copy a value; `copied` has the copy of each memory seen so far."""
     if isinstance(value, torch.Tensor):
         memory: tuple[Any, ...] = (id(value),)  # of what has none: the object, which the state keeps alive
-        value = value.detach()
-        here = value.to_local() if hasattr(value, "to_local") else value  # of a sharded tensor, the local shard
+        # Of a sharded tensor, the local shard; as it is: `detach` may give parts whose memory others have in a moment.
+        here = value.to_local() if hasattr(value, "to_local") else value
         if here.layout is torch.strided and here.numel():
             if hasattr(here, "__tensor_flatten__"):
                 return _copy_parts(value, here, copied)
             memory = here.data_ptr(), here.device, here.dtype, value.shape, here.stride()
         if memory not in copied:
-            copied[memory] = value.to("cpu", copy=True)
+            copied[memory] = value.detach().to("cpu", copy=True)
         return copied[memory]
     if isinstance(value, dict):
         other = copy.copy(value)  # keeps its kind, and what is attached to a state dict
