@@ -328,14 +328,10 @@ def train_epoch(trainer: Trainer, batches: Iterator[Any]) -> bool:
 
     A performer that does not take each batch once must set `trainer.position` itself.
     """
-    hook, goes_on = trainer.hook, True
-    while goes_on:
-        window = hook.take_window(trainer=trainer, batches=batches)
-        if not window:
-            break
-        goes_on = trainer.training.settle() and trainer.training.take_step(window)  # `trainer.advance`
-    if not goes_on:
-        return False
+    hook = trainer.hook
+    while window := hook.take_window(trainer=trainer, batches=batches):
+        if not (trainer.training.settle() and trainer.training.take_step(window)):  # `trainer.advance`
+            return False
     if trainer.position == 0:
         raise ValueError(
             f"the training loader gave no batch: {type(trainer.module).__name__}.get_train_dataloader() was asked for "

@@ -30,7 +30,7 @@ from hookline.plugins.straight import straight
 
 CORE = "core"
 MODULE = "module"
-STEP = ("train_epoch", "update", "run_window", "forward_backward", "step_optimizers")
+STEP = ("update", "run_window", "forward_backward", "step_optimizers")
 LISTENING = ("on_log", "on_end_validation", "on_end_train_epoch", "on_boundary", "on_end_train", "save")
 
 
@@ -199,7 +199,10 @@ class PluginManager(pluggy.PluginManager):
         self._route()
 
     def straighten(self) -> None:
-        """Make the core's way of a step straight: what nobody plugs into costs no call in it."""
+        """Make the core's way of a step straight: what nobody plugs into costs no call in it.
+
+        Who joins within a step is called from the next one on, by the hooks of a step that had nobody.
+        """
         self._straight = True
         self._route()
 
