@@ -393,7 +393,7 @@ def test_any_flipped_bit_is_found(tmp_path):
         ({"files": {"a": 3}}, r"manifest\.json is damaged: TypeError"),
         ({"files": []}, r"manifest\.json is damaged: AttributeError"),
         ({"step": None}, r"manifest\.json is damaged: TypeError"),
-        ({"files": {}}, r"lists no model\.safetensors"),
+        ({"files": {}}, r"lists no state\.json"),
     ],
 )
 def test_a_manifest_that_lies(change, said, tmp_path):

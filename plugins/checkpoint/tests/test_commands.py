@@ -325,4 +325,4 @@ def test_heads_that_lie(run, capsys):
     assert (code, "it cannot be understood: KeyError" in said) == (2, True)
     file.write_bytes(b"\xff" * size)
     code, said = command(capsys, "show", at(run, 4))
-    assert (code, "model.safetensors has no head" in said) == (2, True)
+    assert (code, "model.safetensors cannot be understood: it has no head" in said) == (2, True)

@@ -209,7 +209,9 @@ def read_head(path: Path, name: str) -> dict[str, Any]:
         head: dict[str, Any] = json.loads(content)
         head.pop("__metadata__", None)
     except (AttributeError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{name} has no head: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{name} cannot be understood: it has no head ({type(error).__name__}: {error})"
+        ) from error
     return head
 
 

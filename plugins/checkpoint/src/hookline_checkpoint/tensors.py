@@ -48,7 +48,7 @@ def head_of(forms: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Ma
 def part_of(tensor: torch.Tensor) -> Iterator[Buffer]:
     """Yield the bytes of a tensor, if it has some."""
     if tensor.numel():
-        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def is_shared(value: Any) -> bool:
