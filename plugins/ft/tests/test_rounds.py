@@ -232,27 +232,74 @@ class TestRounds:
         for weights, others in zip(one, other, strict=True):
             assert_same(weights, others)
 
+    def test_an_outer_optimizer_that_is_none_is_refused(self, tmp_path):
+        with lighthouse_for(1) as lighthouse:
+            ft = {"sync_every": 4, "outer": {"_target_": "builtins.dict"}}
+            outcome = Child(replica, said(0, 1, lighthouse), tmp_path, 4, ft).wait()
+        assert outcome.code == 1
+        assert "ft.outer._target_=builtins.dict is no torch.optim.Optimizer" in outcome.output
+
     @pytest.mark.slow
     def test_one_that_is_killed_comes_back_at_a_synchronization(self, tmp_path):
         with lighthouse_for(1) as lighthouse:
             places = [said(one, 2, lighthouse) for one in (0, 1)]
             stays = Child(replica_in_rounds, places[0], tmp_path)
-            lost = Child(replica_in_rounds, places[1], tmp_path, 22)
+            lost = Child(replica_in_rounds, places[1], tmp_path, "kill")
             assert lost.wait().code == -signal.SIGKILL
             until(lambda: any(step > 30 and present == 1 for step, present, _ in diary(tmp_path, 0)))
             died = len(diary(tmp_path, 1))
             back = Child(replica_in_rounds, places[1], tmp_path)
             until(lambda: len(diary(tmp_path, 1)) > died + 5)
-            (tmp_path / "end.new").write_text(str((diary(tmp_path, 0)[-1][0] // 4 + 50) * 4))
-            (tmp_path / "end.new").rename(tmp_path / "end")
-            one, other = stays.wait(), back.wait()
-        assert (one.code, other.code) == (0, 0), one.output + other.output
-        assert one.value[:2] == other.value[:2]
-        assert diary(tmp_path, 1)[died][0] % 4 == 1
-        assert "ft: replica 0 trains with 1 of 2 replicas" in one.output
-        assert "ft: replica 1 has the state of another, at step" in other.output
+            assert_end_alike(stays, back, tmp_path)
+        assert diary(tmp_path, 1)[died][0] % 5 == 1
+
+    @pytest.mark.slow
+    def test_one_that_is_stopped_goes_on_at_a_synchronization_at_the_end_of_its_epoch(self, tmp_path):
+        with lighthouse_for(1) as lighthouse:
+            stays = Child(replica_in_rounds, said(0, 2, lighthouse), tmp_path)
+            stops = Child(replica_in_rounds, said(1, 2, lighthouse), tmp_path, "stop")
+            until(lambda: any(step % 30 == 29 for step, _, _ in diary(tmp_path, 1)))
+            steps = [step for step, _, _ in diary(tmp_path, 1)]
+            until(lambda: any(step > steps[-1] + 12 and present == 1 for step, present, _ in diary(tmp_path, 0)))
+            stops.signal(signal.SIGCONT)
+            until(lambda: len(diary(tmp_path, 1)) > len(steps) + 5)
+            assert_end_alike(stays, stops, tmp_path)
+        own, given, *_ = [step for step, _, _ in diary(tmp_path, 1)][len(steps) :]
+        assert own == steps[-1] + 1
+        assert given > own + 11
+        assert given % 5 == 1
 
 
-def replica_in_rounds(environment, folder, killed=None):
-    plugins = [at_hook("run_backward", kill, killed)] if killed else []
-    return replica_of(environment, folder, plugins, sync_every=4, outer=OUTER)
+def assert_end_alike(stays, other, folder):
+    """Let both end at a synchronization to come; the second was given the state of the first."""
+    (folder / "end.new").write_text(str((diary(folder, 0)[-1][0] // 5 + 40) * 5))
+    (folder / "end.new").rename(folder / "end")
+    one, two = stays.wait(), other.wait()
+    assert (one.code, two.code) == (0, 0), one.output + two.output
+    assert digest(one.value) == digest(two.value)
+    assert "ft: replica 0 trains with 1 of 2 replicas" in one.output
+    assert "ft: replica 1 has the state of another, at step" in two.output
+
+
+class Epochs(CallbackInterface):
+    @hookimpl
+    def on_end_train(self, trainer):
+        self.done = trainer.epoch
+
+
+class Stops(CallbackInterface):
+    """Stops the process, once, before the step that ends an epoch of 6 steps and a round of 5."""
+
+    @hookimpl
+    def on_boundary(self, trainer):
+        if trainer.global_step % 30 == 29 and not vars(self):
+            self.done = True
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def replica_in_rounds(environment, folder, end=None):
+    """Return the weights, the steps, the state of the plugin and the epochs; an epoch has 6 steps, a round 5."""
+    epochs = Epochs()
+    ends = {None: [], "kill": [at_hook("run_backward", kill, 22)], "stop": [Stops()]}[end]
+    weights, steps, _, state = replica_of(environment, folder, [epochs, *ends], sync_every=5, outer=OUTER)
+    return weights, steps, state, epochs.done
