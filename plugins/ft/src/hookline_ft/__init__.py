@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, seconds, set_seed
+from hookline_ft.gradients import average
 from hookline_ft.rounds import Meeting, Rounds
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 REPLICA, REPLICAS, LIGHTHOUSE = "REPLICA_GROUP_ID", "NUM_REPLICA_GROUPS", "TORCHFT_LIGHTHOUSE"  # torchft's own names
-BUCKET = 64 * 2**20  # bytes of gradients that are averaged at a time
 OWN = ("rng", "logs", "window")  # sections of a run's state that a replica does not take from another
 
 log = logging.getLogger("hookline.ft")
@@ -214,16 +214,7 @@ class Ft(CallbackInterface):
                 "ft averages gradients once for each window, and this module steps several times in one, or by a "
                 "closure"
             )
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        gradients = [gradient(p) for p in dict.fromkeys(parameters) if p.requires_grad]
-        averaged = []
-        for bucket in buckets(gradients):
-            flat = torch.cat([one.reshape(-1) for one in bucket])
-            averaged.append((bucket, flat, self._manager.allreduce(flat)))
-        for bucket, flat, work in averaged:
-            work.wait()  # what goes wrong refuses the step
-            for one, part in zip(bucket, torch.split(flat, [one.numel() for one in bucket]), strict=True):
-                one.copy_(part.view_as(one))
+        average(self._manager, optimizers)
 
     @hookimpl(wrapper=True, tryfirst=True)
     def should_step(self, trainer: Trainer) -> Generator[None, bool, bool]:
@@ -347,24 +338,3 @@ def equal(sampler: Any, trainer: Trainer) -> Any:
             return int(self.most)
 
     return Equal
-
-
-def gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of a parameter; zeros where it has none, so that all replicas average the same ones."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Return tensors in groups of one type that are not too large."""
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
