@@ -120,7 +120,7 @@ def replica(environment, folder, steps, ft, dropout=0.0, lost=None, plugins=(), 
     """Train one replica; return how it finished."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    sent, plugin = Sent(lost), Ft(timeout="20 s", quorum_timeout="60 s", **ft)
+    sent, plugin = Sent(lost), Ft(**{"timeout": "20 s", "quorum_timeout": "60 s", **ft})
     module = Adams(dropout)
     options = {"epochs": 10**6, "evaluate_every": None, "eval_when_finish": False, "max_steps": steps, **more}
     named = {"sent": sent, "ft": plugin, "checkpoint": {}, **{f"more-{n}": one for n, one in enumerate(plugins)}}
@@ -238,6 +238,18 @@ class TestRounds:
             outcome = Child(replica, said(0, 1, lighthouse), tmp_path, 4, ft).wait()
         assert outcome.code == 1
         assert "ft.outer._target_=builtins.dict is no torch.optim.Optimizer" in outcome.output
+
+    @pytest.mark.slow
+    def test_replicas_that_synchronize_in_different_ways_are_refused(self, tmp_path):
+        ways = [{"sync_every": 4, "outer": OUTER}, {"sync_every": 4}]
+        with lighthouse_for(2) as lighthouse:
+            children = [
+                Child(replica, said(one, 2, lighthouse), tmp_path, 4, {"quorum_timeout": "8 s", **way})
+                for one, way in enumerate(ways)
+            ]
+            outcomes = [child.wait() for child in children]
+        assert [one.code for one in outcomes] == [1, 1]
+        assert "set the same for all" in outcomes[0].output + outcomes[1].output
 
     @pytest.mark.slow
     def test_one_that_is_killed_comes_back_at_a_synchronization(self, tmp_path):

@@ -186,9 +186,17 @@ class Ft(CallbackInterface):
     def _give(self, trainer: Trainer) -> dict[str, Any]:
         """Return the state of the run; in a thread of torchft's, while this one waits for it at a boundary."""
         state = trainer.hook.get_run_state(trainer=trainer)
-        return copy_state({name: section for name, section in state.items() if name not in OWN})  # type: ignore[no-any-return]
+        given = {name: section for name, section in state.items() if name not in OWN}
+        return copy_state({**given, "ft": self._way()})  # type: ignore[no-any-return]
+
+    def _way(self) -> str:
+        return f"ft.sync_every={self.sync_every} and ft.outer={self.outer}"
 
     def _take(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+        if state["ft"] != self._way():
+            raise ValueError(
+                f"ft: replica {self._replica} has {self._way()}, and another {state['ft']}: set the same for all"
+            )
         if self._in_step:  # which is counted on: all but the weights waits for its boundary
             trainer.module.update_state(state["module"])
             self._rest = state
