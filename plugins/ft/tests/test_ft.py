@@ -282,9 +282,9 @@ def replica_with_a_past(environment, folder):
 class Twice(TinyModule):
     @hookimpl
     def update(self, trainer, window):
-        outputs = trainer.hook.run_window(trainer=trainer, window=window)
-        trainer.step()
-        trainer.step()
+        for _ in range(2):
+            outputs = trainer.hook.run_window(trainer=trainer, window=window)
+            trainer.step()
         return outputs
 
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from hookline import CallbackInterface, Stage, copy_state, hookimpl, seconds, set_seed
+from hookline_ft.gradients import average
+from hookline_ft.rounds import Meeting, Rounds
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 REPLICA, REPLICAS, LIGHTHOUSE = "REPLICA_GROUP_ID", "NUM_REPLICA_GROUPS", "TORCHFT_LIGHTHOUSE"  # torchft's own names
-BUCKET = 64 * 2**20  # bytes of gradients that are averaged at a time
 OWN = ("rng", "logs", "window")  # sections of a run's state that a replica does not take from another
 
 log = logging.getLogger("hookline.ft")
@@ -44,18 +45,35 @@ class Ft(CallbackInterface):
     quorum_timeout: str = "5 min"
     """How long a replica waits before a step until as many as the lighthouse wants are there; then its run ends."""
     max_skips: int = 10
-    """Steps refused in a row after which the run ends."""
+    """Steps, or synchronizations, refused in a row after which the run ends."""
+    sync_every: int | None = None
+    """Let each replica step on its own, and average the weights after so many steps; null averages all gradients."""
+    outer: dict[str, Any] | None = None
+    """An optimizer, by `_target_`, that steps by the averaged change of the weights instead (DiLoCo)."""
 
     def __post_init__(self) -> None:
         self._wait = datetime.timedelta(seconds=seconds(self.timeout, "ft.timeout"))
         self._wait_for_quorum = datetime.timedelta(seconds=seconds(self.quorum_timeout, "ft.quorum_timeout"))
         if self.max_skips < 0:
             raise ValueError(f"ft.max_skips={self.max_skips} must be at least 0")
+        if self.sync_every is not None and self.sync_every < 1:
+            raise ValueError(f"ft.sync_every={self.sync_every} must be at least 1 step")
+        if self.outer is not None and (self.sync_every is None or "_target_" not in self.outer):
+            raise ValueError(
+                "ft.outer needs ft.sync_every, and a _target_: {_target_: torch.optim.SGD, lr: 0.7, momentum: 0.9, "
+                "nesterov: true}"
+            )
+        self._rounds = None if self.sync_every is None else Rounds(self.sync_every, self.outer)
+        per_round, per_step = ["on_end_train_step", "on_end_train"], ["on_begin_optimizer_step", "should_step"]
+        for name in per_round if self._rounds is None else per_step:
+            setattr(self, name, None)  # hides the method
         self._replica, self._replicas, self._lighthouse = 0, 1, ""
         self._manager: Any = None
+        self._rest: Any = None  # of the state of another, until the next boundary
         self._state: dict[str, int] = {}
         self._present = 0  # replicas in the last step
         self._met = False  # whether it has been agreed who takes part in the step under way
+        self._in_step = False
 
     # Who is who, and who has which data -------------------------------------------------
 
@@ -97,7 +115,11 @@ class Ft(CallbackInterface):
             set_seed(trainer.options.seed + self._replica)  # the weights are drawn, and dropout shall differ
         self._manager = self._join(trainer)
         self._manager.load_state_dict(self._state or {"step": 0, "batches_committed": 0})
-        self._meet()
+        if self._rounds is None:
+            self._meet()
+        else:
+            self._rounds.begin(self._manager, trainer)
+            self._begin_rounds(trainer, self._rounds)
 
     def _join(self, trainer: Trainer) -> Any:
         """Make this replica known, and return what speaks with the others.
@@ -114,7 +136,7 @@ class Ft(CallbackInterface):
         group = torchft.ProcessGroupNCCL if trainer.device.type == "cuda" else torchft.ProcessGroupGloo
         store = dist.TCPStore(socket.gethostname(), 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         try:
-            manager = torchft.Manager(
+            manager = type("Manager", (Meeting, torchft.Manager), {})(
                 pg=group(timeout=self._wait),
                 load_state_dict=functools.partial(self._take, trainer),
                 state_dict=functools.partial(self._give, trainer),
@@ -137,14 +159,16 @@ class Ft(CallbackInterface):
         return manager
 
     @hookimpl(trylast=True)
-    def on_boundary(self) -> None:
-        if self._manager is not None:
+    def on_boundary(self, trainer: Trainer) -> None:
+        if self._manager is not None and self._rounds is None:
             self._meet()
+        elif self._rest is not None:
+            self._take_rest(trainer)
 
     def _meet(self) -> None:
         """Agree on who takes part in the next step; one who is behind has the state of the run after it."""
         try:
-            self._manager.start_quorum()
+            self._manager.meet()
         except (RuntimeError, TimeoutError) as error:
             if "status: " in str(error):
                 error.add_note(
@@ -162,11 +186,30 @@ class Ft(CallbackInterface):
     def _give(self, trainer: Trainer) -> dict[str, Any]:
         """Return the state of the run; in a thread of torchft's, while this one waits for it at a boundary."""
         state = trainer.hook.get_run_state(trainer=trainer)
-        return copy_state({name: section for name, section in state.items() if name not in OWN})  # type: ignore[no-any-return]
+        given = {name: section for name, section in state.items() if name not in OWN}
+        return copy_state({**given, "ft": self._way()})  # type: ignore[no-any-return]
+
+    def _way(self) -> str:
+        return f"ft.sync_every={self.sync_every} and ft.outer={self.outer}"
 
     def _take(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+        if state["ft"] != self._way():
+            raise ValueError(
+                f"ft: replica {self._replica} has {self._way()}, and another {state['ft']}: set the same for all"
+            )
+        if self._in_step:  # which is counted on: all but the weights waits for its boundary
+            trainer.module.update_state(state["module"])
+            self._rest = state
+            return
         trainer.hook.set_run_state(trainer=trainer, state=state, stage=trainer.stage)
         log.warning("ft: replica %d has the state of another, at step %d", self._replica, trainer.global_step)
+
+    def _take_rest(self, trainer: Trainer) -> None:
+        """Take the state of another that came within a step; weights and rounds are further by now."""
+        state, self._rest = self._rest, None
+        own = self.get_state()
+        self._take(trainer, {**state, "module": trainer.hook.get_run_state(trainer=trainer)["module"]})
+        self.update_state(own)
 
     # A step -----------------------------------------------------------------------------
 
@@ -179,16 +222,7 @@ class Ft(CallbackInterface):
                 "ft averages gradients once for each window, and this module steps several times in one, or by a "
                 "closure"
             )
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        gradients = [gradient(p) for p in dict.fromkeys(parameters) if p.requires_grad]
-        averaged = []
-        for bucket in buckets(gradients):
-            flat = torch.cat([one.reshape(-1) for one in bucket])
-            averaged.append((bucket, flat, self._manager.allreduce(flat)))
-        for bucket, flat, work in averaged:
-            work.wait()  # what goes wrong refuses the step
-            for one, part in zip(bucket, torch.split(flat, [one.numel() for one in bucket]), strict=True):
-                one.copy_(part.view_as(one))
+        average(self._manager, optimizers)
 
     @hookimpl(wrapper=True, tryfirst=True)
     def should_step(self, trainer: Trainer) -> Generator[None, bool, bool]:
@@ -202,23 +236,74 @@ class Ft(CallbackInterface):
             return False
         return fine
 
+    # A round of steps -------------------------------------------------------------------
+
+    def _begin_rounds(self, trainer: Trainer, rounds: Rounds) -> None:
+        """Begin with the others, or be given the state of those that are on their way, and synchronize with them."""
+        while True:
+            before = self._manager.batches_committed()
+            rounds.arrive(trainer.global_step)
+            self._meet()
+            if rounds.due(trainer.global_step):
+                self._synchronize(trainer, rounds)
+                return
+            self._manager.allreduce(torch.zeros(1, device=trainer.device)).wait()  # until all have what they were given
+            fine = self._manager.should_commit()
+            self._manager.load_state_dict({"step": rounds.done, "batches_committed": before})
+            if fine:
+                return
+
+    @hookimpl(trylast=True)
+    def on_end_train_step(self, trainer: Trainer, global_step: int) -> None:  # type: ignore[override]
+        rounds = self._rounds
+        if self._manager is None or rounds is None or not rounds.due(global_step):
+            return
+        self._in_step = True
+        rounds.arrive(global_step)
+        self._meet()
+        self._synchronize(trainer, rounds)
+        self._in_step = False
+
+    def _synchronize(self, trainer: Trainer, rounds: Rounds) -> None:
+        trainer.log(reduce="last", replicas=self._present)
+        if not rounds.synchronize(trainer):
+            log.warning("ft: the synchronization after step %d is refused: a replica was lost in it", rounds.met)
+
+    @hookimpl
+    def on_end_train(self, trainer: Trainer) -> None:  # type: ignore[override]
+        alone = trainer.global_step - (self._rounds.met or 0) if self._manager is not None and self._rounds else 0
+        if alone:
+            log.warning(
+                "ft: training ends %d steps after the weights were synchronized, so each replica has its own; let it "
+                "end at a multiple of ft.sync_every=%d", alone, self.sync_every,
+            )  # fmt: skip
+
     # The end, and the state -------------------------------------------------------------
 
     @hookimpl
     def on_end_run(self) -> None:
         if self._manager is not None:
-            self._state = self._manager.state_dict()
+            self._state = self.get_state()
             manager, self._manager = self._manager, None
+            if self._rounds is not None:
+                self._rounds.manager = None
             manager.shutdown()
 
     def get_state(self) -> dict[str, Any]:
-        """Return how many steps all replicas together have done, and how many batches; nothing where this is alone."""
-        return dict(self._state if self._manager is None else self._manager.state_dict())
+        """Return how many steps or rounds all replicas together have done, and how many batches.
+
+        With rounds also the state of what synchronizes; where this is alone, nothing.
+        """
+        if self._manager is None:
+            return dict(self._state)
+        return {**self._manager.state_dict(), **(self._rounds.get_state() if self._rounds else {})}
 
     def update_state(self, state: dict[str, Any]) -> None:
         """Take them back."""
         self._state = dict(state)
-        if self._manager is not None and state:
+        if self._rounds is not None and state:
+            self._rounds.update_state(state)
+        elif self._manager is not None and state:
             self._manager.load_state_dict(state)
 
 
@@ -261,24 +346,3 @@ def equal(sampler: Any, trainer: Trainer) -> Any:
             return int(self.most)
 
     return Equal
-
-
-def gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of a parameter; zeros where it has none, so that all replicas average the same ones."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Return tensors in groups of one type that are not too large."""
-    bucket: list[torch.Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
