@@ -20,19 +20,11 @@ from hookline import set_seed
 from hookline_pipeline.absent import is_absent
 
 META = torch.device("meta")
-DRAWS = (
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-    "rand_like",
-    "randint_like",
-    "randn_like",
-    "normal",
-    "bernoulli",
-    "poisson",
-)
-DRAWS += ("multinomial", "random_", "normal_", "uniform_", "bernoulli_", "exponential_", "log_normal_", "geometric_")
+LIKE = {f"{kind}{like}" for kind in ("rand", "randn", "randint") for like in ("", "_like")}
+IN_PLACE = {
+    f"{kind}_" for kind in ("random", "normal", "uniform", "bernoulli", "exponential", "log_normal", "geometric")
+}
+DRAWS = LIKE | IN_PLACE | {"randperm", "normal", "bernoulli", "poisson", "multinomial"}
 
 
 class Cut(Exception):
