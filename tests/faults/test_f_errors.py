@@ -102,6 +102,7 @@ VARIANTS = {  # options with which a plugin implements all of its hooks; one tha
     "early_stop": [{}, {"metric": "train_loss", "threshold": -1.0}],
     "ema": [{}, {"suffix": "_ema"}],
     "finite": [{}, {"policy": "skip"}, {"policy": "rollback", "every": "2 steps"}],
+    "ft": [{}, {"sync_every": 2}],
     "freeze": [{"patterns": "net.0", "unfreeze": {"6 steps": "net.0"}}],
     "guard": [{"every": "1 steps"}],
     "limits": [{"overfit_batches": 3}],
