@@ -216,7 +216,9 @@ class PluginManager(pluggy.PluginManager):
 
     def _route(self) -> None:
         """Make the fastest call for each hook; without an implementation it is a plain Python call."""
-        plain = frozenset(name for name in vars(self.hook) if not self._plugged(name))
+        plugged = {name: self._plugged(name) for name in vars(self.hook)}
+        self.heard = {name: bool(impls) for name, impls in plugged.items()}
+        plain = frozenset(name for name, impls in plugged.items() if not impls)
         for name in STEP if self._straight else ():
             (own,) = (impl for impl in self._caller(name).get_hookimpls() if impl.plugin_name == CORE)
             if own not in self._wrapped:  # a tool that measures sees each call
@@ -226,9 +228,7 @@ class PluginManager(pluggy.PluginManager):
             for impl in set(caller.get_hookimpls()) - self._wrapped if self._wrap else ():
                 impl.function = self._wrap(name, impl)  # type: ignore[misc]
                 self._wrapped.add(impl)
-            plugged = self._plugged(name)
-            setattr(self.routes, name, self._way(name, caller, plugged))
-            self.heard[name] = bool(plugged)
+            setattr(self.routes, name, self._way(name, caller, plugged[name]))
         self.rooms = {hook: self._room(hook, outputs) for hook, outputs in COLLECTING.items()}
         self.logging = self.heard["on_log"]
         self.collecting = max(self.rooms["on_end_train_step"], self.rooms["on_end_train_epoch"]) > 1
