@@ -248,6 +248,13 @@ PARTS = [
     ),
     Part(
         "torch",
+        {"_set_pg_timeout"},
+        {"plugins/distributed"},
+        "torch has ranks wait in the groups of a mesh for 30 minutes, and takes another time for each in no other way",
+        lambda torch: torch.distributed.distributed_c10d._set_pg_timeout,
+    ),
+    Part(
+        "torch",
         {"_dump_fr_trace_json"},
         {"plugins/watchdog"},
         "the flight recorder is asked, where there is one",

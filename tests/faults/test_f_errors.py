@@ -72,6 +72,7 @@ class Module(TinyModule):
             pass
         of_distributed = {"get_mesh_shape": {}, "shadow": {}, "get_replicated": {"buffers": True}}
         of_distributed |= {"get_shard_meshes": {}, "computes_together": {}, "on_compute_apart": {"apart": False}}
+        of_distributed["on_make_groups"] = {"groups": []}
         for brought, given in of_distributed.items():
             if brought in trainer.plugins.heard:
                 getattr(trainer.hook, brought)(trainer=trainer, **given)

@@ -496,6 +496,34 @@ def test_the_clock_of_rank_0_counts_for_all():
     assert one[2] == 2.0
 
 
+class WaitsInLayers(Layers):
+    """Waits for rank 1, which does not come, in a group of a part of the mesh."""
+
+    said = None
+
+    @hookimpl
+    def on_begin_train(self, trainer):
+        group = trainer.hook.get_mesh(trainer=trainer)["layers"].get_group()
+        with trainer.rank_zero_first():
+            if rank() == 0:
+                with pytest.raises(RuntimeError) as raised:
+                    dist.all_reduce(torch.ones(1), group=group)
+                self.said = str(raised.value)
+
+
+def waits_in_layers():
+    waits = WaitsInLayers()
+    tiny_trainer([Distributed(timeout="3 s"), waits], max_steps=1).train()
+    return waits.said
+
+
+@of_ranks
+def test_a_part_of_the_mesh_waits_no_longer_than_all_of_it():
+    one, other = two(waits_in_layers)
+    assert "3000ms" in one
+    assert other is None
+
+
 def counted():
     torch.set_num_threads(1)
     calls = []

@@ -98,7 +98,9 @@ class ContextParallel(CallbackInterface):
         place = names.index(DATA)
         names[place : place + 1] = [DATA, "context"]
         ranks = ranks.unflatten(place, (-1, self._size))
-        return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=tuple(names))["context"]
+        mesh = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=tuple(names))
+        trainer.hook.on_make_groups(trainer=trainer, groups=mesh.get_all_groups())
+        return mesh["context"]
 
     # The step -------------------------------------------------------------------------
 

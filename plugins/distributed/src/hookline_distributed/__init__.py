@@ -22,7 +22,7 @@ import atexit
 import contextlib
 import datetime
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from hookline import CallbackInterface, Stage, hookimpl, hookspecs, seconds
 from hookline_distributed import mesh
@@ -196,7 +197,14 @@ class Distributed(CallbackInterface):
         if self._mesh is None:
             shape = sizes_of(trainer.hook.get_mesh_shape(trainer=trainer), trainer.world_size)
             self._mesh = init_device_mesh(trainer.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+            trainer.hook.on_make_groups(trainer=trainer, groups=self._mesh.get_all_groups())
         return self._mesh
+
+    @hookimpl
+    def on_make_groups(self, groups: Sequence[Any]) -> None:
+        for group in groups:
+            if dist.get_backend(group) != "fake":
+                _set_pg_timeout(self._wait, group)
 
     # What ranks tell each other -------------------------------------------------------
 

@@ -34,6 +34,14 @@ def get_mesh(trainer: Trainer) -> Any:
     """Answer the `DeviceMesh` of all ranks, made once; `mesh["data"]` is a part of it."""
 
 
+@event
+def on_make_groups(trainer: Trainer, groups: Sequence[Any]) -> None:
+    """Run when a plugin has made process groups that this rank belongs to, once it has all of them.
+
+    `distributed` has ranks wait in them for `distributed.timeout`, which torch does in the group of all ranks alone.
+    """
+
+
 @verb
 def get_shard_meshes(trainer: Trainer) -> dict[str, Any]:
     """Answer by the names of modules the mesh over which each is shared or averaged, where it is not that of the rest.

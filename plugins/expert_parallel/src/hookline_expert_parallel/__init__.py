@@ -88,6 +88,7 @@ class ExpertParallel(CallbackInterface):
                 "expert_parallel splits the experts alone, and no plugin makes one model of the rest: add ddp or fsdp"
             )
         self._mesh = mesh_of(trainer.hook.get_mesh(trainer=trainer), size, trainer.device.type)
+        trainer.hook.on_make_groups(trainer=trainer, groups=self._mesh.get_all_groups())
         begins = [weight for module in found.values() for weight in module.parameters()]
         trainer.hook.broadcast(trainer=trainer, tensors=begins)
         self._exchanges = {name: split(name, module, self._mesh[DIMENSION]) for name, module in found.items()}

@@ -173,6 +173,8 @@ class Pipeline(CallbackInterface):
             group = made if column == own else group
         rows = [list(range(first, first + each)) for first in range(0, trainer.world_size, each)]
         self._meshes = [DeviceMesh(trainer.device.type, ranks, mesh_dim_names=("stage",)) for ranks in turn(rows)]
+        own_mesh = next(mesh for mesh in self._meshes if mesh.get_coordinate() is not None)
+        trainer.hook.on_make_groups(trainer=trainer, groups=[group, own_mesh.get_group()])
         return Line(group, dist.get_rank(group), size, stages, v_shaped)
 
     @hookimpl(wrapper=True, tryfirst=True)
