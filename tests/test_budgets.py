@@ -8,11 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests import budgets
+from tests.test_house import NEEDED, SLOW
 
 from hookline import CallbackInterface, ModuleInterface, Stage, Trainer, hookimpl
+from hookline.installed import installed
 from hookline.testing import calls_per_step
 
 ROOT = Path(__file__).parent.parent
+MEASURE = {"_target_": "torchmetrics.MeanSquaredError"}
+OPTIONS = {  # with which a step of each plugin is counted
+    **NEEDED,
+    "accumulate": {"steps": 1},
+    "metrics": {"train": {"fit": MEASURE}, "inputs": [1, 1]},
+    "swa": {"batch_norm": 0},  # else it goes over the data once more in the end
+}
+WRITTEN = json.loads(budgets.WRITTEN.read_text())
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
+exactly = pytest.mark.skipif(WRITTEN["versions"] != budgets.VERSIONS, reason=f"counted with {WRITTEN['versions']}")
 BATCH = torch.randn(32, 32), torch.randint(0, 10, (32,))
 
 
@@ -46,10 +59,65 @@ def hookline(steps, plugins=()):
     Trainer(Mlp(steps), plugins, train_batch_size=32, device="cpu").train()
 
 
+def of_the_loop():
+    """Return what a step without plugins costs beyond the loop by hand."""
+    return budgets.cost(
+        lambda *beside: hookline(budgets.STEPS, beside),
+        lambda *beside: hand_written(budgets.STEPS),
+        begin=Mlp.train_step,
+    )
+
+
+@exactly
+def test_a_step_of_the_loop_costs_exactly_what_is_written_down():
+    budgets.compare(budgets.LOOP, of_the_loop())
+
+
 def test_an_unplugged_step_is_plain_python():
-    by_hand, ours = calls_per_step(hand_written), calls_per_step(hookline)
-    assert ours.calls - by_hand.calls <= 15
-    assert ours.syncs == by_hand.syncs == 0
+    assert of_the_loop()["calls"] <= 15
+
+
+@exactly
+@pytest.mark.plugins
+@pytest.mark.parametrize("name", EACH)
+def test_a_step_of_a_plugin_costs_exactly_what_is_written_down(name, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    budgets.compare(name, budgets.of_plugin(name, OPTIONS.get(name, {})))
+    assert "is switched off" not in caplog.text  # a tracker that failed costs little
+
+
+@pytest.mark.plugins
+def test_what_is_written_down_is_of_the_plugins_and_in_their_readmes():
+    costs = WRITTEN["costs"]
+    assert costs.keys() == {budgets.LOOP, *installed()}
+    assert max(max(one["syncs"], one["collectives"]) for one in costs.values()) == 0
+    said = {name: budgets.BUDGET.findall(budgets.readme_of(name).read_text()) for name in installed()}
+    assert said == {name: [str(costs[name]["calls"])] for name in installed()}
+
+
+class Noisy(CallbackInterface):
+    """Calls one function of its own in each step."""
+
+    @hookimpl
+    def on_end_train_step(self, global_step):
+        self.more(global_step)
+
+    def more(self, global_step): ...
+
+
+def test_a_cost_that_changes_names_who_causes_it():
+    plain, noisy = (
+        budgets.functions_per_step(lambda plugins=plugins: hookline(budgets.STEPS, plugins), begin=Mlp.train_step)
+        for plugins in ((), (Noisy(),))
+    )
+    more = budgets.beyond(noisy, plain)
+    assert (more[f"{__name__}:Noisy.more"], more[f"{__name__}:Noisy.on_end_train_step"]) == (1, 1)
+    now = {"calls": 1, "syncs": 0, "collectives": 0, "functions": {f"{__name__}:Noisy.more": 1}}
+    for name, one in (("a plugin", now), (budgets.LOOP, WRITTEN["costs"][budgets.LOOP] | {"syncs": 1})):
+        with pytest.raises(AssertionError, match=f"python -m tests.budgets '{name}'"):
+            budgets.compare(name, one)
+    with pytest.raises(AssertionError, match=r"\+1 .*:Noisy.more \(0 before, 1 now\)"):
+        budgets.compare("a plugin", now)
 
 
 class Deaf(CallbackInterface):
