@@ -87,7 +87,21 @@ def hooked(torch):
     return hooks, torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
 
 
+def compiling(torch):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    lr_scheduler.ConstantLR(optimizer)
+    optimizer.step()
+    return optimizer._opt_called, importlib.import_module("torch._dynamo.utils").graph_break_reasons
+
+
 PARTS = [
+    Part(
+        "torch",
+        {"_dynamo", "_opt_called"},
+        {"plugins/compile"},
+        "graph breaks are kept there alone, and schedulers of torch ask by the other whether an optimizer has stepped",
+        compiling,
+    ),
     Part(
         "torch",
         {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_optimizer_step_pre_hooks"}

@@ -450,6 +450,47 @@ def test_what_a_step_logs_can_be_logged_in_another_form():
     assert told == [2, 4, 6, 8, 10, 12, 14]
 
 
+@dataclass(eq=False)
+class Late(CallbackInterface):
+    """Logs what a step logs when it has returned."""
+
+    @hookimpl(wrapper=True)
+    def call_model(self, trainer):
+        with trainer.logs.later():
+            return (yield)
+
+
+def test_what_a_step_logs_can_be_logged_when_it_has_returned():
+    class Logging(TinyModule):
+        def train_step(self, global_step, batch, device):
+            counted = torch.tensor(float(global_step))
+            self.log(counted=counted, over="epoch")
+            self.trainer.log(largest=counted, reduce="max", weighted_by=2.0)
+            counted.zero_()  # logged is what the value was
+            return super().train_step(global_step, batch, device)
+
+    told = []
+    for others in ([], [Late()]):
+        diary = Diary()
+        tiny_trainer([diary, *others], Logging(), log_every="1 steps", epochs=1).train()
+        told.append(diary.logged)
+    assert told[0] == told[1]
+    assert [values["largest"] for _, values in told[1] if "largest" in values] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_a_step_logs_late_is_dropped_if_the_step_fails():
+    class Failing(TinyModule):
+        def train_step(self, global_step, batch, device):
+            self.log(counted=1.0)
+            raise RuntimeError("stop")
+
+    trainer = tiny_trainer([Late()], Failing())
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.train()
+    trainer.log(after=1.0)  # at once again
+    assert list(trainer.logs.get_state()["interval"]) == ["after"]
+
+
 def test_what_is_left_of_the_interval_is_logged_at_the_end():
     assert [
         step

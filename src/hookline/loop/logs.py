@@ -35,6 +35,7 @@ class Logs:
         own = {train_loss: Stage.TRAIN, f"{train_loss}_epoch": Stage.TRAIN, options.val_loss_metric_name: Stage.VAL}
         self._own_names: dict[str, Stage] = {**own, "test_loss": Stage.TEST}
         self._by_module = False
+        self._later: list[tuple[bool, dict[str, Any], dict[str, Any]]] | None = None
         self._owners: dict[str, bool] = {}  # whether the module has logged a name first, or somebody else
         self._weight: float | None = None  # of the evaluation batch under way
         self._logged_by_user: set[tuple[Stage, str]] = set()  # of these names: the user's value replaces the core's
@@ -57,6 +58,10 @@ class Logs:
         weighted_by: float | torch.Tensor | None = None,
     ) -> None:
         """Take values by name; see `Trainer.log`."""
+        if self._later is not None:
+            options = {"over": over, "reduce": reduce, "sync": sync, "prog": prog, "weighted_by": weighted_by}
+            self._later.append((False, {name: noted(value) for name, value in values.items()}, options))
+            return
         if over not in ("interval", "epoch") or reduce not in REDUCTIONS:
             raise ValueError(
                 f"log(over={over!r}, reduce={reduce!r}): over is interval or epoch, reduce is {', '.join(REDUCTIONS)}"
@@ -88,6 +93,9 @@ class Logs:
 
     def log_of_module(self, values: dict[str, Any]) -> None:
         """Take what a module logs, with the options of `Trainer.log`; say once which names are taken already."""
+        if self._later is not None:
+            self._later.append((True, {name: noted(value) for name, value in values.items()}, {}))
+            return
         run, self._by_module = self.run, True
         for name in values.keys() & self._own_names.keys():
             if run.stage is self._own_names[name]:
@@ -111,6 +119,21 @@ class Logs:
             yield logged
         finally:
             del self.log
+
+    @contextlib.contextmanager
+    def later(self) -> Iterator[None]:
+        """Note what is logged within the block, and log it at its end, in order.
+
+        For a block that a compiler traces: noting is plain enough to be compiled with it, logging is not.
+        """
+        noted, self._later = [], []
+        try:
+            yield
+            noted = self._later
+        finally:
+            self._later = None
+        for by_module, values, options in noted:
+            self.log_of_module(values) if by_module else self.log(values, **options)
 
     def weigh(self, weight: float | None) -> None:
         """Set the weight of values logged in the current evaluation batch; None between batches."""
@@ -277,3 +300,8 @@ class Logs:
         self._losses = list(zip(losses, weights, strict=True))
         self._interval.update_state(state.get("interval", {}))
         self._epoch.update_state(state.get("epoch", {}))
+
+
+def noted(value: Any) -> Any:
+    """Return a value as it is now, without its graph."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
