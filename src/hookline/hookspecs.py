@@ -202,6 +202,19 @@ def setup_loader(trainer: Trainer, loader: Loader, stage: Stage, key: str) -> Lo
 
 
 @verb
+def fetch_batches(
+    trainer: Trainer, fetched: Iterator[tuple[Any, Any]], stage: Stage, key: str
+) -> Iterator[tuple[Any, Any]]:
+    """Return the iterator from which a private loader takes its batches: pairs of a note of the loader, and a batch.
+
+    Called each time that a loader of torch or a stream is iterated. A plugin that looks at batches as they are loaded,
+    or loads them ahead, wraps it: it gives the same pairs, in the same order. A batch counts when it comes out of the
+    returned iterator: the state of a stateful loader is that behind it, whatever has been loaded ahead.
+    """
+    return fetched
+
+
+@verb
 def setup_optimizers(trainer: Trainer) -> tuple[list[torch.optim.Optimizer], list[Any]]:
     """Return (optimizers, schedulers); the model is complete, and `trainer.totals` is known."""
     module, totals = trainer.module, trainer.totals

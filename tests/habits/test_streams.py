@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, SequentialSampler, default_collate
 
 import hookline
 from hookline.testing import Memory, TinyModule, digest, on_ranks, tiny_trainer
@@ -227,3 +227,50 @@ def test_ranks_share_data_sets_and_streams(tmp_path):
     for one, other in zip(first, second, strict=True):
         assert len(one) == len(other) == N // 2
         assert sorted(one + other) == list(range(N))
+
+
+class AllAhead(hookline.CallbackInterface):
+    """Loads a whole epoch before its first step."""
+
+    @hookline.hookimpl(wrapper=True)
+    def fetch_batches(self):
+        fetched = yield
+        return iter([*fetched])
+
+
+def test_what_is_loaded_ahead_is_not_trained_on():
+    class Counting:
+        """Goes on from its own state."""
+
+        def __init__(self, batches):
+            self.batches, self.place = batches, 0
+
+        def __iter__(self):
+            while self.place < len(self.batches):
+                self.place += 1
+                yield self.batches[self.place - 1]
+            self.place = 0
+
+        def state_dict(self):
+            return {"place": self.place}
+
+        def load_state_dict(self, state):
+            self.place = state["place"]
+
+    class Module(TinyModule):
+        def get_train_dataloader(self, sampler, batch_size):
+            return Counting([*super().get_train_dataloader(SequentialSampler, batch_size)])
+
+        def get_val_dataloaders(self, sampler, batch_size):
+            return None
+
+    def seen(*plugins):
+        trainer = tiny_trainer(plugins, Module(), epochs=1)
+        trainer.train()
+        return trainer.module.seen
+
+    memory = Memory(every="1 steps")
+    whole = seen(memory, AllAhead())
+    assert whole == seen()
+    assert memory.states[4]["loader"] == {"place": 4}
+    assert seen(Memory(memory.states[4]), AllAhead()) == whole[4:]

@@ -127,6 +127,7 @@ class Loaders:
                 self.given,
                 trainer.say_once,
                 "training loader" if training else f"{stage.value} loader {key!r}",
+                lambda fetched: trainer.hook.fetch_batches(trainer=trainer, fetched=fetched, stage=stage, key=key),
             )
         except ValueError as error:
             refused = str(error)

@@ -46,6 +46,7 @@ class RunLoader:
         given: gets batches and their numbers of samples.
         say: gets warnings about the loader.
         name: the name of the loader, for messages.
+        fetch: see the verb `fetch_batches`; a batch is `given`, and counts, when it comes out of it.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class RunLoader:
         given: collections.deque[Any] | None = None,
         say: Callable[[str], None] = log.warning,
         name: str = "loader",
+        fetch: Callable[[Iterator[Any]], Iterator[Any]] = iter,
     ) -> None:
         own = isinstance(loader, Sharded)
         self.loader, self.cursor, self.share = loader.loader if own else loader, cursor, share
         loader = self.loader
         self.given = collections.deque(maxlen=1) if given is None else given
-        self._say, self._name = say, name
+        self._say, self._name, self._fetch = say, name, fetch
         self.states: collections.deque[tuple[int, Any]] | None = None
         """States of a stateful loader after each of the last batches; only if a plugin saves."""
         self._private: DataLoader[Any] | None = None
@@ -149,7 +151,7 @@ class RunLoader:
 
     def _indexed(self, pairs: Any) -> Iterator[Any]:
         begin = place = self.cursor.position
-        for samples, batch in pairs:
+        for samples, batch in self._fetch(iter(pairs)):
             place += 1
             self.given.append((batch, samples))
             yield batch
@@ -162,9 +164,22 @@ class RunLoader:
             self._say(f"the {self._name} says that it has {said} batches, and gave {end}; what was given counts")
 
     def _streamed(self) -> Iterator[Any]:
-        """Yield the batches of a stream from the cursor on; seed the RNG of this process for each batch."""
-        cursor = self.cursor
-        skipped, place = cursor.position, 0
+        """Yield the batches of a stream from the cursor on."""
+        place = self.cursor.position
+        for (samples, state), batch in self._fetch(self._stream_from(place)):
+            place += 1
+            if self.states is not None:
+                self.states.append((place, state))
+            if self._private is not None:
+                self.given.append((batch, samples))
+            yield batch
+
+    def _stream_from(self, skipped: int) -> Iterator[tuple[Any, Any]]:
+        """Yield each batch of a stream behind its number of samples and the state of the loader after it.
+
+        Seeds the RNG of this process for each batch.
+        """
+        cursor, place = self.cursor, 0
         load_state = getattr(self.loader, "load_state_dict", None)
         if cursor.loader_state is not None and load_state is not None:
             load_state(cursor.take_loader_state())
@@ -183,14 +198,10 @@ class RunLoader:
                 except StopIteration:
                     break
             place += 1
-            if self.states is not None:
-                self.states.append((place, self.loader.state_dict()))
-            if place <= skipped:
-                continue
-            if self._private is not None:
-                samples, batch = batch
-                self.given.append((batch, samples))
-            yield batch
+            state = None if self.states is None else self.loader.state_dict()
+            if place > skipped:
+                samples, batch = (None, batch) if self._private is None else batch
+                yield (samples, state), batch
         self._compare(skipped, place)
 
 
