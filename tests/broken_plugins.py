@@ -493,6 +493,34 @@ class DrawsWhenMade(CallbackInterface):
         self.number = torch.rand(1).item()
 
 
+# device -------------------------------------------------------------------------------
+
+
+@broken("device")
+@dataclass(eq=False)
+class LooksAtLoss(CallbackInterface):
+    """Waits for the device in each step."""
+
+    @hookimpl
+    def on_end_backward(self, loss_tensor):
+        self.loss = loss_tensor.item()
+
+
+@broken("device")
+@dataclass(eq=False)
+class KeepsOnCpu(CallbackInterface):
+    """Takes a weight to be where it made its own tensor."""
+
+    @hookimpl
+    def on_begin_train(self, trainer):
+        self.sums = [torch.zeros(weight.shape) for weight in trainer.module.parameters()]
+
+    @hookimpl
+    def on_end_train_step(self, trainer):
+        for total, weight in zip(self.sums, trainer.module.parameters(), strict=True):
+            total += weight.detach()
+
+
 # errors -------------------------------------------------------------------------------
 
 

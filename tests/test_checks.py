@@ -92,7 +92,7 @@ def test_the_order_beside_plugins_that_commute_with_it_is_right():
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["-k", "contract or state"], 0, "2 passed, 12 deselected"),
+        (["-k", "contract or state"], 0, "2 passed, 13 deselected"),
         (["-k", "state", "--hookline-options", "{max_norm: -1}"], 1, "clip.max_norm=-1"),
         (["-k", "state", "--hookline-skip", "state=for a test"], 0, "1 skipped"),
         (["-k", "state", "--hookline-expect", "state=for a test"], 1, "[XPASS(strict)] for a test"),

@@ -112,6 +112,19 @@ PARTS = [
     ),
     Part(
         "torch",
+        {"_C", "_disabled_torch_dispatch_impl", "_pytree"},
+        {"src"},
+        "the kit's CUDA device that is not there makes its tensors as torch's fake ones are made, with CUDA's keys",
+        lambda torch: (
+            torch.Tensor._make_subclass,
+            torch._C._disabled_torch_dispatch_impl,
+            torch.cuda._is_in_bad_fork,
+            torch.cuda._lazy_init,
+            importlib.import_module("torch.utils._pytree").tree_leaves,
+        ),
+    ),
+    Part(
+        "torch",
         {"_version"},
         {"src", "plugins/fsdp"},
         "torch counts there alone how often a tensor was written to",

@@ -3,6 +3,7 @@
 from hookline.testing.budgets import Budget, calls_per_step, count_syncs
 from hookline.testing.checks import CHECKS, check_plugin
 from hookline.testing.digest import digest
+from hookline.testing.fake_cuda import fake_cuda
 from hookline.testing.memory import Memory
 from hookline.testing.ranks import on_ranks, run_ranks
 from hookline.testing.tiny import PlainModule, TinyModule, hand_written_loop, tiny_trainer
@@ -25,6 +26,7 @@ __all__ = [
     "check_tracker",
     "count_syncs",
     "digest",
+    "fake_cuda",
     "hand_written_loop",
     "on_ranks",
     "run_ranks",

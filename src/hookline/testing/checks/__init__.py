@@ -1,7 +1,7 @@
 """The conformance kit: named checks of everything that a plugin must keep.
 
 - `subject`: what is checked, and what a check is; `probes`: plugins that train beside it.
-- `definition`, `states`, `conduct`, `world`, `costs`, `several`: the checks.
+- `definition`, `states`, `conduct`, `world`, `devices`, `costs`, `several`: the checks.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hookline.installed import nearest
-from hookline.testing.checks import conduct, costs, definition, several, states, world
+from hookline.testing.checks import conduct, costs, definition, devices, several, states, world
 from hookline.testing.checks.subject import Check, Subject
 
 __all__ = ["CHECKS", "Check", "Subject", "as_subject", "check_plugin", "run_check"]
 
 CHECKS: dict[str, Check] = {
     one.name: one
-    for home in (definition, states, conduct, world, costs, several)
+    for home in (definition, states, conduct, world, devices, costs, several)
     for one in vars(home).values()
     if isinstance(one, Check)
 }

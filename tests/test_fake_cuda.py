@@ -1,0 +1,117 @@
+"""CUDA paths without CUDA: the loop and every plugin train on a device that is as strict as a real one."""
+
+import random
+import re
+
+import pytest
+import torch
+from tests.test_house import MEASURED, NEEDED, SLOW
+from tests.test_pairs import OPTIONS
+
+from hookline import hookimpl
+from hookline.installed import installed, load
+from hookline.testing import TinyModule, check_plugin, digest, fake_cuda, tiny_trainer
+
+pytestmark = pytest.mark.plugins
+ACTIVE = {**NEEDED, **OPTIONS, "metrics": MEASURED["metrics"], "amp": {"precision": "fp16"}, "checkpoint": {}}
+ACTIVE |= {"finite": {}, "limits": {}, "sample": NEEDED["sample"], "freeze": {"patterns": "net.0"}}
+WAITS = {  # plugins that wait for the device in ordinary steps, with the reason
+    "amp": "with fp16 torch's GradScaler asks the device after each backward pass whether to step",
+}
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_plugin_runs_on_the_device_and_waits_for_nothing_in_ordinary_steps(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = {"device": WAITS[name]} if name in WAITS else {}
+    check_plugin(load(name), checks=["device"], expect=expected, **ACTIVE.get(name, {}))
+
+
+def train(plugins=(), dropout=0.0, **options):
+    trainer = tiny_trainer(plugins, TinyModule(dropout=dropout), **options)
+    trainer.train()
+    return trainer
+
+
+def test_it_has_the_numbers_of_the_cpu():
+    plugins = {"clip": {"max_norm": 0.1}, "ema": {"decay": 0.5}, "accumulate": {"steps": 2}}
+    here = train(plugins)
+    with fake_cuda() as device:
+        there = train(plugins, device="cuda")
+        assert {tensor.device for tensor in there.module.state_dict().values()} == {torch.device("cuda:0")}
+        assert not device.waits  # which are noted on demand
+        assert (digest(there.export_model()), there.metrics) == (digest(here.export_model()), here.metrics)
+
+
+def test_a_run_resumed_on_it_ends_with_the_same_bits(tmp_path):
+    plugins = {"checkpoint": {"every": "3 steps"}, "ema": {"decay": 0.5}}
+    with fake_cuda():  # whose dropout draws the random numbers of the device
+        options = {"dropout": 0.5, "device": "cuda", "runs_folder": str(tmp_path)}
+        whole, cut = train(plugins, **options), train(plugins, max_steps=9, **options)
+        torch.cuda.manual_seed(random.getrandbits(30))
+        resumed = train(plugins, resume=str(cut.run_dir), **options)
+        assert digest(resumed.export_model()) == digest(whole.export_model()) != digest(cut.export_model())
+
+
+@pytest.mark.parametrize(
+    ("act", "said"),
+    [
+        (lambda w: w.sum().item(), "aten::_local_scalar_dense needs values on the host"),
+        (lambda w: bool(w.isfinite().all()), "aten::_local_scalar_dense needs values on the host"),
+        (lambda w: w.nonzero(), "aten::nonzero needs values on the host"),
+        (lambda w: torch.equal(w, w), "aten::equal needs values on the host"),
+        (lambda w: w[w > 0], "aten::index counts what a mask chooses"),
+        (lambda w: w[torch.tensor([0, 1])], "aten::index copies an index from the host"),
+        (lambda w: w.cpu(), "aten::_to_copy copies to the host"),
+        (lambda w: w.tolist(), "aten::_to_copy copies to the host"),
+        (lambda w: torch.empty(16, 8).copy_(w), "aten::copy_ copies to the host"),
+        (lambda w: torch.tensor(1.0, device=w.device), "copies from the host, and not with non_blocking=True"),
+        (lambda w: w.copy_(torch.ones(16, 8)), "copies from the host, and not with non_blocking=True"),
+        (lambda w: torch.cuda.synchronize(), "torch.cuda.synchronize"),
+    ],
+)
+def test_what_waits_is_named_with_its_place(act, said):
+    with fake_cuda() as device:
+        weight = torch.ones(16, 8, device="cuda")
+        act(weight)
+        device.watching = True
+        act(weight)
+    (wait,) = device.waits
+    assert re.fullmatch(f".*{said}, test_fake_cuda.py:{act.__code__.co_firstlineno}", str(wait))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda w: torch.zeros(16, 8).to(w.device, non_blocking=True).add_(w),
+        lambda w: w * torch.tensor(2.0) + torch.ones(8, device="cuda").sum(),  # a number of the CPU may come along
+        lambda w: w[torch.arange(3, device=w.device)].clamp(min=0).where(w[:3] > 0, 0.0),
+    ],
+)
+def test_what_a_real_device_takes_waits_for_nothing(act):
+    with fake_cuda() as device:
+        device.watching = True
+        act(torch.ones(16, 8, device="cuda"))
+    assert not device.waits
+
+
+@pytest.mark.parametrize(
+    "act", [lambda w: w + torch.ones(16, 8), lambda w: torch.ones(16, 8).mul_(w), lambda w: w.numpy()]
+)
+def test_tensors_of_two_devices_do_not_meet(act):
+    said = r"found cpu, cuda:0 \(aten::\w+, test_fake_cuda.py|can't convert cuda:0 device type tensor to numpy"
+    with fake_cuda(), pytest.raises((RuntimeError, TypeError), match=said):
+        act(torch.ones(16, 8, device="cuda"))
+
+
+class Stays(TinyModule):
+    @hookimpl
+    def prepare_batch(self, batch):
+        return batch
+
+
+def test_a_batch_on_the_wrong_device_is_an_error_with_the_line():
+    place = r"but found cpu, cuda:0 \(aten::addmm, tiny.py:\d+\)"
+    with fake_cuda(), pytest.raises(RuntimeError, match=place):
+        tiny_trainer((), Stays(), device="cuda").train()
