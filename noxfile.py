@@ -267,7 +267,7 @@ def peers(session: nox.Session) -> None:
     session.install(
         *("lightning==2.6.6", "accelerate==1.15.0", "transformers==5.23.0", "pytorch-ignite==0.5.5", "skorch==1.4.0"),
         *("pytorch-accelerated==0.1.61", "keras==3.15.1", "torchtnt==0.2.4", "setuptools==80.9.0"),
-        *("matplotlib==3.11.2", "-r", "requirements.txt"),
+        *("matplotlib==3.11.2", "torchdata==0.11.0", "optree==0.20.0", "-r", "requirements.txt"),
     )
     session.run("python", "-m", "benchmarks.peers", *session.posargs)
 

@@ -64,6 +64,7 @@ class Clock(CallbackInterface):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.began = 0.0
 
     @hookimpl(wrapper=True, tryfirst=True)
     def save(self) -> Generator[None, bool, bool]:
@@ -74,6 +75,7 @@ class Clock(CallbackInterface):
 
     @hookimpl(wrapper=True)
     def update(self, trainer: Trainer) -> Generator[None, Any, Any]:
+        self.began = self.began or time.perf_counter()
         last = trainer.run_dir / "checkpoints" / f"step-{trainer.global_step:012d}"
         while trainer.global_step and not last.exists():
             time.sleep(0.001)
@@ -162,20 +164,29 @@ def held(megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 class Many(Dataset[int]):
-    """Ten million samples that cost nothing, so that only finding the place does."""
+    """Samples that cost nothing, so that only finding the place does.
+
+    Args:
+        count: of samples.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.computed = count, 0
 
     def __len__(self) -> int:
-        return SAMPLES
+        return self.count
 
     def __getitem__(self, index: int) -> int:
+        self.computed += 1
         return index
 
 
 class First(ModuleInterface):
-    """Knows when its epoch began and when its first batch came."""
+    """Knows when its epoch began, and when its first batch came and which it was."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: Many) -> None:
         super().__init__()
+        self.data, self.batch = data, torch.zeros(0)
         self.weight = nn.Parameter(torch.zeros(1))
         self.began = self.came = 0.0
 
@@ -184,27 +195,33 @@ class First(ModuleInterface):
         self.began = time.perf_counter()
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> torch.Tensor:
-        self.came = self.came or time.perf_counter()
+        if not self.came:
+            self.came, self.batch = time.perf_counter(), batch
         return self.weight.sum()
 
     def get_train_dataloader(self, sampler: type, batch_size: int) -> Any:
-        data = Many()
-        return DataLoader(data, batch_size, sampler=sampler(data))
+        return DataLoader(self.data, batch_size, sampler=sampler(self.data))
 
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int | None, epochs: int) -> Any:
         return [torch.optim.SGD(self.parameters(), 0.1)], []
 
 
+def first_step(data: Many, memory: Memory, steps: int = 0) -> First:
+    """Take one step of an epoch of batches of 100, or the one after so many steps, which a memory of one step gives."""
+    if steps:
+        state = memory.state
+        state["trainer"]["counters"] |= {"global_step": steps, "batches": steps, "samples": steps * 100}
+        state["trainer"]["cursor"] |= {"position": steps, "consumed": steps * 100}
+    module = First(data)
+    options: dict[str, Any] = {"train_batch_size": 100, "device": "cpu", "evaluate_every": None}
+    Trainer(module, [memory], max_steps=steps + 1, **options).train()
+    return module
+
+
 def position() -> dict[str, Any]:
     """Time the first batch of an epoch from its beginning, and of a run that is resumed at 90 % of it."""
-    options: dict[str, Any] = {"train_batch_size": 100, "device": "cpu", "evaluate_every": None}
-    memory, fresh = Memory(), First()
-    Trainer(fresh, [memory], max_steps=1, **options).train()
-    state, steps = memory.state, SAMPLES // 100 * 9 // 10
-    state["trainer"]["counters"] |= {"global_step": steps, "batches": steps, "samples": steps * 100}
-    state["trainer"]["cursor"] |= {"position": steps, "consumed": steps * 100}
-    resumed = First()
-    Trainer(resumed, [memory], max_steps=steps + 1, **options).train()
+    data, memory = Many(SAMPLES), Memory()
+    fresh, resumed = first_step(data, memory), first_step(data, memory, SAMPLES // 100 * 9 // 10)
     return {
         "samples": SAMPLES,
         "seconds_to_the_first_batch": round(fresh.came - fresh.began, 3),

@@ -1,8 +1,8 @@
 """Counts and times of one framework beside the loop written by hand, in this process.
 
-    python -m benchmarks.peers.measure lightning mlp [--counts]
+    python -m benchmarks.peers.measure lightning mlp features [--what counts times]
 
-prints one object of JSON. `python -m benchmarks.peers` calls this for each framework and row, in a process of its own.
+prints a line of JSON for each row. `python -m benchmarks.peers` calls this for each framework, in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from benchmarks.peers.frameworks import by_hand
 from benchmarks.peers.work import WORKS, Work
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+ROOT = Path(__file__).resolve().parents[2]
 WARM = 50
 """Calls of the network before the clock counts, at most a quarter of a run."""
-FEW, MANY = 24, 64
-"""Batches of the two runs whose difference is what steps cost."""
 
 
 @contextlib.contextmanager
@@ -50,14 +50,14 @@ def run(framework: Any, work: Work) -> Any:
 
 
 def counts(framework: Any, work: Work) -> dict[str, float]:
-    """Return what one batch costs in calls of Python and C functions, operators, syncs and allocations."""
-    sized = {number: replace(work, steps=number) for number in (FEW, MANY)}
+    """Return what one batch costs: the difference of two runs, so that setting up does not count."""
+    few, many = (replace(work, steps=steps) for steps in work.counted)
     for _ in range(2):  # the first run imports, the second fills caches
-        run(framework, sized[FEW])
+        run(framework, few)
     found: dict[str, float] = {}
     for counter in (calls, operators, allocations):
-        less, more = (counter(lambda number=number: run(framework, sized[number])) for number in (FEW, MANY))
-        found |= {name: round((more[name] - less[name]) / (MANY - FEW), 2) for name in more}
+        less, more = (counter(lambda sized=sized: run(framework, sized)) for sized in (few, many))
+        found |= {name: round((more[name] - less[name]) / (many.steps - few.steps), 2) for name in more}
     return found
 
 
@@ -80,15 +80,20 @@ def calls(function: Callable[[], Any]) -> dict[str, int]:
 
 
 def operators(function: Callable[[], Any]) -> dict[str, int]:
+    """Return operators, waits for the device, collectives, and the bytes of the tensors that collectives are given."""
+
     class Counter(TorchDispatchMode):
         def __init__(self) -> None:
             super().__init__()
-            self.found = {"operators": 0, "syncs": 0, "collectives": 0}
+            self.found = {"operators": 0, "syncs": 0, "collectives": 0, "bytes_sent": 0}
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             self.found["operators"] += 1
             self.found["syncs"] += func.name() == "aten::_local_scalar_dense"
-            self.found["collectives"] += func.namespace in ("c10d", "_c10d_functional")
+            if func.namespace in ("c10d", "_c10d_functional"):
+                self.found["collectives"] += 1
+                given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+                self.found["bytes_sent"] += sum(tensor.nbytes for tensor in given)
             return func(*args, **(kwargs or {}))
 
     with Counter() as counter:
@@ -111,17 +116,17 @@ def seconds_per_batch(framework: Any, work: Work) -> float:
     return (times[-1] - times[warm]) / (len(times) - 1 - warm)
 
 
-def times(framework: Any, work: Work) -> dict[str, float]:
+def times(framework: Any, work: Work, hand: Any = by_hand) -> dict[str, float]:
     """Return what a batch takes beside the loop by hand, in turns."""
     pairs = []
     for turn in range(work.turns + 1):
-        pair = seconds_per_batch(by_hand, work), seconds_per_batch(framework, work)
+        pair = seconds_per_batch(hand, work), seconds_per_batch(framework, work)
         if turn:  # the first one warms up
             pairs.append(pair)
-    hand, ratios, extra = [a for a, _ in pairs], [b / a for a, b in pairs], [(b - a) * 1e6 for a, b in pairs]
+    plain, ratios, extra = [a for a, _ in pairs], [b / a for a, b in pairs], [(b - a) * 1e6 for a, b in pairs]
     return {
-        "by_hand_us": round(statistics.median(hand) * 1e6, 1),
-        "noise": round(spread(hand), 3),
+        "by_hand_us": round(statistics.median(plain) * 1e6, 1),
+        "noise": round(spread(plain), 3),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_spread": round(spread(ratios), 3),
         "extra_us": round(statistics.median(extra), 1),
@@ -141,34 +146,50 @@ def difference(framework: Any, work: Work) -> float:
     if work.name == "validate":
         return abs(float(hand - other))
     pairs = zip(hand.parameters(), other.parameters(), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs)
+    return max((a - b).detach().abs().max().item() for a, b in pairs)
+
+
+def measured(framework: Any, work: Work, what: Sequence[str]) -> dict[str, Any]:
+    """Return the figures of one row, or the reason why a framework has none."""
+    reason = getattr(framework, "WITHOUT", {}).get(work.name)
+    if reason is not None:
+        return {"without": reason}
+    found: dict[str, Any] = {"difference": difference(framework, work)}
+    if "counts" in what:
+        hand, own = counts(by_hand, work), counts(framework, work)
+        found |= {"counts": own, "beyond_by_hand": {name: round(own[name] - hand[name], 2) for name in own}}
+    if "times" in what:
+        found |= times(framework, work)
+    return found
+
+
+def path_of(framework: str) -> list[str]:
+    """Return where Python looks for modules in the environment of a framework's user: not among hookline's sources.
+
+    Some try an import that fails at each step, and each place that Python then looks at costs calls.
+    """
+    if framework in ("hookline", "contract"):
+        return sys.path
+    return [place for place in sys.path if place == str(ROOT) or not Path(place).resolve().is_relative_to(ROOT)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("framework")
-    parser.add_argument("row", choices=WORKS)
-    parser.add_argument("--counts", action="store_true", help="counts alone, which a loud machine cannot touch")
-    parser.add_argument("--times", action="store_true", help="times alone")
+    parser.add_argument("rows", nargs="+", choices=WORKS)
+    parser.add_argument("--what", nargs="+", choices=("counts", "times"), default=("counts", "times"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    framework, work = (
-        importlib.import_module(f"benchmarks.peers.frameworks.{arguments.framework}"),
-        WORKS[arguments.row],
-    )
-    reason = getattr(framework, "WITHOUT", {}).get(work.name)
-    if reason is not None:
-        print(json.dumps({"without": reason}))
-        return
-    found: dict[str, Any] = {"difference": difference(framework, work)}
-    if not arguments.times:
-        hand, own = counts(by_hand, work), counts(framework, work)
-        found |= {"counts": own, "beyond_by_hand": {name: round(own[name] - hand[name], 2) for name in own}}
-    if not arguments.counts:
-        found |= times(framework, work)
-    print(json.dumps(found))
+    sys.path[:] = path_of(arguments.framework)
+    framework = importlib.import_module(f"benchmarks.peers.frameworks.{arguments.framework}")
+    for row in arguments.rows:
+        try:
+            found = measured(framework, WORKS[row], arguments.what)
+        except Exception as error:
+            found = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+        print(json.dumps({"row": row, **found}), flush=True)
 
 
 if __name__ == "__main__":

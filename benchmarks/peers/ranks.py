@@ -28,7 +28,7 @@ def start(framework: str, ranks: int = 2) -> str:
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
     shared |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "benchmarks.peers.measure", framework, "ranks", "--counts"]
+    command = [sys.executable, "-m", "benchmarks.peers.measure", framework, "ranks", "--what", "counts"]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with tempfile.TemporaryDirectory() as folder:
         started = [

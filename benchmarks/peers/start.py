@@ -2,12 +2,14 @@
 
     python -m benchmarks.peers.start first lightning     # the first step of a process; prints the time of day
     python -m benchmarks.peers.start memory lightning    # 10,000 steps
+    python -m benchmarks.peers.start plugin clip         # the same with one plugin of hookline
 
-`python -m benchmarks.peers` calls both, each in a process of its own.
+`python -m benchmarks.peers` calls them, each in a process of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -16,57 +18,111 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.work import WORKS
+from benchmarks.peers.work import WORKS, Work
 
 STEPS = 10_000
+SLOW = 0.002
+"""Seconds a step from which a plugin is given a tenth of the steps."""
 PAGE = resource.getpagesize() // 1024
+OPTIONS: dict[str, Any] = {
+    "accumulate": {"steps": 2},
+    "backend": {"gc_every": 100},
+    "clip": {"max_norm": 1.0},
+    "freeze": {"patterns": "model.net.0"},
+    "metrics": {"train": {"accuracy": {"_target_": "torchmetrics.Accuracy", "task": "multiclass", "num_classes": 10}}},
+    "mix": {"mixup": 0.2},
+    "monitor": {"grad_norm": True},
+}
+"""Of plugins that need some, or do nothing without."""
 
 
 def first(name: str) -> None:
     """Take one step; print when the network was called, and how many modules Python had loaded."""
     times: list[float] = []
     framework = importlib.import_module(f"benchmarks.peers.frameworks.{name}")
-    _run(framework, replace(WORKS["mlp"], steps=1, heard=lambda _: times.append(time.time())))
+    _run(framework.train, replace(WORKS["mlp"], steps=1, heard=lambda _: times.append(time.time())))
     print(json.dumps({"at": times[0], "modules": len(sys.modules)}))
 
 
 def memory(name: str) -> None:
-    """Take many steps; print how much the process grew after the first thousand, and its peak, in kB."""
+    """Take many steps; print how much the process grew after the first tenth, and its peak."""
+    print(json.dumps(_grown(importlib.import_module(f"benchmarks.peers.frameworks.{name}").train, STEPS)))
+
+
+def plugin(name: str) -> None:
+    """Take many steps with one plugin of hookline; print the same, and how many they were."""
+    from benchmarks.peers.frameworks.hookline import Module
+
+    from hookline import Trainer
+
+    def train(work: Work) -> None:
+        module = Module(replace(work, features=True))  # gives outputs too
+        options: dict[str, Any] = {"train_batch_size": 32, "device": "cpu", "runs_folder": str(work.folder)}
+        Trainer(module, {name: OPTIONS.get(name, {})}, **options).train()
+
+    for _ in range(2):  # the first run imports
+        begin = time.perf_counter()
+        _run(train, replace(WORKS["mlp"], steps=100))
+    steps = STEPS // 10 if time.perf_counter() - begin > 100 * SLOW else STEPS
+    print(json.dumps({**_grown(train, steps), "steps": steps}))
+
+
+def _grown(train: Callable[[Work], Any], steps: int) -> dict[str, int]:
     seen: list[int] = []
     count = 0
 
     def heard(_: float) -> None:
         nonlocal count
         count += 1
-        if count in (STEPS // 10, STEPS):
+        if count in (steps // 10, steps):
             seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE)
 
-    framework = importlib.import_module(f"benchmarks.peers.frameworks.{name}")
-    _run(framework, replace(WORKS["mlp"], steps=STEPS, heard=heard))
+    _run(train, replace(WORKS["mlp"], steps=steps, heard=heard))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"growth_kb": seen[1] - seen[0], "peak_mb": round(peak / 1024)}))
+    return {"growth_kb": seen[1] - seen[0], "peak_mb": round(peak / 1024)}
 
 
-def _run(framework: Any, work: Any) -> None:
-    from benchmarks.peers.measure import run  # imported late: it is no part of a start
+def _run(train: Callable[[Work], Any], work: Work) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
+        train(replace(work, folder=Path(folder)))
 
-    run(framework, work)
+
+def starts(names: Sequence[str], turns: int) -> dict[str, dict[str, Any]]:
+    """Return how long each takes to the first step beside the loop by hand, in turns, each in a new process."""
+    found: dict[str, Any] = {name: [] for name in ("by_hand", *names)}
+    failed: dict[str, dict[str, Any]] = {}
+    for _ in range(turns + 1):
+        for name in found.keys() - failed.keys():
+            try:
+                found[name].append(_start(name))
+            except RuntimeError as error:
+                failed[name] = {"failed": str(error).strip().splitlines()[-1]}
+    hand = found["by_hand"][1:]
+    return failed | {name: _beside(hand, found[name][1:]) for name in names if name not in failed}
 
 
-def starts(name: str, turns: int) -> dict[str, float]:
-    """Return how long it takes to the first step beside the loop by hand, in turns, each in a new process."""
-    pairs = [(_start("by_hand"), _start(name)) for _ in range(turns + 1)][1:]
-    hand, other = ([pair[number] for pair in pairs] for number in (0, 1))
+def _beside(hand: list[tuple[float, int]], own: list[tuple[float, int]]) -> dict[str, Any]:
+    from benchmarks.peers.measure import spread
+
+    seconds = [seconds for seconds, _ in hand]
     return {
-        "by_hand_s": round(statistics.median(seconds for seconds, _ in hand), 2),
-        "extra_s": round(statistics.median(b - a for (a, _), (b, _) in pairs), 2),
-        "extra_modules": other[0][1] - hand[0][1],
+        "by_hand_s": round(statistics.median(seconds), 2),
+        "noise": round(spread(seconds), 3),
+        "extra_s": round(statistics.median(b - a for (a, _), (b, _) in zip(hand, own, strict=True)), 2),
+        "extra_modules": own[0][1] - hand[0][1],
     }
 
 
@@ -83,15 +139,14 @@ def child(module: str, *words: str) -> str:
         RuntimeError: it failed; with the end of what it said.
     """
     command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}: {done.stderr[-600:]}")
-    return done.stdout.splitlines()[-1]
+    return done.stdout
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    {"first": first, "memory": memory}[sys.argv[1]](sys.argv[2])
+    {"first": first, "memory": memory, "plugin": plugin}[sys.argv[1]](sys.argv[2])

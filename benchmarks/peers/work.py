@@ -43,6 +43,8 @@ class Work:
             makes a sampler of a data set.
         steps: batches of a run that is timed.
         turns: how often it is timed.
+        counted: batches of the two runs whose difference is what a step costs in counts. Their difference is a
+            multiple of 50 optimizer steps, after which values are logged.
         accumulate: batches of one optimizer step.
         features: also an accuracy, clipping to 1.0, a progress bar, a line in a file every 50 steps, a checkpoint.
         callbacks: this many callbacks that do nothing at the end of a step.
@@ -55,7 +57,8 @@ class Work:
     net: Callable[[], nn.Module]
     batches: Callable[..., Any]
     steps: int = 400
-    turns: int = 15
+    turns: int = 9
+    counted: tuple[int, int] = (50, 150)
     accumulate: int = 1
     features: bool = False
     callbacks: int = 0
@@ -160,9 +163,9 @@ WORKS = {
         Work("mlp", mlp, vectors),
         Work("cnn", cnn, Loaded(1, 8, 8)),
         Work("cnn-workers", cnn, Loaded(1, 8, 8, workers=2)),
-        Work("transformer", Transformer, tokens, steps=12, turns=5),
+        Work("transformer", Transformer, tokens, steps=12, turns=5, counted=(4, 54)),
         Work("features", mlp, vectors, features=True),
-        Work("accumulate", mlp, vectors, accumulate=4),
+        Work("accumulate", mlp, vectors, accumulate=4, counted=(200, 400)),
         Work("validate", mlp, vectors),
         Work("callbacks", mlp, vectors, callbacks=100),
         Work("ranks", mlp, Loaded(32), ranks=2),
