@@ -5,7 +5,8 @@ import re
 
 import pytest
 import torch
-from tests.test_house import MEASURED, NEEDED, SLOW
+from tests.test_budgets import OPTIONS as COUNTED
+from tests.test_house import NEEDED, SLOW
 from tests.test_pairs import OPTIONS
 
 from hookline import hookimpl
@@ -13,7 +14,7 @@ from hookline.installed import installed, load
 from hookline.testing import TinyModule, check_plugin, digest, fake_cuda, tiny_trainer
 
 pytestmark = pytest.mark.plugins
-ACTIVE = {**NEEDED, **OPTIONS, "metrics": MEASURED["metrics"], "amp": {"precision": "fp16"}, "checkpoint": {}}
+ACTIVE = {**NEEDED, **OPTIONS, "metrics": COUNTED["metrics"], "amp": {"precision": "fp16"}, "checkpoint": {}}
 ACTIVE |= {"finite": {}, "limits": {}, "sample": NEEDED["sample"], "freeze": {"patterns": "net.0"}}
 WAITS = {  # plugins that wait for the device in ordinary steps, with the reason
     "amp": "with fp16 torch's GradScaler asks the device after each backward pass whether to step",
