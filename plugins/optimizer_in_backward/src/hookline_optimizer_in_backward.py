@@ -85,15 +85,17 @@ class OptimizerInBackward(CallbackInterface):
             return
         optimizer, number = self._places[weight]
         part, group = self._parts[optimizer], optimizer.param_groups[number]
+        first = weight not in optimizer.state
         own = {**group, "params": [weight]}
         part.state, part.param_groups = optimizer.state, [own]
         part.step()
         weight.grad = None
-        changed = [name for name, value in own.items() if name != "params" and value is not group.get(name)]
-        if changed or len(part.param_groups) > 1:
+        changed: list[Any] = [name for name, value in own.items() if name != "params" and value is not group.get(name)]
+        changed += [key for key in optimizer.state if not isinstance(key, torch.Tensor)] if first else []
+        if changed:
             raise ValueError(
-                f"optimizer_in_backward: {type(optimizer).__name__} keeps what it shares between parameters in its "
-                f"groups ({', '.join(changed)}), so they cannot be stepped one by one; turn optimizer_in_backward off"
+                f"optimizer_in_backward: {type(optimizer).__name__} keeps what its parameters share "
+                f"({', '.join(map(str, changed))}), so they cannot be stepped one by one; turn this plugin off"
             )
 
 

@@ -165,6 +165,19 @@ class Sharing(TinyModule):
         return Shared(self.parameters(), 0.1)
 
 
+class Counted(torch.optim.SGD):
+    """Counts its steps in its state, beside those of parameters."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.state["steps"] = self.state.get("steps", 0) + 1
+
+
+class Counting(TinyModule):
+    def get_optimizers_schedulers(self, steps_per_epoch, epochs):
+        return Counted(self.parameters(), 0.1)
+
+
 class Hooked(TinyModule):
     def get_optimizers_schedulers(self, steps_per_epoch, epochs):
         optimizer = torch.optim.SGD(self.parameters(), 0.1)
@@ -185,7 +198,8 @@ class Hooked(TinyModule):
         ({"amp": {"precision": "fp16"}}, Module, "both perform 'run_backward'"),
         ({"twice": Twice()}, Module, "a second backward pass in one optimizer step"),
         ({}, Own, "'module', which performs update, cannot run backward or step by itself; turn optimizer_in_backward"),
-        ({}, Sharing, "Shared keeps what it shares between parameters in its groups (k)"),
+        ({}, Sharing, "Shared keeps what its parameters share (k), so they cannot be stepped one by one"),
+        ({}, Counting, "Counted keeps what its parameters share (steps)"),
         ({}, Hooked, "hooks before the step of SGD would find no gradients"),
     ],
 )
