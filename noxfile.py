@@ -76,7 +76,7 @@ def faults(session: nox.Session) -> None:
 def kit(session: nox.Session) -> None:
     """Do every check of the conformance kit on every plugin, the long ones too, and on all broken ones."""
     session.install("-r", "requirements-dev.txt")
-    tests = ["tests/test_house.py", "tests/test_checks.py"]
+    tests = ["tests/test_house.py", "tests/test_checks.py", "tests/test_works_with.py"]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
 
@@ -85,7 +85,8 @@ def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
     names = ("activation_checkpoint", "context_parallel", "corpus", "ddp", "distributed", "expert_parallel", "float8")
-    names += ("fsdp", "lora", "metrics", "optimizer", "pipeline", "progress", "simulate", "sync_batchnorm", "tp")
+    names += ("fsdp", "lora", "metrics", "optimizer", "optimizer_in_backward", "pipeline", "prefetch", "progress")
+    names += ("simulate", "sync_batchnorm", "tp")
     faults = ("elastic", "g_context", "g_consol", "g_datascale", "g_experts", "g_pipeline", "g_ranks", "launch")
     rows = [f"tests/faults/test_{name}.py" for name in (*faults, "ranks", "two_machines")]
     tests = [

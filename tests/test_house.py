@@ -30,6 +30,13 @@ NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny mo
 }
 ALIKE = {"batch_find", "deepspeed", "fsdp", "swa"}  # which do what accumulate, ddp and ema do
 TOGETHER = sorted(set(installed()) - ALIKE)
+ALONE = {"optimizer_in_backward"}  # refuses who needs all gradients at once
+TOGETHER = sorted(set(installed()) - ALIKE - ALONE)
+MEASURED = {  # options with which a step is measured
+    "accumulate": {"steps": 1},
+    "metrics": {"train": {"fit": MEASURE}, "inputs": [1, 1]},
+    "swa": {"batch_norm": 0},  # else it goes over the data once more in the end
+}
 ITSELF = "it saves and restores runs itself, in the place of the kit's memory"
 NOT_FOR = {  # checks that a plugin is not held against, with the reason
     "accmt": {"documentation": "its options are ACCMT's arguments, which its README has in a table with their tests"},
@@ -38,6 +45,11 @@ NOT_FOR = {  # checks that a plugin is not held against, with the reason
     "deepspeed": {"ranks": "its SDK is in the environment of `nox -s deepspeed`, whose tests train on ranks"},
     "expert_parallel": {"ranks": "the tiny module has no experts; its own tests train on ranks"},
     "oom": {"ranks": "it refuses several ranks, and says why"},
+    "optimizer_in_backward": {
+        "resume": "it refuses windows of several micro-batches, within which the kit cuts; its own tests resume",
+        "ranks": "it refuses ranks of which each averages gradients behind backward; its own tests train with fsdp",
+        **dict.fromkeys(("order", "gates", "errors"), "it refuses who may refuse a step, as the kit does"),
+    },
     "pipeline": {"ranks": "the tiny module has no blocks between which it could be cut; its own tests train on ranks"},
     "tp": {"ranks": "the tiny module has no layers that it could split; its own tests train on ranks"},
 }

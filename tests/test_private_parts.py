@@ -125,6 +125,13 @@ PARTS = [
     ),
     Part(
         "torch",
+        {"_optimizer_step_pre_hooks"},
+        {"plugins/optimizer_in_backward"},
+        "hooks before a step would find no gradients, so an optimizer with some is refused; nothing else says it has",
+        lambda torch: torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])._optimizer_step_pre_hooks,
+    ),
+    Part(
+        "torch",
         {"_version"},
         {"src", "plugins/fsdp"},
         "torch counts there alone how often a tensor was written to",

@@ -274,7 +274,7 @@ def test_mistakes_are_refused():
 
 
 @pytest.mark.xdist_group("ranks")
-@pytest.mark.parametrize("uneven", ["drop", "pad"])
+@pytest.mark.parametrize("uneven", [pytest.param("drop", marks=pytest.mark.slow), "pad"])
 def test_ranks_with_uneven_ends_train_the_same(uneven):
     module = functools.partial(PlainModule, samples=43)
     plugins = {"ddp": {}, "distributed": {"uneven": uneven}}
