@@ -29,29 +29,37 @@ def test_a_plugin_runs_on_the_device_and_waits_for_nothing_in_ordinary_steps(nam
     check_plugin(load(name), checks=["device"], expect=expected, **ACTIVE.get(name, {}))
 
 
-def train(plugins=(), dropout=0.0, **options):
-    trainer = tiny_trainer(plugins, TinyModule(dropout=dropout), **options)
+class Quiet(TinyModule):
+    """Gives metrics what they need, and does not look at what it trains on."""
+
+    train_step = TinyModule.val_step
+
+
+def train(plugins=(), module=None, **options):
+    trainer = tiny_trainer(plugins, module or Quiet(dropout=0.0), **options)
     trainer.train()
     return trainer
 
 
 def test_it_has_the_numbers_of_the_cpu():
-    plugins = {"clip": {"max_norm": 0.1}, "ema": {"decay": 0.5}, "accumulate": {"steps": 2}}
+    plugins = {name: ACTIVE[name] for name in ("accumulate", "backend", "clip", "ema", "metrics", "monitor")}
     here = train(plugins)
+    metrics, predicted = here.metrics, digest(here.predict(collect=True))
     with fake_cuda() as device:
         there = train(plugins, device="cuda")
         assert {tensor.device for tensor in there.module.state_dict().values()} == {torch.device("cuda:0")}
         assert not device.waits  # which are noted on demand
-        assert (digest(there.export_model()), there.metrics) == (digest(here.export_model()), here.metrics)
+        assert (digest(there.export_model()), there.metrics) == (digest(here.export_model()), metrics)
+        assert digest(there.predict(collect=True)) == predicted
 
 
 def test_a_run_resumed_on_it_ends_with_the_same_bits(tmp_path):
     plugins = {"checkpoint": {"every": "3 steps"}, "ema": {"decay": 0.5}}
     with fake_cuda():  # whose dropout draws the random numbers of the device
-        options = {"dropout": 0.5, "device": "cuda", "runs_folder": str(tmp_path)}
-        whole, cut = train(plugins, **options), train(plugins, max_steps=9, **options)
+        options = {"device": "cuda", "runs_folder": str(tmp_path)}
+        whole, cut = train(plugins, Quiet(), **options), train(plugins, Quiet(), max_steps=9, **options)
         torch.cuda.manual_seed(random.getrandbits(30))
-        resumed = train(plugins, resume=str(cut.run_dir), **options)
+        resumed = train(plugins, Quiet(), resume=str(cut.run_dir), **options)
         assert digest(resumed.export_model()) == digest(whole.export_model()) != digest(cut.export_model())
 
 
@@ -106,13 +114,20 @@ def test_tensors_of_two_devices_do_not_meet(act):
         act(torch.ones(16, 8, device="cuda"))
 
 
-class Stays(TinyModule):
+class Stays(Quiet):
     @hookimpl
     def prepare_batch(self, batch):
         return batch
 
 
-def test_a_batch_on_the_wrong_device_is_an_error_with_the_line():
-    place = r"but found cpu, cuda:0 \(aten::addmm, tiny.py:\d+\)"
-    with fake_cuda(), pytest.raises(RuntimeError, match=place):
-        tiny_trainer((), Stays(), device="cuda").train()
+class Makes(Quiet):
+    def train_step(self, global_step, batch, device):
+        return (super().train_step(global_step, batch, device)[0] * torch.ones(2)).sum()
+
+
+@pytest.mark.parametrize("module", [Stays, Makes])
+def test_what_is_left_on_the_cpu_is_an_error_that_says_what_to_do(module):
+    said = r"but found cpu, cuda:0 \(aten::\w+, \w+\.py:\d+\)"
+    with fake_cuda(), pytest.raises(RuntimeError, match=said) as raised:
+        train(module=module(), device="cuda")
+    assert f"{module.__name__} is on cuda:0, and a tensor that meets" in raised.value.__notes__[0]

@@ -51,6 +51,13 @@ def watched(run: Run, built: Built) -> Iterator[None]:
         handles += [optimizer.register_step_pre_hook(refuse) for optimizer in torch_own]
     try:
         yield
+    except RuntimeError as error:
+        if "tensors to be on the same device" in str(error) or ") and weight type (" in str(error):
+            error.add_note(
+                f"{type(run.module).__name__} is on {run.device}, and a tensor that meets its weights is not. The loop "
+                "moves a batch (prepare_batch): make other tensors on `device`, or keep them by register_buffer"
+            )
+        raise
     finally:
         for handle in handles:
             handle.remove()
