@@ -92,7 +92,7 @@ def distributed(session: nox.Session) -> None:
     tests = [
         *(f"plugins/{name}/tests" for name in (*names, "watchdog")),
         *rows,
-        *(f"tests/test_{name}.py" for name in ("howto", "launch", "llm", "pairs")),
+        *(f"tests/test_{name}.py" for name in ("growth", "howto", "launch", "llm", "pairs")),
     ]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
@@ -260,6 +260,7 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/step_overhead.py", "--json")
     session.run("python", "benchmarks/checkpoint.py", "--json")
     session.run("python", "benchmarks/corpus.py", "--json")
+    session.run("python", "benchmarks/growth.py", "--json")
 
 
 @nox.session

@@ -19,11 +19,12 @@ COMMANDS = "hookline.commands"
 def claims(group: str = PLUGINS) -> dict[str, list[metadata.EntryPoint]]:
     """Return the entry points of a group by name; two of one name are of two distributions, and clash."""
     found: dict[str, list[metadata.EntryPoint]] = {}
-    for point in sorted(metadata.entry_points(group=group), key=lambda point: (point.name, distribution(point))):
-        points = found.setdefault(point.name, [])
-        if distribution(point) not in map(distribution, points):
-            points.append(point)
-    return found
+    for point in metadata.entry_points(group=group):
+        found.setdefault(point.name, []).append(point)
+    for name, points in found.items():
+        if len(points) > 1:  # else nobody needs to know of whom it is, which takes long to read
+            found[name] = sorted({distribution(point): point for point in reversed(points)}.values(), key=distribution)
+    return dict(sorted(found.items()))
 
 
 @functools.cache
@@ -67,7 +68,7 @@ def load(name: str) -> type:
             f"no plugin named {name!r} is installed{nearest(name, installed())}; installed are "
             f"{', '.join(installed()) or 'none'}. `pip install hookline-{name}` may bring it"
         )
-    check_requirements(point)
+    _check_once(point)
     try:
         loaded: type = point.load()
         return loaded
@@ -121,7 +122,10 @@ def _point_of(plugin_class: type) -> metadata.EntryPoint | None:
 
 def distribution(point: metadata.EntryPoint) -> str:
     """Return "name version" of the distribution of an entry point."""
-    return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    if point.dist is None:
+        return point.value
+    said = point.dist.metadata
+    return f"{said['Name']} {said['Version']}"
 
 
 def check_requirements(point: metadata.EntryPoint) -> None:
@@ -146,6 +150,9 @@ def check_requirements(point: metadata.EntryPoint) -> None:
                 f"{requirement.specifier}, but {requirement.name} is {have}; "
                 f"`pip install '{requirement.name}{requirement.specifier}'`"
             )
+
+
+_check_once = functools.cache(check_requirements)  # of a plugin that is loaded: no two have its name
 
 
 def refuse_without(required: Iterable[str], active: Iterable[str] | None = None) -> None:

@@ -102,6 +102,8 @@ def _tell_once(text: str) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse; overrides may stand anywhere after the configuration, which argparse alone does not allow."""
     parser = _parser()
+    if arguments[:1] in (["-h"], ["--help"]):  # which distribution brings a command takes long to read
+        parser.epilog = EXAMPLES + _brought_by_plugins()
     options, rest = parser.parse_known_args(_with_pictures(arguments))
     if isinstance(getattr(options, "resume", None), str) and "=" in options.resume:
         rest, options.resume = [options.resume, *rest], True
@@ -133,7 +135,7 @@ def _brought_by_plugins() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     about = "Train PyTorch modules through a small loop of hooks."
-    parser = new_parser("hookline", about, EXAMPLES + _brought_by_plugins())
+    parser = new_parser("hookline", about, EXAMPLES)
     parser.add_argument("--version", action="version", version=f"hookline {__version__}")
     add = functools.partial(add_command, parser.add_subparsers(metavar="COMMAND", required=True))
     _add_doors(add)
