@@ -7,6 +7,7 @@ Trains the 32-64-10 perceptron on batches of 32 with one thread and AdamW, in tu
 - `plain`: a hand-written loop that calls the network,
 - `contract`: a hand-written loop that calls the module in the contract's way,
 - `hookline`: a `Trainer` without plugins,
+- `plain_route`: the same, with each hook called where it stands, in place of its body where nobody plugs in,
 - `by_hand`: a hand-written loop that does the work of the standard set: clips, updates an
   accuracy, writes a line of JSON every 50 steps,
 - `standard`: a `Trainer` with progress, jsonl, clip, checkpoint and metrics.
@@ -31,6 +32,7 @@ import torch
 from torch import nn
 
 from hookline import ModuleInterface, Stage, Trainer
+from hookline.plugins import PluginManager
 
 WARM, TIMED = 100, 1000
 OPTIMIZER: type[torch.optim.Optimizer] = torch.optim.AdamW
@@ -96,6 +98,15 @@ def hookline(clock: Clock) -> None:
     Trainer(Mlp(clock), train_batch_size=32, device="cpu").train()
 
 
+def plain_route(clock: Clock) -> None:
+    straighten = PluginManager.straighten
+    PluginManager.straighten = lambda self: None  # type: ignore[method-assign]
+    try:
+        hookline(clock)
+    finally:
+        PluginManager.straighten = straighten  # type: ignore[method-assign]
+
+
 def by_hand(clock: Clock) -> None:
     from torchmetrics.classification import MulticlassAccuracy
 
@@ -153,7 +164,7 @@ def main() -> None:
     global OPTIMIZER
     OPTIMIZER = getattr(torch.optim, arguments.optimizer)
     torch.set_num_threads(1)
-    times = measure([plain, contract, hookline], arguments.repeats)
+    times = measure([plain, contract, hookline, plain_route], arguments.repeats)
     times |= measure([by_hand, standard], max(arguments.repeats // 4, 3))
 
     def ratio(one: str, other: str) -> float:
@@ -164,6 +175,7 @@ def main() -> None:
         "microseconds_per_step": {name: round(min(values), 1) for name, values in times.items()},
         "hookline_over_contract": ratio("hookline", "contract"),
         "hookline_over_plain": ratio("hookline", "plain"),
+        "hookline_over_plain_route": ratio("hookline", "plain_route"),
         "standard_extra_microseconds": round(
             statistics.median(a - b for a, b in zip(times["standard"], times["by_hand"], strict=True)), 1
         ),

@@ -188,3 +188,8 @@ def test_the_command_measures_and_writes(tmp_path):
     assert rows["mlp"]["hookline"]["ratio"] > 0.5
     assert rows["plugins"]["clip"]["steps"] in (1_000, 10_000)
     assert rows["resume"].keys() == {"hookline", "by_hand"}
+
+
+def test_the_page_says_what_the_figures_say():
+    figures = json.loads((ROOT / "benchmarks" / "peers.json").read_text())
+    assert report.page(figures, peers.ROWS, "peers.svg") in (ROOT / "benchmarks" / "results.md").read_text()

@@ -30,7 +30,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parents[2]
 WARM = 50
 """Calls of the network before the clock counts, at most a quarter of a run."""
 
@@ -170,7 +169,12 @@ def path_of(framework: str) -> list[str]:
     """
     if framework in ("hookline", "contract"):
         return sys.path
-    return [place for place in sys.path if place == str(ROOT) or not Path(place).resolve().is_relative_to(ROOT)]
+    return [place for place in sys.path if not _has_hookline_alone(Path(place))]
+
+
+def _has_hookline_alone(place: Path) -> bool:
+    names = {file.name for file in place.iterdir()} - {"__pycache__"} if place.is_dir() else set()
+    return bool(names) and all(name.startswith("hookline") for name in names)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ import torch
 from benchmarks.checkpoint import Clock, Large
 from benchmarks.peers.measure import path_of, silence
 
-ROUNDS = 3
+ROUNDS = 2
 WITHOUT = {
     "transformers": "saves its own kind of module alone",
     "ignite": "saves by `torch.save`",

@@ -43,8 +43,8 @@ class Work:
             makes a sampler of a data set.
         steps: batches of a run that is timed.
         turns: how often it is timed.
-        counted: batches of the two runs whose difference is what a step costs in counts. Their difference is a
-            multiple of 50 optimizer steps, after which values are logged.
+        counted: batches of the two runs whose difference is what a step costs in counts. It is a multiple of 50
+            optimizer steps, after which values are logged, but for the transformer: its steps are slow.
         accumulate: batches of one optimizer step.
         features: also an accuracy, clipping to 1.0, a progress bar, a line in a file every 50 steps, a checkpoint.
         callbacks: this many callbacks that do nothing at the end of a step.
@@ -56,8 +56,8 @@ class Work:
     name: str
     net: Callable[[], nn.Module]
     batches: Callable[..., Any]
-    steps: int = 400
-    turns: int = 9
+    steps: int = 200
+    turns: int = 7
     counted: tuple[int, int] = (50, 150)
     accumulate: int = 1
     features: bool = False
@@ -163,7 +163,7 @@ WORKS = {
         Work("mlp", mlp, vectors),
         Work("cnn", cnn, Loaded(1, 8, 8)),
         Work("cnn-workers", cnn, Loaded(1, 8, 8, workers=2)),
-        Work("transformer", Transformer, tokens, steps=12, turns=5, counted=(4, 54)),
+        Work("transformer", Transformer, tokens, steps=4, turns=3, counted=(2, 6)),
         Work("features", mlp, vectors, features=True),
         Work("accumulate", mlp, vectors, accumulate=4, counted=(200, 400)),
         Work("validate", mlp, vectors),
