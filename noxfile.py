@@ -84,13 +84,13 @@ def kit(session: nox.Session) -> None:
 def distributed(session: nox.Session) -> None:
     """Run all tests of several processes, the slow ones too: launching, elastic runs, two machines."""
     session.install("-r", "requirements-dev.txt")
-    names = ("activation_checkpoint", "context_parallel", "corpus", "ddp", "distributed", "expert_parallel", "float8")
-    names += ("fsdp", "lora", "metrics", "optimizer", "optimizer_in_backward", "pipeline", "prefetch", "progress")
-    names += ("simulate", "sync_batchnorm", "tp")
+    names = ("activation_checkpoint", "compile", "context_parallel", "corpus", "ddp", "distributed", "expert_parallel")
+    names += ("float8", "fsdp", "lora", "metrics", "optimizer", "optimizer_in_backward", "pipeline", "prefetch")
+    names += ("progress", "simulate", "sync_batchnorm")
     faults = ("elastic", "g_context", "g_consol", "g_datascale", "g_experts", "g_pipeline", "g_ranks", "launch")
     rows = [f"tests/faults/test_{name}.py" for name in (*faults, "ranks", "two_machines")]
     tests = [
-        *(f"plugins/{name}/tests" for name in (*names, "watchdog")),
+        *(f"plugins/{name}/tests" for name in (*names, "tp", "watchdog")),
         *rows,
         *(f"tests/test_{name}.py" for name in ("growth", "howto", "launch", "llm", "pairs")),
     ]

@@ -258,15 +258,15 @@ def test_optimizers_of_torch_step_alike_within_rounding(name):
 
 class Cycling(Net):
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9, nesterov=True)
         return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=STEPS)
 
 
 @pytest.mark.slow
-def test_another_option_that_changes_each_step_ends_in_python_with_the_right_numbers(caplog):
+def test_another_option_that_changes_each_step_gives_the_right_numbers_without_endless_compiling():
     plain, compiled = train(module=Cycling), train({}, Cycling)
     torch.testing.assert_close(compiled.export_model(), plain.export_model(), rtol=1e-5, atol=1e-6)
-    assert any("recompile_limit" in record.message and "momentum" in record.message for record in caplog.records)
+    assert graphs() <= 11  # torch stops at eight of one kind, and says so
 
 
 # Ranks, and the compiler itself ---------------------------------------------------------
@@ -315,3 +315,37 @@ class Otherwise(Net):
 def test_a_module_whose_train_step_nobody_calls_is_refused():
     with pytest.raises(ValueError, match=r"compile\.scope='window' compiles train_step, and this step has not called"):
         train({}, Otherwise)
+
+
+# The compiler itself ----------------------------------------------------------------------
+
+
+SHORT = {"epochs": 1, "max_train_steps_per_epoch": 4, "evaluate_every": None, "eval_when_finish": False}
+
+
+def by_inductor():
+    """Return the weights that inductor trains, and what it found in its cache."""
+    torch._dynamo.reset()
+    counters.clear()
+    weights = train({"backend": "inductor"}, Calm, **SHORT).export_model()
+    return weights, counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"]
+
+
+class Calm(Net):
+    def __init__(self):
+        super().__init__()
+        for layer in self.net:
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0  # inductor draws other random numbers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_inductor_rounds_otherwise_and_a_second_run_finds_what_it_has_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    weights, hits, compiled = by_inductor()
+    torch.testing.assert_close(weights, train(module=Calm, **SHORT).export_model(), rtol=1e-4, atol=1e-5)
+    assert hits == 0 < compiled
+    again, hits, missed = by_inductor()
+    assert missed == 0 < hits
+    assert digest(again) == digest(weights)

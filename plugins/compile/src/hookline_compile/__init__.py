@@ -27,8 +27,6 @@ log = logging.getLogger("hookline.compile")
 class Compile(CallbackInterface):
     """Compile the blocks of a model, or all that a training step computes; logging and hooks stay Python."""
 
-    scope: str = "blocks"
-    """blocks, or window: `train_step` with its loss and its backward, and the step of each optimizer."""
     blocks: list[str] = field(default_factory=list)
     """Names of the classes whose modules are compiled; empty for what the module's `get_blocks()` answers, and
     where it has none for each submodule of the module that has parameters."""
@@ -41,6 +39,8 @@ class Compile(CallbackInterface):
     between the pieces."""
     dynamic: bool | None = None
     """Whether to expect other shapes: null compiles for the first, and at the second for all."""
+    scope: str = "blocks"
+    """blocks, or window: `train_step` with its loss and its backward, and the step of each optimizer."""
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.backend != "inductor":
