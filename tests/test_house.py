@@ -29,14 +29,8 @@ NEEDED = {  # else it has nothing to do, takes long, or refuses what the tiny mo
     "sampling": {"by": 2},
 }
 ALIKE = {"batch_find", "deepspeed", "fsdp", "swa"}  # which do what accumulate, ddp and ema do
-TOGETHER = sorted(set(installed()) - ALIKE)
 ALONE = {"optimizer_in_backward"}  # refuses who needs all gradients at once
 TOGETHER = sorted(set(installed()) - ALIKE - ALONE)
-MEASURED = {  # options with which a step is measured
-    "accumulate": {"steps": 1},
-    "metrics": {"train": {"fit": MEASURE}, "inputs": [1, 1]},
-    "swa": {"batch_norm": 0},  # else it goes over the data once more in the end
-}
 ITSELF = "it saves and restores runs itself, in the place of the kit's memory"
 NOT_FOR = {  # checks that a plugin is not held against, with the reason
     "accmt": {"documentation": "its options are ACCMT's arguments, which its README has in a table with their tests"},
