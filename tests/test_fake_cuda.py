@@ -78,6 +78,7 @@ def test_a_run_resumed_on_it_ends_with_the_same_bits(tmp_path):
         (lambda w: torch.tensor(1.0, device=w.device), "copies from the host, and not with non_blocking=True"),
         (lambda w: w.copy_(torch.ones(16, 8)), "copies from the host, and not with non_blocking=True"),
         (lambda w: torch.cuda.synchronize(), "torch.cuda.synchronize"),
+        (lambda w: torch.cuda.Stream().synchronize(), "torch.cuda.Stream.synchronize"),
     ],
 )
 def test_what_waits_is_named_with_its_place(act, said):

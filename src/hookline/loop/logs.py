@@ -59,15 +59,13 @@ class Logs:
     ) -> None:
         """Take values by name; see `Trainer.log`."""
         if self._later is not None:
-            options = {"over": over, "reduce": reduce, "sync": sync, "prog": prog, "weighted_by": weighted_by}
-            self._later.append((False, {name: noted(value) for name, value in values.items()}, options))
+            self._note(False, values, over=over, reduce=reduce, sync=sync, prog=prog, weighted_by=weighted_by)
             return
         if over not in ("interval", "epoch") or reduce not in REDUCTIONS:
             raise ValueError(
                 f"log(over={over!r}, reduce={reduce!r}): over is interval or epoch, reduce is {', '.join(REDUCTIONS)}"
             )
-        run = self.run
-        if run.idle:
+        if self.run.idle:
             return
         buffer, suffix = self._evaluation, self.suffix
         if buffer is None:
@@ -75,10 +73,10 @@ class Logs:
         if buffer is None:
             buffer = self._epoch if over == "epoch" else self._interval
         weight = self.weight if weighted_by is None else float(weighted_by)
-        self._logged_by_user |= {(run.stage, name) for name in values.keys() & self._own_names.keys()}
+        self._logged_by_user |= {(self.run.stage, name) for name in values.keys() & self._own_names.keys()}
         for name, value in values.items():
             if self._owners.setdefault(name, self._by_module) is not self._by_module:
-                run.say_once(
+                self.run.say_once(
                     f"{name} is logged by the module and by a plugin (or by trainer.log), so what is told is of both; "
                     "give one of them another name",
                     about=f"{name} twice",
@@ -94,7 +92,7 @@ class Logs:
     def log_of_module(self, values: dict[str, Any]) -> None:
         """Take what a module logs, with the options of `Trainer.log`; say once which names are taken already."""
         if self._later is not None:
-            self._later.append((True, {name: noted(value) for name, value in values.items()}, {}))
+            self._note(True, values)
             return
         run, self._by_module = self.run, True
         for name in values.keys() & self._own_names.keys():
@@ -134,6 +132,14 @@ class Logs:
             self._later = None
         for by_module, values, options in noted:
             self.log_of_module(values) if by_module else self.log(values, **options)
+
+    def _note(self, by_module: bool, values: Mapping[str, Any], **options: Any) -> None:
+        """Note values as they are now, without their graphs."""
+        assert self._later is not None
+        now = {
+            name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()
+        }
+        self._later.append((by_module, now, options))
 
     def weigh(self, weight: float | None) -> None:
         """Set the weight of values logged in the current evaluation batch; None between batches."""
@@ -300,8 +306,3 @@ class Logs:
         self._losses = list(zip(losses, weights, strict=True))
         self._interval.update_state(state.get("interval", {}))
         self._epoch.update_state(state.get("epoch", {}))
-
-
-def noted(value: Any) -> Any:
-    """Return a value as it is now, without its graph."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,6 +179,31 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
             torch.set_rng_state(before)
 
 
+class Stream:
+    """A stream of the device, or an event of one: what it is given is done at once, and only the host can wait.
+
+    Args:
+        device: of which it is.
+    """
+
+    def __init__(self, device: FakeCuda) -> None:
+        self.device = device
+
+    def wait_stream(self, stream: Stream) -> None:
+        """Wait on the device."""
+
+    def wait_event(self, event: Stream) -> None:
+        """Wait on the device."""
+
+    def record_event(self) -> Stream:
+        """Return an event."""
+        return self
+
+    def synchronize(self) -> None:
+        """Wait on the host."""
+        self.device.wait("torch.cuda.Stream.synchronize")
+
+
 class Asked(TorchFunctionMode):
     """Says before a function goes to C++ what is asked there of a device that would have to exist."""
 
@@ -237,8 +263,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
     """Have a CUDA device within: `device="cuda"` trains on it, with the numbers of the CPU.
 
     Tensors on it refuse to meet those of the CPU, and what would make the host wait for a device is noted in `waits`
-    while `watching` is true. It has random numbers of its own, no streams, no autocast and no kernels: neither speed,
-    nor memory, nor what only CUDA's kernels compute shows.
+    while `watching` is true. It has random numbers of its own, no autocast and no kernels, and its streams do all at
+    once: neither speed, nor memory, nor what only CUDA's kernels compute shows.
     """
     device = FakeCuda()
     with contextlib.ExitStack() as stack:
@@ -246,6 +272,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
             stack.enter_context(mock.patch.object(torch.cuda, name, stands_in))
         for name in (one for one in vars(Members) if not one.startswith("__")):
             stack.enter_context(mock.patch.object(torch.Tensor, name, vars(Members)[name]))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
         stack.enter_context(Asked(device))
         stack.enter_context(device)
         yield device
@@ -276,5 +304,8 @@ def _functions(device: FakeCuda) -> dict[str, Any]:
         "set_rng_state_all": set_state,
         "manual_seed": seed,
         "manual_seed_all": seed,
+        "Stream": lambda *_, **__: Stream(device),
+        "current_stream": lambda *_: Stream(device),
+        "stream": contextlib.nullcontext,
         "synchronize": lambda *_: device.wait("torch.cuda.synchronize"),
     }
