@@ -98,6 +98,7 @@ VARIANTS = {  # options with which a plugin implements all of its hooks; one tha
     "backend": [{"channels_last": True, "gc_every": 2}],
     "best": [{}, {"metric": "train_loss"}],
     "checkpoint": [{"every": "2 steps", "asynchronous": True, "keep_best": 1}, {"every": "2 steps", "initial": "it"}],
+    "compile": [{"scope": "window", "backend": "eager"}],
     "distributed": [{}, {"uneven": "pad"}],
     "distill": [{"teacher": {"_target_": "torch.nn.Linear", "in_features": 8, "out_features": 1}}],
     "early_stop": [{}, {"metric": "train_loss", "threshold": -1.0}],
