@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch._dynamo  # once imported, which any test may do, it is called in each step of an optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookline import CallbackInterface, hookimpl
@@ -121,6 +122,7 @@ def beyond(functions, others):
 def cost(run, other, begin=Training.take_step):
     """Return what a step of one run costs beyond a step of another, as it is written down."""
     run()  # what it imports may cost both a call
+    torch._dynamo.reset()  # what others have compiled is asked first
     functions = beyond(*(functions_per_step(each, begin) for each in (run, other)))
     waits = beyond(*(waits_per_step(each, begin) for each in (run, other)))
     totals = {"calls": sum(functions.values()), "syncs": 0, "collectives": 0}

@@ -32,7 +32,7 @@ def test_a_step_costs_calls_but_neither_operators_nor_waiting():
     plain, ours = (measure.counts(framework, SHORT) for framework in (contract, hookline))
     assert ours["operators"] == plain["operators"]
     assert ours["syncs"] == ours["collectives"] == ours["bytes_sent"] == 0
-    assert 5 < ours["python_calls"] - plain["python_calls"] <= 24
+    assert 5 < ours["python_calls"] - plain["python_calls"] <= 30  # `tests/budgets.json` has them exactly
 
 
 def test_what_a_framework_adds_is_counted():

@@ -56,14 +56,15 @@ class Compile(CallbackInterface):
             )
         if self.scope == "blocks":
             self.on_begin_train = None  # type: ignore[method-assign,assignment]
-        self._options: dict[str, Any] = {
-            "backend": self.backend, "mode": self.mode, "fullgraph": self.fullgraph, "dynamic": self.dynamic,
-        }  # fmt: skip
+
+    def _options(self) -> dict[str, Any]:
+        """Return the arguments of torch.compile."""
+        return {"backend": self.backend, "mode": self.mode, "fullgraph": self.fullgraph, "dynamic": self.dynamic}
 
     @hookimpl
     def compile_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
         if self.scope == "window":
-            self._train_step = CompiledStep(trainer.module, self._options)
+            self._train_step = CompiledStep(trainer.module, self._options())
             trainer.module.train_step = self._train_step  # type: ignore[method-assign]
             return model
         codes: dict[str, Any] = {}
@@ -72,7 +73,7 @@ class Compile(CallbackInterface):
             step = own_function(block.forward, codes.setdefault(repr(block), None))
             codes[repr(block)] = step.__code__
             advice = f"this is the block {name!r} ({type(block).__name__}). Leave it out by naming others in"
-            block.forward = Compiled(block.forward, torch.compile(step, **self._options), f"{advice} `compile.blocks`")
+            block.forward = Compiled(block.forward, torch.compile(step, **self._options()), f"{advice} `compile.blocks`")
         log.info("compile: %d blocks of %d kinds", len(blocks), len(codes))
         return model
 
@@ -85,7 +86,7 @@ class Compile(CallbackInterface):
                 "take compile.scope: blocks"
             )
         for optimizer in trainer.optimizers:
-            compile_optimizer(trainer, self._train_step, optimizer, self._options)
+            compile_optimizer(trainer, self._train_step, optimizer, self._options())
 
     def _blocks(self, trainer: Trainer, model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
         """Give the blocks by name, none of them within another.
