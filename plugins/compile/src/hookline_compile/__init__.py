@@ -73,7 +73,9 @@ class Compile(CallbackInterface):
             step = own_function(block.forward, codes.setdefault(repr(block), None))
             codes[repr(block)] = step.__code__
             advice = f"this is the block {name!r} ({type(block).__name__}). Leave it out by naming others in"
-            block.forward = Compiled(block.forward, torch.compile(step, **self._options()), f"{advice} `compile.blocks`")
+            block.forward = Compiled(
+                block.forward, torch.compile(step, **self._options()), f"{advice} `compile.blocks`"
+            )
         log.info("compile: %d blocks of %d kinds", len(blocks), len(codes))
         return model
 
