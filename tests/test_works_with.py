@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from test_pairs import changes_training, make
+from tests.test_pairs import changes_training, make
 
 from hookline.installed import installed, load
 from hookline.testing import TinyModule, digest, tiny_trainer
