@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 from tests.test_budgets import OPTIONS as COUNTED
-from tests.test_house import NEEDED, SLOW
+from tests.test_house import EACH, NEEDED
 from tests.test_pairs import OPTIONS
 
 from hookline import hookimpl
-from hookline.installed import installed, load
+from hookline.installed import load
 from hookline.testing import TinyModule, check_plugin, digest, fake_cuda, tiny_trainer
 
 pytestmark = pytest.mark.plugins
@@ -19,7 +19,6 @@ ACTIVE |= {"finite": {}, "limits": {}, "sample": NEEDED["sample"], "freeze": {"p
 WAITS = {  # plugins that wait for the device in ordinary steps, with the reason
     "amp": "with fp16 torch's GradScaler asks the device after each backward pass whether to step",
 }
-EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in sorted(installed())]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -39,6 +38,11 @@ def train(plugins=(), module=None, **options):
     trainer = tiny_trainer(plugins, module or Quiet(dropout=0.0), **options)
     trainer.train()
     return trainer
+
+
+def test_a_package_may_be_imported_on_it_that_names_a_stream_as_a_type():
+    with fake_cuda():
+        assert isinstance(torch.cuda.current_stream(), torch.cuda.Stream | None)
 
 
 def test_it_has_the_numbers_of_the_cpu():

@@ -180,14 +180,12 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Stream:
-    """A stream of the device, or an event of one: what it is given is done at once, and only the host can wait.
+    """A stream of a device, or an event of one: what it is given is done at once, and only the host can wait."""
 
-    Args:
-        device: of which it is.
-    """
+    device: FakeCuda
 
-    def __init__(self, device: FakeCuda) -> None:
-        self.device = device
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Take what torch's own takes, and need nothing of it."""
 
     def wait_stream(self, stream: Stream) -> None:
         """Wait on the device."""
@@ -281,6 +279,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
 
 def _functions(device: FakeCuda) -> dict[str, Any]:
     """Return what stands in for functions of `torch.cuda`."""
+    stream = type("Stream", (Stream,), {"device": device})
     properties = SimpleNamespace(name="fake", total_memory=2**34, major=9, minor=0, uuid="fake")
 
     def set_state(state: Any, *_: Any, **__: Any) -> None:
@@ -304,8 +303,8 @@ def _functions(device: FakeCuda) -> dict[str, Any]:
         "set_rng_state_all": set_state,
         "manual_seed": seed,
         "manual_seed_all": seed,
-        "Stream": lambda *_, **__: Stream(device),
-        "current_stream": lambda *_: Stream(device),
+        "Stream": stream,  # a class: packages that are imported meanwhile write `torch.cuda.Stream | None`
+        "current_stream": stream,
         "stream": contextlib.nullcontext,
         "synchronize": lambda *_: device.wait("torch.cuda.synchronize"),
     }
