@@ -32,7 +32,8 @@ from torch.nn import functional as F
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
 from hookline.installed import installed
-from hookline.testing import TinyModule, assert_one_model, on_ranks, tiny_trainer, train_tiny
+from hookline.testing import assert_one_model, on_ranks, tiny_trainer, train_tiny
+from hookline.testing.checks.devices import Quiet
 
 ROOT = Path(__file__).parent.parent
 TESTS = (
@@ -149,12 +150,6 @@ def all_reduce(device: str, size: int) -> dict[str, Any]:
         return {"backend": backend, "GB/s": 5 * size / (time.perf_counter() - begun) / 1e9}
     finally:
         torch.distributed.destroy_process_group()
-
-
-class Quiet(TinyModule):
-    """Does not look at what it trains on."""
-
-    train_step = TinyModule.val_step
 
 
 class Watching(CallbackInterface):

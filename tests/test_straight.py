@@ -10,7 +10,7 @@ import torch
 
 from hookline import CallbackInterface, hookimpl, hookspecs
 from hookline.plugins.straight import straight
-from hookline.testing import TinyModule, digest, tiny_trainer
+from hookline.testing import ByClosure, TinyModule, digest, tiny_trainer
 
 STEP = (
     "take_window", "count_samples", "get_weight", "update", "run_window", "forward_backward", "prepare_batch",
@@ -63,21 +63,9 @@ class Plain(CallbackInterface):
         trainer.plugins.wrap_calls(lambda hook, implementation: implementation.function)
 
 
-class Closure(TinyModule):
+class Closure(ByClosure, TinyModule):
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
         return [torch.optim.LBFGS(self.parameters(), 0.01, max_iter=2)], []
-
-    @hookimpl
-    def update(self, trainer, window):
-        outputs = []
-
-        def closure():
-            trainer.zero_grad()
-            outputs[:] = trainer.hook.run_window(trainer=trainer, window=window)
-            return outputs[0][0]
-
-        trainer.step(closure=closure)
-        return outputs
 
 
 def run(module, hooks, extra, plain, window):

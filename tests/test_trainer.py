@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hookline import CallbackInterface, ModuleInterface, Stage, Trainer, hookimpl, hookspecs, kept_rng
 from hookline.counters import Cursor
 from hookline.data import sampler_class
-from hookline.testing import Memory, TinyModule, digest, tiny_trainer
+from hookline.testing import ByClosure, Memory, TinyModule, digest, tiny_trainer
 
 
 class Diary(CallbackInterface):
@@ -743,21 +743,9 @@ def test_with_a_closure_the_gradients_are_complete_after_each_call_of_it():
         def on_begin_optimizer_step(self, optimizers):
             norms.append(sum(p.grad.norm() for group in optimizers[0].param_groups for p in group["params"]).item())
 
-    class Module(TinyModule):
+    class Module(ByClosure, TinyModule):
         def get_optimizers_schedulers(self, steps, epochs):
             return [torch.optim.LBFGS(self.parameters(), max_iter=3)], []
-
-        @hookimpl
-        def update(self, trainer, window):
-            rows = []
-
-            def closure():
-                trainer.zero_grad()
-                rows[:] = trainer.hook.run_window(trainer=trainer, window=window)
-                return rows[0][0]
-
-            trainer.step(closure=closure)
-            return rows
 
     tiny_trainer([Watch()], module=Module(dropout=0.0), max_steps=1).train()
     assert len(norms) > 1

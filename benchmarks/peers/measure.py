@@ -8,24 +8,21 @@ prints a line of JSON for each row. `python -m benchmarks.peers` calls this for 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import json
 import logging
-import os
 import statistics
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.peers.frameworks import by_hand
-from benchmarks.peers.work import WORKS, Work
+from benchmarks.peers.work import WORKS, Work, done
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,18 +31,9 @@ WARM = 50
 """Calls of the network before the clock counts, at most a quarter of a run."""
 
 
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Send what frameworks say to nowhere, but let them say it: that is a part of the cost."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
-
-
 def run(framework: Any, work: Work) -> Any:
     """Do a work; return the network that was trained, or the loss of an evaluation."""
-    with tempfile.TemporaryDirectory() as folder, silence():
-        here = replace(work, folder=Path(folder))
-        return framework.validate(here) if work.name == "validate" else framework.train(here)
+    return done(framework.validate if work.name == "validate" else framework.train, work)
 
 
 def counts(framework: Any, work: Work) -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from benchmarks.checkpoint import Many, first_step
-from benchmarks.peers.measure import silence
+from benchmarks.peers.work import silence
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from benchmarks.checkpoint import Clock, Large
-from benchmarks.peers.measure import path_of, silence
+from benchmarks.peers.measure import path_of
+from benchmarks.peers.work import silence
 
 ROUNDS = 2
 WITHOUT = {

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
@@ -18,7 +17,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.work import WORKS, Work
+from benchmarks.peers.work import WORKS, Work, done
 
 STEPS = 10_000
 SLOW = 0.002
@@ -48,7 +46,7 @@ def first(name: str) -> None:
     """Take one step; print when the network was called, and how many modules Python had loaded."""
     times: list[float] = []
     framework = importlib.import_module(f"benchmarks.peers.frameworks.{name}")
-    _run(framework.train, replace(WORKS["mlp"], steps=1, heard=lambda _: times.append(time.time())))
+    done(framework.train, replace(WORKS["mlp"], steps=1, heard=lambda _: times.append(time.time())))
     print(json.dumps({"at": times[0], "modules": len(sys.modules)}))
 
 
@@ -70,7 +68,7 @@ def plugin(name: str) -> None:
 
     for _ in range(2):  # the first run imports
         begin = time.perf_counter()
-        _run(train, replace(WORKS["mlp"], steps=100))
+        done(train, replace(WORKS["mlp"], steps=100))
     steps = STEPS // 10 if time.perf_counter() - begin > 100 * SLOW else STEPS
     print(json.dumps({**_grown(train, steps), "steps": steps}))
 
@@ -85,19 +83,9 @@ def _grown(train: Callable[[Work], Any], steps: int) -> dict[str, int]:
         if count in (steps // 10, steps):
             seen.append(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE)
 
-    _run(train, replace(WORKS["mlp"], steps=steps, heard=heard))
+    done(train, replace(WORKS["mlp"], steps=steps, heard=heard))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"growth_kb": seen[1] - seen[0], "peak_mb": round(peak / 1024)}
-
-
-def _run(train: Callable[[Work], Any], work: Work) -> None:
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        train(replace(work, folder=Path(folder)))
 
 
 def starts(names: Sequence[str], turns: int) -> dict[str, dict[str, Any]]:

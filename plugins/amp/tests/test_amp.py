@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookline import ModuleInterface, Stage, Trainer, hookimpl
-from hookline.testing import Memory
+from hookline.testing import ByClosure, Memory
 from hookline_amp import Amp
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -267,21 +267,9 @@ def test_bf16_leaves_backward_and_step_to_others():
         Trainer(Regression(), plugins=[Amp("fp16"), Stepping()], device="cpu")
 
 
-class WithClosure(Regression):
+class WithClosure(ByClosure, Regression):
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
         return [torch.optim.LBFGS(self.parameters(), max_iter=2)], []
-
-    @hookimpl
-    def update(self, trainer, window):
-        outputs = []
-
-        def closure():
-            trainer.zero_grad()
-            outputs[:] = trainer.hook.run_window(trainer=trainer, window=window)
-            return outputs[0][0]
-
-        trainer.step(closure=closure)
-        return outputs
 
 
 def test_a_closure_goes_with_bf16():

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from hookline import CallbackInterface, hookimpl
-from hookline.testing import Memory, TinyModule, digest, run_ranks, tiny_trainer
+from hookline.testing import ByClosure, Memory, TinyModule, digest, run_ranks, tiny_trainer
 from hookline_compile import Compile
 
 pytestmark = [  # torch's own
@@ -208,21 +208,9 @@ class Hooked(Net):
         return [optimizer], schedulers
 
 
-class Closing(Net):
+class Closing(ByClosure, Net):
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
         return [torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=2)], []
-
-    @hookimpl
-    def update(self, trainer, window):
-        outputs = []
-
-        def closure():
-            trainer.zero_grad()
-            outputs[:] = trainer.hook.run_window(trainer=trainer, window=window)
-            return outputs[0][0]
-
-        trainer.step(closure=closure)
-        return outputs
 
 
 @pytest.mark.slow

@@ -6,13 +6,14 @@ from hookline.testing.digest import digest
 from hookline.testing.fake_cuda import fake_cuda
 from hookline.testing.memory import Memory
 from hookline.testing.ranks import on_ranks, run_ranks
-from hookline.testing.tiny import PlainModule, TinyModule, hand_written_loop, tiny_trainer
+from hookline.testing.tiny import ByClosure, PlainModule, TinyModule, hand_written_loop, tiny_trainer
 from hookline.testing.trackers import Told, check_killed_tracker, check_quiet_tracker, check_tracker
 from hookline.testing.trained import Trained, assert_one_model, train_tiny
 
 __all__ = [
     "CHECKS",
     "Budget",
+    "ByClosure",
     "Memory",
     "PlainModule",
     "TinyModule",

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from hookline.counters import Cursor
 from hookline.data import sampler_class
 from hookline.interfaces import ModuleInterface, Stage
-from hookline.outputs import as_outputs
+from hookline.marks import hookimpl
+from hookline.outputs import Outputs, as_outputs
 from hookline.randomness import set_seed
 from hookline.trainer import Trainer
 
@@ -93,6 +94,24 @@ class PlainModule(TinyModule):
     def __init__(self, dropout: float = 0.0, samples: int = 48) -> None:
         super().__init__(samples, dropout)
         del self.net[1]
+
+
+class ByClosure:
+    """Gives the optimizer a closure over the window, as LBFGS wants: mix it in before a module."""
+
+    @hookimpl
+    def update(self, trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
+        """Take one step, in which the optimizer runs the window as often as it likes."""
+        outputs: list[Outputs] = []
+
+        def closure() -> torch.Tensor:
+            trainer.zero_grad()
+            outputs[:] = trainer.hook.run_window(trainer=trainer, window=window)
+            loss: torch.Tensor = outputs[0][0]
+            return loss
+
+        trainer.step(closure=closure)
+        return outputs
 
 
 def tiny_trainer(
