@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hookline import CallbackInterface, hookimpl
 from hookline.testing import TinyModule, digest, hand_written_loop, tiny_trainer
@@ -81,6 +82,45 @@ def test_the_last_short_window_is_divided_by_its_own_size():
 
     tiny_trainer({"watch": Watch(), "windows": windows_of(3)}, epochs=1, train_batch_size=24).train()
     assert sizes == [3, 3, 3, 3, 3, 3, 1]
+
+
+def test_an_output_is_copied_once_before_its_memory_is_used_again():
+    """A step gives a buffer that each micro-batch overwrites; a listener may spoil what it is given of a step."""
+    steps, epochs, copies = [], [], []
+
+    class Reuses(TinyModule):
+        def __init__(self):
+            super().__init__(samples=32)
+            self.register_buffer("now", torch.zeros(1))
+
+        def train_step(self, global_step, batch, device):
+            self.now += 1
+            return super().train_step(global_step, batch, device)[0], self.now
+
+    class Spoils(CallbackInterface):
+        def on_end_train_step(self, gs, loss, now):
+            steps.append(now.tolist())
+            now.zero_()
+
+        def on_end_train_epoch(self, gs, loss, now):
+            epochs.append(now.tolist())
+
+    class Hears(CallbackInterface):
+        def on_end_train_step(self, gs, loss, now): ...
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            copies.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    options = {"epochs": 1, "train_batch_size": 16, "evaluate_every": None, "eval_when_finish": False}
+    tiny_trainer({"spoils": Spoils(), "windows": windows_of(2)}, Reuses(), **options).train()
+    assert steps == [[1.0, 2.0], [3.0, 4.0]]
+    assert epochs == [[1.0, 2.0, 3.0, 4.0]]
+    trainer = tiny_trainer({"hears": Hears()}, Reuses(), **options)
+    with Copies():
+        trainer.train()
+    assert copies.count("aten::clone") == trainer.global_step
 
 
 def test_outputs_stay_on_their_device_and_without_a_graph():

@@ -30,7 +30,7 @@ from hookline.interfaces import Loader, Stage
 from hookline.marks import event, verb
 from hookline.monitored import mode_of
 from hookline.optimizers import as_lists
-from hookline.outputs import Outputs, WindowCut, detached, with_loss
+from hookline.outputs import Kept, Outputs, WindowCut, detached, with_loss
 from hookline.schedulers import go_on
 from hookline.state import (
     get_gradients,
@@ -426,7 +426,7 @@ def forward_backward(trainer: Trainer, batch: Any, index: int, size: int) -> Out
     batch = hook.prepare_batch(trainer=trainer, batch=batch, stage=TRAIN)
     outputs = with_loss(hook.call_model(trainer=trainer, batch=batch, stage=TRAIN))
     if trainer.plugins.collecting:
-        outputs = (outputs[0], *detached(outputs[1:]))  # before the step changes the memory that they are views of
+        outputs = Kept((outputs[0], *detached(outputs[1:])))  # before the step changes memory that they are views of
     loss = hook.scale_loss(trainer=trainer, loss=outputs[0], batch=batch, size=size, index=index)
     hook.run_backward(trainer=trainer, loss=loss)
     hook.on_end_backward(trainer=trainer, global_step=trainer.counters.global_step, loss_tensor=loss)

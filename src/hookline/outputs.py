@@ -52,7 +52,7 @@ def kept(value: torch.Tensor) -> torch.Tensor:
     shares memory with a fresh result of a computation.
     """
     fresh = value.grad_fn is not None and not value._is_view()  # does not share memory; torch has no public test
-    return value.detach() if fresh else value.detach().clone()
+    return value.detach() if fresh else (value.detach() if value.requires_grad else value).clone()
 
 
 class WindowCut(BaseException):
@@ -101,9 +101,20 @@ def collate(rows: Sequence[Outputs], alone: bool = False) -> list[Any]:
     return [_column(values) for values in zip(*rows, strict=True)]
 
 
+class Kept(Outputs):
+    """Outputs of a step, of which all behind the loss are `kept` already."""
+
+
 def detached(outputs: Outputs) -> Outputs:
     """Return outputs with their tensors detached, safe from later in-place changes; see `kept`."""
     return tuple([kept(value) if isinstance(value, torch.Tensor) else value for value in outputs])
+
+
+def first(outputs: Outputs, room: int) -> Outputs:
+    """Return the first `room` outputs of a step, detached; what is kept already is not copied again."""
+    if type(outputs) is Kept:
+        return (kept(outputs[0]), *outputs[1:room])
+    return detached(outputs[:room])
 
 
 # Predictions --------------------------------------------------------------------------

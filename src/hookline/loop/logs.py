@@ -160,7 +160,7 @@ class Logs:
         real = outputs[: len(outputs) - window.padding] if window.padding else outputs
         weights = window.weights if len(window.weights) == len(outputs) else itertools.repeat(1.0)
         for row, weight in zip(real, weights, strict=False):
-            if type(row) is not tuple:
+            if not isinstance(row, tuple):
                 raise TypeError(
                     "the verb 'update' must answer a list with one tuple per micro-batch, the loss first; it answered "
                     f"a {type(outputs).__name__} of {type(row).__name__}"

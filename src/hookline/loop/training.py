@@ -20,7 +20,7 @@ from hookline.loop.evaluation import Evaluation
 from hookline.loop.first import look_at_gradients, say_not_finite, watched
 from hookline.loop.window import Window
 from hookline.monitored import require_metrics
-from hookline.outputs import Collector, Outputs, WindowCut, collate, detached
+from hookline.outputs import Collector, Outputs, WindowCut, collate, detached, first
 from hookline.randomness import Randomness, set_seed
 from hookline.schedulers import is_plateau, wrong_length
 
@@ -242,7 +242,7 @@ class Training:
                 self._epoch_outputs.add(row)
         if not room:
             return []
-        collated = collate([detached(row[:room]) for row in real or outputs], bool(real) and self.window.size == 1)
+        collated = collate([first(row, room) for row in real or outputs], bool(real) and self.window.size == 1)
         return collated if real else [column[:0] for column in collated]  # the usual number of outputs, without samples
 
     def step(self, optimizers: Sequence[torch.optim.Optimizer] | None = None, closure: Any = None) -> bool:
