@@ -1,4 +1,4 @@
-"""What all tests share: one thread each, how many workers `pytest -n auto` has, and a browser.
+"""What all tests share: one thread each, how many workers `pytest -n auto` has, what it leaves out, and a browser.
 
 The workers keep the cores busy, so more threads would only fight; and bits are compared between processes, which sum
 in the same order only with the same number of threads.
@@ -6,6 +6,7 @@ in the same order only with the same number of threads.
 
 import os
 import shutil
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch when it is imported, here and in processes that tests start
 
@@ -16,6 +17,44 @@ import torch
 def pytest_xdist_auto_num_workers():
     """Have one worker more than cores: a third of the time tests wait for processes, servers and timeouts."""
     return (os.cpu_count() or 1) + 1
+
+
+ROOT = Path(__file__).parent
+THOROUGH = [
+    line for line in (ROOT / "tests" / "thorough.txt").read_text().splitlines() if line and not line.startswith("#")
+]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="run what is left out where no path is given")
+
+
+def pytest_configure(config):
+    """Note which part of the tests runs: all where a path is given. Workers of xdist are told by the controller."""
+    if hasattr(config, "workerinput"):
+        config.part = config.workerinput["part"]
+    elif config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        config.part = "given"
+    else:
+        config.part = "thorough" if config.option.thorough else "quick"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["part"] = node.config.part
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    if config.part == "given":
+        return
+    kept, left = [], []
+    for item in items:
+        path = item.path.relative_to(ROOT).as_posix()
+        thorough = any(path.startswith(place) for place in THOROUGH)
+        (kept if thorough == (config.part == "thorough") else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(autouse=True)

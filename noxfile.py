@@ -13,9 +13,10 @@ nox.options.reuse_existing_virtualenvs = True
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests, as the README and CI do."""
+    """Run all tests, as CI does: those of the README's command, then those that take longer."""
     session.install("-r", "requirements-dev.txt")
     session.run("pytest", "-n", "auto", *session.posargs)
+    session.run("pytest", "-n", "auto", "--thorough", *session.posargs)
 
 
 CORE = [f"tests/test_{name}.py" for name in ("parts", "interfaces", "plugins", "trainer", "parity", "budgets")]
