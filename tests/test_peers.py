@@ -70,9 +70,9 @@ def told(*steps):
 
 
 def test_a_loop_by_hand_that_varies_leaves_no_times():
-    quiet = measure.times(told(0.3), WORKS["mlp"], hand=told(0.1))
+    quiet = measure.times(told(0.3), WORKS["mlp"], 0.1, hand=told(0.1))
     assert (quiet["ratio"], quiet["noise"]) == (3.0, 0.0)
-    loud = measure.times(told(0.3), WORKS["mlp"], hand=told(0.1, 0.1, 0.2))
+    loud = measure.times(told(0.3), WORKS["mlp"], 0.1, hand=told(0.1, 0.1, 0.2))
     kept = peers.judged({**loud, "difference": 0.0, "counts": {}}, 0.1, ("counts", "times"))
     assert "too loud: the loop by hand varies by" in kept["loud"]
     assert not set(peers.TIMES) & kept.keys()

@@ -4,9 +4,9 @@
 
 Every framework is given the same network, batches, loss, optimizer and seed; the weights that come out must be those of
 the loop by hand. *Counts* do not depend on the machine. *Times* are ratios: the loop by hand and the framework take
-turns in one process. Where the loop by hand itself varies by more than --noise, the machine is too loud for times, and
-none is given. `--write` puts the figures into benchmarks/peers.json, and from there into benchmarks/results.md and
-benchmarks/peers.svg; figures of other rows, frameworks and kinds stay as they are.
+turns in one process, until the loop by hand varies by less than --noise for some turns in a row; on a machine that is
+louder all the time, none is given. `--write` puts the figures into benchmarks/peers.json, and from there into
+benchmarks/results.md and benchmarks/peers.svg; figures of other rows, frameworks and kinds stay as they are.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ FRAMEWORKS = {
 """Their distributions."""
 ROWS = {
     "mlp": "the perceptron 32-64-10 on batches of 32, SGD",
+    "stream": "the same, with batches of an iterator in place of a list",
     "cnn": "a small network of convolutions, with a DataLoader of images 8x8",
     "cnn-workers": "the same with two workers",
     "transformer": "ten million parameters, four sequences of 64 tokens",
@@ -61,7 +62,7 @@ KINDS = dict.fromkeys(WORKS, ("counts", "times")) | {
 CLOSE = 1e-4
 """Weights may differ by this: some average gradients or weigh batches in another order of additions."""
 TIMES = ("by_hand_us", "noise", "ratio", "ratio_spread", "extra_us", "extra_s", "by_hand_s")
-START_TURNS = 3
+START_TURNS = 5
 
 Found = Iterator[tuple[str, str, dict[str, Any]]]
 """Rows, frameworks and their figures."""
@@ -74,7 +75,7 @@ def measured(names: Sequence[str], arguments: argparse.Namespace) -> Found:
     stepping = [row for row in wanted if row in WORKS and row != "ranks"]
     for name in frameworks:
         if stepping:
-            yield from steps(name, stepping, arguments.what)
+            yield from steps(name, stepping, arguments)
         if "ranks" in wanted and name != "contract":
             yield "ranks", name, on_ranks(name)
         if "instructions" in wanted:
@@ -98,10 +99,11 @@ def tried(module: str, *words: str) -> dict[str, Any]:
         return {"failed": str(error).strip().splitlines()[-1]}
 
 
-def steps(name: str, rows: Sequence[str], what: Sequence[str]) -> Found:
+def steps(name: str, rows: Sequence[str], arguments: argparse.Namespace) -> Found:
     """Give the figures of the rows that are steps, from one process: it imports the framework once."""
     try:
-        said = child("benchmarks.peers.measure", name, *rows, "--what", *what)
+        options = ("--noise", str(arguments.noise), "--what", *arguments.what)
+        said = child("benchmarks.peers.measure", name, *rows, *options)
     except RuntimeError as error:
         yield from ((row, name, {"failed": str(error).strip().splitlines()[-1]}) for row in rows)
         return

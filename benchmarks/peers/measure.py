@@ -8,8 +8,10 @@ prints a line of JSON for each row. `python -m benchmarks.peers` calls this for 
 from __future__ import annotations
 
 import argparse
+import collections
 import gc
 import importlib
+import itertools
 import json
 import logging
 import statistics
@@ -27,8 +29,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-WARM = 50
-"""Calls of the network before the clock counts, at most a quarter of a run."""
+BLOCK = 50
+"""Batches that are timed together, so that what is done every 50 steps is in each; fewer where a run has not four."""
+
+PATIENCE = 4
+"""Times the turns of a work: so long a quiet time is waited for."""
 
 
 def run(framework: Any, work: Work) -> Any:
@@ -96,20 +101,28 @@ def allocations(function: Callable[[], Any]) -> dict[str, int]:
 
 
 def seconds_per_batch(framework: Any, work: Work) -> float:
-    """Return what a batch takes, from inside one run: setting up does not count."""
+    """Return what a batch takes in the quickest block of one run: others on the machine only ever add.
+
+    The first block, and what comes before it, does not count.
+    """
     times: list[float] = []
     run(framework, replace(work, heard=times.append))
-    warm = min(WARM, len(times) // 4)
-    return (times[-1] - times[warm]) / (len(times) - 1 - warm)
+    block = min(BLOCK, len(times) // 4)
+    ends = times[block::block]
+    return min(after - before for before, after in itertools.pairwise(ends)) / block
 
 
-def times(framework: Any, work: Work, hand: Any = by_hand) -> dict[str, float]:
-    """Return what a batch takes beside the loop by hand, in turns."""
-    pairs = []
-    for turn in range(work.turns + 1):
+def times(framework: Any, work: Work, noise: float, hand: Any = by_hand) -> dict[str, float]:
+    """Return what a batch takes beside the loop by hand, in turns: of the first ones in a row among which that varies
+    no more than a noise, else of the last ones.
+    """
+    pairs: collections.deque[tuple[float, float]] = collections.deque(maxlen=work.turns)
+    for turn in range(PATIENCE * work.turns + 1):
         pair = seconds_per_batch(hand, work), seconds_per_batch(framework, work)
         if turn:  # the first one warms up
             pairs.append(pair)
+        if len(pairs) == work.turns and spread([plain for plain, _ in pairs]) <= noise:
+            break
     plain, ratios, extra = [a for a, _ in pairs], [b / a for a, b in pairs], [(b - a) * 1e6 for a, b in pairs]
     return {
         "by_hand_us": round(statistics.median(plain) * 1e6, 1),
@@ -136,7 +149,7 @@ def difference(framework: Any, work: Work) -> float:
     return max((a - b).detach().abs().max().item() for a, b in pairs)
 
 
-def measured(framework: Any, work: Work, what: Sequence[str]) -> dict[str, Any]:
+def measured(framework: Any, work: Work, what: Sequence[str], noise: float) -> dict[str, Any]:
     """Return the figures of one row, or the reason why a framework has none."""
     reason = getattr(framework, "WITHOUT", {}).get(work.name)
     if reason is not None:
@@ -146,7 +159,7 @@ def measured(framework: Any, work: Work, what: Sequence[str]) -> dict[str, Any]:
         hand, own = counts(by_hand, work), counts(framework, work)
         found |= {"counts": own, "beyond_by_hand": {name: round(own[name] - hand[name], 2) for name in own}}
     if "times" in what:
-        found |= times(framework, work)
+        found |= times(framework, work, noise)
     return found
 
 
@@ -170,6 +183,7 @@ def main() -> None:
     parser.add_argument("framework")
     parser.add_argument("rows", nargs="+", choices=WORKS)
     parser.add_argument("--what", nargs="+", choices=("counts", "times"), default=("counts", "times"))
+    parser.add_argument("--noise", type=float, default=0.1)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -178,7 +192,7 @@ def main() -> None:
     framework = importlib.import_module(f"benchmarks.peers.frameworks.{arguments.framework}")
     for row in arguments.rows:
         try:
-            found = measured(framework, WORKS[row], arguments.what)
+            found = measured(framework, WORKS[row], arguments.what, arguments.noise)
         except Exception as error:
             found = {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
         print(json.dumps({"row": row, **found}), flush=True)

@@ -45,7 +45,7 @@ class Work:
         batches: gives this many batches of (inputs, targets), an iterable that has a length; with ranks, it takes what
             makes a sampler of a data set.
         steps: batches of a run that is timed.
-        turns: how often it is timed.
+        turns: how often it is timed, in a row, while the loop by hand varies little.
         counted: batches of the two runs whose difference is what a step costs in counts. It is a multiple of 50
             optimizer steps, after which values are logged, but for the transformer: its steps are slow.
         accumulate: batches of one optimizer step.
@@ -59,7 +59,7 @@ class Work:
     name: str
     net: Callable[[], nn.Module]
     batches: Callable[..., Any]
-    steps: int = 200
+    steps: int = 1000
     turns: int = 7
     counted: tuple[int, int] = (50, 150)
     accumulate: int = 1
@@ -130,30 +130,30 @@ class Transformer(nn.Module):
 VECTORS = torch.randn(32, 32, generator=torch.Generator().manual_seed(2)), torch.arange(32) % 10
 
 
-class Same:
-    """Gives the same batch, again and again: there is nothing to load.
+class Stream:
+    """Gives the same batch, again and again, by an iterator of which nobody knows whether it draws random numbers.
 
     Args:
-        batch: what it gives.
+        count: of its batches.
     """
 
-    def __init__(self, batch: tuple[Tensor, ...], count: int) -> None:
-        self.batch, self.count = batch, count
+    def __init__(self, count: int) -> None:
+        self.count = count
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return itertools.repeat(self.batch, self.count)
+        return itertools.repeat(VECTORS, self.count)
 
 
-def vectors(count: int) -> Same:
-    return Same(VECTORS, count)
+def vectors(count: int) -> list[tuple[Tensor, ...]]:
+    return [VECTORS] * count
 
 
-def tokens(count: int) -> Same:
+def tokens(count: int) -> list[tuple[Tensor, ...]]:
     given = torch.randint(0, 256, (4, 64), generator=torch.Generator().manual_seed(2)), torch.arange(4)
-    return Same(given, count)
+    return [given] * count
 
 
 class Loaded:
@@ -177,6 +177,7 @@ WORKS = {
     work.name: work
     for work in (
         Work("mlp", mlp, vectors),
+        Work("stream", mlp, Stream),
         Work("cnn", cnn, Loaded(1, 8, 8)),
         Work("cnn-workers", cnn, Loaded(1, 8, 8, workers=2)),
         Work("transformer", Transformer, tokens, steps=4, turns=3, counted=(2, 6)),

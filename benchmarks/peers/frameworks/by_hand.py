@@ -10,8 +10,6 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
-from torchmetrics.classification import MulticlassAccuracy
-from tqdm import tqdm
 
 
 def train(work: Work) -> nn.Module:
@@ -52,6 +50,9 @@ class Callback:
 
 
 def _train_with_features(work: Work) -> nn.Module:
+    from torchmetrics.classification import MulticlassAccuracy
+    from tqdm import tqdm
+
     model, accuracy, losses = work.model(), MulticlassAccuracy(10, average="micro"), []
     optimizer = work.optimizer(model.parameters())
     with open(work.folder / "log.jsonl", "a") as log:

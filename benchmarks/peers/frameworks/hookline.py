@@ -6,7 +6,6 @@ from typing import Any
 
 from benchmarks.peers.work import Work
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from hookline import CallbackInterface, ModuleInterface, Trainer, hookimpl
 
@@ -41,25 +40,22 @@ class Callback(CallbackInterface):
     def on_end_train_step(self, global_step: int) -> None: ...
 
 
-def train(work: Work) -> nn.Module:
-    from hookline_accumulate import Accumulate
-    from hookline_checkpoint import Checkpoint
-    from hookline_clip import Clip
-    from hookline_ddp import Ddp
-    from hookline_metrics import Metrics
-    from hookline_progress import Progress
-    from hookline_runs import Jsonl
+def _features() -> dict[str, Any]:
+    from torchmetrics.classification import MulticlassAccuracy
 
+    metrics = {"train": {"accuracy": MulticlassAccuracy(10, average="micro")}}
+    return {"progress": {}, "jsonl": {}, "clip": {"max_norm": 1.0}, "checkpoint": {}, "metrics": metrics}
+
+
+def train(work: Work) -> nn.Module:
     module = Module(work)
     plugins: dict[str, Any] = {f"callback-{number}": Callback() for number in range(work.callbacks)}
     if work.accumulate > 1:
-        plugins["accumulate"] = Accumulate(work.accumulate)
+        plugins["accumulate"] = {"steps": work.accumulate}
     if work.features:
-        accuracy = MulticlassAccuracy(10, average="micro")
-        plugins |= {"progress": Progress(), "jsonl": Jsonl(), "clip": Clip(1.0), "checkpoint": Checkpoint()}
-        plugins["metrics"] = Metrics(train={"accuracy": accuracy})
+        plugins |= _features()
     if work.ranks > 1:
-        plugins["ddp"] = Ddp()
+        plugins["ddp"] = {}
     folder = "runs" if work.ranks > 1 else str(work.folder)  # ranks share one
     batch_size = 32 * work.accumulate * work.ranks
     Trainer(module, plugins, train_batch_size=batch_size, device="cpu", runs_folder=folder).train()

@@ -37,6 +37,19 @@ class Module(lightning.LightningModule):
         return self.work.optimizer(self.parameters())
 
 
+class Batches:
+    """Gives the batches of a list, which Lightning would take for several loaders."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        return iter(self.batches)
+
+
 class Callback(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None: ...
 
@@ -58,11 +71,16 @@ def _trainer(work: Work) -> lightning.Trainer:
     )
 
 
+def _loader(work: Work) -> Any:
+    loader = work.loader()
+    return Batches(loader) if isinstance(loader, list) else loader
+
+
 def train(work: Work) -> nn.Module:
     module = Module(work)
-    _trainer(work).fit(module, work.loader())
+    _trainer(work).fit(module, _loader(work))
     return module.model
 
 
 def validate(work: Work) -> float:
-    return float(_trainer(work).validate(Module(work), work.loader(), verbose=False)[0]["val_loss"])
+    return float(_trainer(work).validate(Module(work), _loader(work), verbose=False)[0]["val_loss"])

@@ -38,6 +38,8 @@ class Ours(Trainer):
             return loader
         return DataLoader(list(loader), collate_fn=lambda batches: batches[0])  # it takes nothing else
 
+    create_eval_dataloader = create_train_dataloader
+
 
 def train(work: Work) -> nn.Module:
     trainer = Ours(work)
@@ -48,4 +50,4 @@ def train(work: Work) -> nn.Module:
 def validate(work: Work) -> float:
     trainer = Ours(work)
     trainer.evaluate(NO_DATA)
-    return float(trainer.run_history.get_latest_metric("eval_loss_epoch"))
+    return float(trainer.run_history.get_latest_metric("evaluation_loss"))

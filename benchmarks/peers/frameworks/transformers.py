@@ -8,7 +8,6 @@ import torch
 import transformers
 from benchmarks.peers.work import Work
 from torch import nn
-from torchmetrics.classification import MulticlassAccuracy
 
 WITHOUT = {"ranks": "not tried: its loaders are given to it here"}
 
@@ -35,9 +34,11 @@ class Trainer(transformers.Trainer):
         self.work = work
         model = work.model()
         optimizer = work.optimizer(model.parameters())
-        self.accuracy = MulticlassAccuracy(10, average="micro")
         options: dict[str, Any] = {"max_grad_norm": 0.0, "disable_tqdm": True, "logging_strategy": "no"}
         if work.features:
+            from torchmetrics.classification import MulticlassAccuracy
+
+            self.accuracy = MulticlassAccuracy(10, average="micro")
             options = {"max_grad_norm": 1.0, "logging_steps": 50, "save_strategy": "epoch"}
         else:
             options["save_strategy"] = "no"
