@@ -329,7 +329,7 @@ def _functions(device: FakeCuda) -> dict[str, Any]:
         "memory_stats": {}, "mem_get_info": (2**34, 2**34), "is_bf16_supported": True,
         "set_per_process_memory_fraction": None,
     }  # fmt: skip
-    random = {
+    random: dict[str, Any] = {
         "get_rng_state": lambda *_: device.random.clone(),
         "get_rng_state_all": lambda: [device.random.clone()],
         "set_rng_state": set_state,

@@ -135,7 +135,7 @@ def _memory(here: torch.Tensor) -> int:
 
 def _bytes(here: torch.Tensor) -> torch.Tensor:
     """Return all memory that a tensor lies in."""
-    return torch.empty(0, dtype=torch.uint8).set_(here.untyped_storage())  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8).set_(here.untyped_storage())
 
 
 def functions(device: Device) -> dict[str, Any]:

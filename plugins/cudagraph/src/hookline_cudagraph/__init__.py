@@ -63,7 +63,7 @@ class CudaGraph(CallbackInterface):
             raise Uncapturable(f"it logs the object {name}")
 
     @hookimpl
-    def on_end_train(self, trainer: Trainer) -> None:
+    def on_end_train(self, trainer: Trainer) -> None:  # type: ignore[override]
         if self._step is not None and not (self._step.graphs or self._step.reason):
             trainer.say_once(
                 f"cudagraph: no step was captured: none of its kind came more than {self.warmup} times (shapes, values "

@@ -204,7 +204,7 @@ class Replay(torch.autograd.Function):
         return tuple(tensors)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor, *others: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if gradient is None or any(other is not None for other in others):
             raise RuntimeError(
@@ -270,8 +270,8 @@ class Unread:
     def _read(self, *_: Any) -> Any:
         raise StepRead
 
-    __bool__ = __index__ = __int__ = __float__ = __str__ = __repr__ = __format__ = __hash__ = _read  # type: ignore
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __abs__ = _read  # type: ignore
+    __bool__ = __index__ = __int__ = __float__ = __str__ = __repr__ = __format__ = __hash__ = _read
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __abs__ = _read
     __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = __divmod__ = _read
     __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _read
 

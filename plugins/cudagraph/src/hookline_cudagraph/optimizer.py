@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WITHOUT = (torch.optim.SGD,)
 """Optimizers without the option `capturable` whose steps compute no number in Python but of their options."""
-LATE = 10
+LATE = 5
 """After how many warm-ups it is said that nothing was captured so far."""
 
 
