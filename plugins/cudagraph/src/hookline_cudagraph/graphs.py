@@ -111,12 +111,15 @@ class Graph:
                 "has run already; turn it off (`plugins.cudagraph: null`)"
             )
         self.awaited = None
+        self._replay_backward(gradient)
+        return [None if kept is None else kept.detach() for kept in self.gradients]
+
+    def _replay_backward(self, gradient: torch.Tensor) -> None:
         for weight, kept in zip(self.weights.values(), self.gradients, strict=True):
             if weight.grad is not None and kept is not None and weight.grad.data_ptr() == kept.data_ptr():
-                weight.grad = weight.grad.clone()  # of an earlier micro-batch of this window
+                weight.grad = weight.grad.clone()  # of an earlier micro-batch of this window, which lies there
         self.gradient.copy_(gradient)
         self.backward.replay()
-        return [None if kept is None else kept.detach() for kept in self.gradients]
 
     # Whether it does what Python would -------------------------------------------------
 
@@ -178,8 +181,7 @@ class Graph:
         with kept_rng(), self.trainer.idling():
             self._fill(leaves)
             self.forward.replay()
-            self.gradient.fill_(1.0)
-            self.backward.replay()
+            self._replay_backward(torch.ones_like(self.gradient))
             return self._named(self.made, self.logged, self.gradients)
 
     def _named(self, made: list[Any], logged: list[Any], computed: Any) -> dict[str, Any]:
