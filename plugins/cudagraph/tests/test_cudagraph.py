@@ -143,6 +143,26 @@ def test_no_python_of_the_user_runs_in_a_replayed_step():
     assert "Linear.forward" not in counted
 
 
+class Watched(CallbackInterface):
+    """Watches the device in steps 15 to 20, of which all are replayed and none is compared."""
+
+    def __init__(self, device):
+        self.device = device
+
+    @hookimpl
+    def on_end_train_step(self, global_step):
+        self.device.watching = 14 <= global_step < 20
+
+
+def test_a_replayed_step_waits_for_nothing():
+    RAN.clear()
+    with fake_cuda() as device:
+        plugins = {"watched": Watched(device), "cudagraph": {}}
+        tiny_trainer(plugins, Net(), device="cuda", epochs=3, max_steps=20, log_every="1 epoch", **QUICK).train()
+        assert device.waits == []
+        assert RAN[-1] == 14
+
+
 def test_windows_of_several_micro_batches_add_their_gradients():
     others = {"accumulate": {"steps": 3}, "clip": {"max_norm": 0.5}}  # also the second of three is compared with Python
     plain = train(plugged=False, others=others, train_batch_size=24, epochs=3)

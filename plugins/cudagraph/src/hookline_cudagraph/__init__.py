@@ -63,15 +63,13 @@ class CudaGraph(CallbackInterface):
             raise Uncapturable(f"it logs the object {name}")
 
     @hookimpl
-    def on_end_train(self, trainer: Trainer) -> None:  # type: ignore[override]
+    def on_end_run(self, trainer: Trainer) -> None:
         if self._step is not None and not (self._step.graphs or self._step.reason):
             trainer.say_once(
                 f"cudagraph: no step was captured: none of its kind came more than {self.warmup} times (shapes, values "
                 "in the batch that are no tensors), or nobody called train_step with gradients"
             )
 
-    @hookimpl
-    def on_end_run(self) -> None:
         for of, name, value in reversed(self._put_back):
             delattr(of, name) if value is None else setattr(of, name, value)
         self._put_back.clear()
