@@ -39,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = (
     "tests/test_cuda.py",
     "plugins/amp/tests/test_amp.py",
+    "plugins/cudagraph/tests/test_cudagraph.py::test_on_a_device_replayed_steps_train_what_python_does",
     "plugins/ema/tests/test_ema.py::test_an_average_that_comes_back_goes_where_the_weights_are",
     "plugins/memory/tests/test_memory.py::test_the_peak_of_a_phase_on_a_gpu",
     "plugins/monitor/tests/test_monitor.py::test_figures_of_gpus",
@@ -75,9 +76,9 @@ class Clock:
 class Module(ModuleInterface):
     """A network that returns its loss, on the batches of a clock."""
 
-    def __init__(self, make: Callable[[], nn.Module], clock: Clock) -> None:
+    def __init__(self, make: Callable[[], nn.Module], clock: Clock, capturable: bool) -> None:
         super().__init__()
-        self.net, self.clock = make(), clock
+        self.net, self.clock, self.capturable = make(), clock, capturable
 
     def train_step(self, global_step: int, batch: Any, device: Any) -> Any:
         return self.net(*batch)
@@ -86,7 +87,7 @@ class Module(ModuleInterface):
         return self.clock
 
     def get_optimizers_schedulers(self, estimated_global_steps_per_epoch: int | None, epochs: int) -> Any:
-        return [torch.optim.AdamW(self.parameters(), 1e-4)], []
+        return [torch.optim.AdamW(self.parameters(), 1e-4, capturable=self.capturable)], []
 
 
 def by_hand(make: Callable[[], nn.Module], clock: Clock, device: str, options: Any = None, half: bool = False) -> None:
@@ -104,8 +105,10 @@ def by_hand(make: Callable[[], nn.Module], clock: Clock, device: str, options: A
         optimizer.zero_grad()
 
 
-def by_hookline(make: Callable[[], nn.Module], clock: Clock, device: str, plugins: Any) -> None:
-    Trainer(Module(make, clock), plugins, train_batch_size=len(clock.batch[0]), device=device).train()
+def by_hookline(
+    make: Callable[[], nn.Module], clock: Clock, device: str, plugins: Any, capturable: bool = False
+) -> None:
+    Trainer(Module(make, clock, capturable), plugins, train_batch_size=len(clock.batch[0]), device=device).train()
 
 
 # Parts --------------------------------------------------------------------------------
@@ -197,7 +200,7 @@ def steps(device: str, small: bool) -> dict[str, Any]:
         "hookline, compiled": lambda clock: by_hookline(Mlp, clock, device, {"compile": compiled}),
     }
     if "cudagraph" in installed() and device == "cuda":
-        rows["hookline, cudagraph"] = lambda clock: by_hookline(Mlp, clock, device, {"cudagraph": {}})
+        rows["hookline, cudagraph"] = lambda clock: by_hookline(Mlp, clock, device, {"cudagraph": {}}, True)
     return in_turns(rows, partial(Clock, batch, *((5, 10) if small else (100, 1000))), 1 if small else 3)
 
 

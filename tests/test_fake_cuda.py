@@ -18,6 +18,7 @@ ACTIVE = {**NEEDED, **OPTIONS, "metrics": COUNTED["metrics"], "amp": {"precision
 ACTIVE |= {"finite": {}, "limits": {}, "sample": NEEDED["sample"], "freeze": {"patterns": "net.0"}}
 WAITS = {  # plugins that wait for the device in ordinary steps, with the reason
     "amp": "with fp16 torch's GradScaler asks the device after each backward pass whether to step",
+    "cudagraph": "the step that captures waits, and those that compare do; its own tests watch the others",
 }
 
 

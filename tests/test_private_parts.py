@@ -94,6 +94,12 @@ def compiling(torch):
     return optimizer._opt_called, importlib.import_module("torch._dynamo.utils").graph_break_reasons
 
 
+def replaying(torch):
+    module = torch.nn.Linear(1, 1)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return hooks, importlib.import_module("torch.utils._pytree").tree_flatten, compiling(torch)
+
+
 PARTS = [
     Part(
         "torch",
@@ -101,6 +107,14 @@ PARTS = [
         {"plugins/compile"},
         "graph breaks are kept there alone, and schedulers of torch ask by the other whether an optimizer has stepped",
         compiling,
+    ),
+    Part(
+        "torch",
+        {"_opt_called", "_pytree", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"},
+        {"plugins/cudagraph"},
+        "schedulers of torch ask whether an optimizer has stepped, batches are walked over with the containers that "
+        "others register, and which modules run hooks is said nowhere else",
+        replaying,
     ),
     Part(
         "torch",
@@ -112,7 +126,7 @@ PARTS = [
     ),
     Part(
         "torch",
-        {"_C", "_disabled_torch_dispatch_impl", "_pytree"},
+        {"_C", "_disabled_torch_dispatch_impl", "_pytree", "_schema"},
         {"src"},
         "the kit's CUDA device that is not there makes its tensors as torch's fake ones are made, with CUDA's keys",
         lambda torch: (

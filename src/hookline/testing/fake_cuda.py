@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode  # sees every operation; torch documents it under this name
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hookline.testing import fake_graphs
+
 CUDA = torch.device("cuda", 0)
 BASE: Any = torch._C.TensorBase
 MAKE: Any = torch.Tensor._make_subclass
@@ -110,9 +112,18 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Which other device C++ means by `cuda`, while a function of its tensors runs."""
         self.random = torch.Generator().manual_seed(0).get_state()
         """The state of the device's own random numbers."""
+        self.capturing: fake_graphs.CUDAGraph | None = None
+        """The CUDA graph that records what is asked of the device."""
+        self.sync_mode = 0
+        """As `torch.cuda.set_sync_debug_mode` sets it: with 2, an operation for which the host would wait raises."""
 
-    def wait(self, what: str) -> None:
-        """Note that the host waits for the device."""
+    def wait(self, what: str, *, asked: bool = False) -> None:
+        """Note that the host waits for the device; `asked` where it does so by a function that is made for it."""
+        if self.capturing is not None:
+            self.capturing.broken = True
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what}, {_place()})")
+        if self.sync_mode == 2 and not asked:
+            raise RuntimeError(f"called a synchronizing CUDA operation ({what}, {_place()})")
         if self.watching:
             self.waits.append(Wait(what, _place()))
 
@@ -131,16 +142,22 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif not there:
             return func(*args, **kwargs)
         self._look(func, name, args, kwargs, tensors, there)
-        given, named = tree_map_only(torch.Tensor, lambda tensor: getattr(tensor, "here", tensor), (args, kwargs))
+        given, named = tree_map_only(torch.Tensor, self._values, (args, kwargs))
         draws = there and torch.Tag.nondeterministic_seeded in func.tags
-        result = self._draw(func, given, named) if draws else func(*given, **named)
+        do = self.do if self.capturing is None else self.capturing.record
+        result = do(func, given, named, draws)
         known = {id(tensor.here): tensor for tensor in tensors if _on_cuda(tensor)}
 
         def wrapped(tensor: torch.Tensor) -> torch.Tensor:
             same = known.get(id(tensor))
             if same is not None and same.shape != tensor.shape:
                 raise NotImplementedError(f"{name} changes a shape in place, and on the fake device it cannot")
-            return _put(tensor) if same is None and there else tensor if same is None else same
+            if same is not None or not there:
+                return tensor if same is None else same
+            made = _put(tensor)
+            if self.capturing is not None:
+                self.capturing.memory.hold(made, tensor)
+            return made
 
         return tree_map_only(torch.Tensor, wrapped, result)
 
@@ -152,6 +169,8 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
             patient = kwargs.get("non_blocking") or args[2:3] == (True,)
             if source and not target:
                 self.wait(f"{name} copies to the host")
+            elif target and not source and self.capturing is not None:
+                self.wait(f"{name} copies from memory of the host that is not pinned")
             elif target and not source and not patient:
                 self.wait(f"{name} copies from the host, and not with non_blocking=True")
         elif name.startswith("aten::index"):
@@ -165,6 +184,16 @@ class FakeCuda(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _refuse_mixed(tensors, name)
             if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
                 self.wait(f"{name} needs values on the host")
+
+    def _values(self, tensor: Any) -> Any:
+        """Return the values of a tensor; a capture keeps a number of the CPU as it is now."""
+        if _on_cuda(tensor):
+            return tensor.here
+        return tensor if self.capturing is None else tensor.clone()
+
+    def do(self, func: Any, args: Any, kwargs: Any, draws: bool) -> Any:
+        """Do an operation on values."""
+        return self._draw(func, args, kwargs) if draws else func(*args, **kwargs)
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Draw random numbers of the device."""
@@ -199,7 +228,7 @@ class Stream:
 
     def synchronize(self) -> None:
         """Wait on the host."""
-        self.device.wait("torch.cuda.Stream.synchronize")
+        self.device.wait("torch.cuda.Stream.synchronize", asked=True)
 
 
 class Asked(TorchFunctionMode):
@@ -261,8 +290,9 @@ def fake_cuda() -> Iterator[FakeCuda]:
     """Have a CUDA device within: `device="cuda"` trains on it, with the numbers of the CPU.
 
     Tensors on it refuse to meet those of the CPU, and what would make the host wait for a device is noted in `waits`
-    while `watching` is true. It has random numbers of its own, no autocast and no kernels, and its streams do all at
-    once: neither speed, nor memory, nor what only CUDA's kernels compute shows.
+    while `watching` is true. CUDA graphs are captured and replayed, and refuse what those of a real device refuse. It
+    has random numbers of its own, no autocast and no kernels, and its streams do all at once: neither speed, nor
+    memory, nor what only CUDA's kernels compute shows.
     """
     device = FakeCuda()
     with contextlib.ExitStack() as stack:
@@ -288,6 +318,9 @@ def _functions(device: FakeCuda) -> dict[str, Any]:
     def seed(number: int) -> None:
         device.random = torch.Generator().manual_seed(number).get_state()
 
+    def set_sync_mode(mode: int | str) -> None:
+        device.sync_mode = ("default", "warn", "error").index(mode) if isinstance(mode, str) else mode
+
     answers: dict[str, Any] = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "_is_in_bad_fork": False,
         "_lazy_init": None, "set_device": None, "empty_cache": None, "reset_peak_memory_stats": None,
@@ -296,15 +329,22 @@ def _functions(device: FakeCuda) -> dict[str, Any]:
         "memory_stats": {}, "mem_get_info": (2**34, 2**34), "is_bf16_supported": True,
         "set_per_process_memory_fraction": None,
     }  # fmt: skip
-    return {name: (lambda *_, _answer=answer, **__: _answer) for name, answer in answers.items()} | {
+    random: dict[str, Any] = {
         "get_rng_state": lambda *_: device.random.clone(),
         "get_rng_state_all": lambda: [device.random.clone()],
         "set_rng_state": set_state,
         "set_rng_state_all": set_state,
         "manual_seed": seed,
         "manual_seed_all": seed,
+    }
+    return {
+        **{name: (lambda *_, _answer=answer, **__: _answer) for name, answer in answers.items()},
+        **{name: fake_graphs.apart_from_captures(device, function) for name, function in random.items()},
+        **fake_graphs.functions(device),
         "Stream": stream,  # a class: packages that are imported meanwhile write `torch.cuda.Stream | None`
         "current_stream": stream,
         "stream": contextlib.nullcontext,
-        "synchronize": lambda *_: device.wait("torch.cuda.synchronize"),
+        "synchronize": lambda *_: device.wait("torch.cuda.synchronize", asked=True),
+        "set_sync_debug_mode": set_sync_mode,
+        "get_sync_debug_mode": lambda: device.sync_mode,
     }
