@@ -43,7 +43,7 @@ def outcomes(name, folder):
     """Return what becomes of trainings with a plugin and another one on this rank, by the name of the other.
 
     Raises:
-        AssertionError: it is another training, or another one in another order, or the refusal does not name the plugin.
+        AssertionError: it has other bits than without the plugin, or than in another order; or a refusal names it not.
     """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -44,9 +44,9 @@ def name_of(function: Callable[..., Any]) -> str:
 def own_function(method: Callable[..., Any], code: Any = None) -> Callable[..., Any]:
     """Return a function that calls a method, with a code object given or of its own.
 
-    torch counts recompilations by code object: without this, a model's Sequentials and checkpointed blocks would share
-    one, and all but the first few be left uncompiled; blocks that are alike do share, so that they are compiled once. Its
-    warning that it compiles no further has the name of the code.
+    torch counts recompilations by code object, and names it where it compiles no further: without this, a model's
+    Sequentials and checkpointed blocks would share one, and all but the first few be left uncompiled; blocks that are
+    alike do share, so that they are compiled once.
     """
 
     def step(*args: Any, **kwargs: Any) -> Any:
