@@ -347,6 +347,7 @@ def test_every_hook_is_reached_and_every_verb_answers():
     trainer.hook.get_mode(trainer=trainer, metric="val_loss")
     trainer.hook.get_watched_metrics(trainer=trainer)
     trainer.hook.get_total_norm(trainer=trainer, norm=torch.ones(()), norm_type=2.0)
+    trainer.hook.compile_function(trainer=trainer, function=torch.abs)
     trainer.hook.join_loaders(trainer=trainer, loaders={"one": []}, sampler=torch.utils.data.Sampler)
     trainer.hook.on_checkpoint(trainer=trainer, path=Path(), kind="model")
     memory = Memory(every="2 steps")

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,10 +39,14 @@ OPTIONS = {  # of those whose defaults would change nothing here
 }
 
 
-def make(name):
-    if name == "window":
-        return load("compile")(scope="window", backend="eager")
-    return next(reversed(build({name: OPTIONS.get(name, {})}).values()))
+def make(name, options=None):
+    """Return a plugin with these options, or with those that let it change a training."""
+    return next(reversed(build({name: OPTIONS.get(name, {}) if options is None else options}).values()))
+
+
+def made(names, **options):
+    """Return plugins by name, some with options of their own."""
+    return {name: make(name, options.get(name)) for name in names}
 
 
 def changes_training(name):
@@ -73,14 +76,14 @@ class Module(TinyModule):
         self.net[1] = Running()
 
 
-def trained(names, folder, module=Module):
+def trained(plugins, folder, module=Module, ranks=2, **options):
     """Return the bits of all that a run ends with, or the words in which it was refused."""
-    plugins = {name: make(name) for name in names}
     shares = any(hasattr(plugin, "shard_model") or hasattr(plugin, "split_model") for plugin in plugins.values())
+    ddp = {"ddp": {}} if ranks > 1 and not shares else {}
     try:
-        trainer = tiny_trainer(plugins if shares else {**plugins, "ddp": {}}, module(), epochs=1, runs_folder=folder)
+        trainer = tiny_trainer(plugins | ddp, module(), **{"epochs": 1, "runs_folder": folder, **options})
         trainer.train()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         if "both perform" in str(error):
             return "they are refused together"  # in words that name the first of them first
         return f"{type(error).__name__}: {error}"
@@ -106,9 +109,10 @@ def here(state):
 def in_both_orders(folder, with_ddp):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    names = [name for name in installed() if changes_training(name) and isinstance(trained([name], folder), dict)]
+    names = [name for name in installed() if changes_training(name)]
+    names = [name for name in names if isinstance(trained(made([name]), folder), dict)]
     pairs = [pair for pair in itertools.combinations(names, 2) if ("ddp" in pair) is with_ddp]
-    return {pair: (trained(pair, folder), trained(pair[::-1], folder)) for pair in pairs}
+    return {pair: (trained(made(pair), folder), trained(made(pair[::-1]), folder)) for pair in pairs}
 
 
 @pytest.mark.xdist_group("ranks")
@@ -125,46 +129,3 @@ def test_the_order_of_two_plugins_changes_no_bit(with_ddp, tmp_path):
         if isinstance(one, dict):
             other = outcomes[1].value[pair][0]
             assert (one["weights"], one["metrics"]) == (other["weights"], other["metrics"]), pair
-
-
-class Stepping(Module):
-    """Nothing in its step stays Python, and its rates are powers of two: a compiled window then has the same bits."""
-
-    def train_step(self, global_step, batch, device):
-        predictions = self.net(batch[0])
-        loss = torch.nn.functional.mse_loss(predictions, batch[1])
-        self.log(error=(predictions - batch[1]).abs().mean())
-        return loss, predictions
-
-    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
-        optimizer = torch.optim.SGD(self.parameters(), lr=2**-6, momentum=0.9)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)]
-
-
-def beside_the_window(folder):
-    """Return how each plugin goes with a compiled window: alike, otherwise, or the words that refuse it."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    told = {}
-    for name in sorted(set(installed()) - {"compile"}):
-        if not changes_training(name):
-            continue
-        plain, compiled = trained([name], folder, Stepping), trained([name, "window"], folder, Stepping)
-        if isinstance(plain, dict):
-            told[name] = compiled if isinstance(compiled, str) else "alike" if plain == compiled else "otherwise"
-        torch._dynamo.reset()
-    return told
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
-@pytest.mark.timeout(900)
-def test_the_compiled_window_goes_with_other_plugins_as_its_readme_says(tmp_path):
-    outcomes = run_ranks(beside_the_window, 2, str(tmp_path), timeout=900)
-    assert [outcome.code for outcome in outcomes] == [0, 0], "\n".join(outcome.output[-3000:] for outcome in outcomes)
-    told = outcomes[0].value
-    assert told == outcomes[1].value
-    readme = (Path(__file__).parents[1] / "plugins/compile/README.md").read_text()
-    alike = ", ".join(name for name, words in told.items() if words == "alike")
-    assert "otherwise" not in told.values(), told
-    assert f"| the bits of a run without | {alike} |" in readme, told

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -328,6 +328,17 @@ def on_begin_train(trainer: Trainer, global_step: int) -> None:
 
     `update_state` may have been called already: create only what is missing.
     """
+
+
+@verb
+def compile_function(trainer: Trainer, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what to call in place of a function on tensors that a plugin calls at each step: itself, or it compiled.
+
+    A plugin that computes at each step, such as a clip of gradients, asks in `on_begin_train`, and calls the answer
+    from then on. The function takes and returns tensors, numbers and lists of them, and may change tensors in place. It
+    calls no hook and logs nothing.
+    """
+    return function
 
 
 @event

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,41 +56,68 @@ class Clip(CallbackInterface):
             raise ValueError("clip has nothing to do: give max_norm, max_value, max_ratio, or several of them")
         if self.per_parameter and self.max_norm is None:
             raise ValueError("clip.per_parameter=true needs clip.max_norm, the norm of each parameter")
+        self._clip = clip
+
+    @hookimpl
+    def on_begin_train(self, trainer: Trainer) -> None:
+        """Let a plugin compile what each step computes."""
+        if not exchanged(trainer):
+            self._clip = trainer.hook.compile_function(trainer=trainer, function=clip)
+        elif trainer.plugins.heard["compile_function"]:
+            trainer.say_once("clip is not compiled: ranks exchange their norms within it (get_total_norm)")
 
     @hookimpl
     def on_begin_optimizer_step(self, trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        ways = by_sharing(optimizers)
+        ways, exchange = by_sharing(optimizers), None
         if not ways and trainer.world_size == 1:  # else other ranks may have gradients, and ask for the norm of all
             return
-        norm = None
-        if self.log_norm:
-            norm = whole(norm_of_all(trainer, ways, self.norm_type))
+        if exchanged(trainer):
+            exchange = functools.partial(trainer.hook.get_total_norm, trainer=trainer)
+        norm = self._clip(self, ways, exchange)
+        if norm is not None:
             trainer.log(grad_norm_before_clip=norm, weighted_by=1.0)
-        for way in ways.values():
-            if self.max_value is not None:
-                torch.nn.utils.clip_grad_value_(way, self.max_value)
-            if self.max_ratio is not None:
-                clip_units(way, self.max_ratio)
-            if self.per_parameter:
-                for parameter in way:
-                    own = total_norm([parameter.grad], self.norm_type)
-                    torch.nn.utils.clip_grads_with_norm_([parameter], self.max_norm, own)  # type: ignore[arg-type]
-        if self.max_norm is None or self.per_parameter:
-            return
-        if norm is None or self.max_value is not None or self.max_ratio is not None:
-            norm = norm_of_all(trainer, ways, self.norm_type)
-        for way in ways.values():
-            torch.nn.utils.clip_grads_with_norm_(way, self.max_norm, norm)
 
 
-def by_sharing(optimizers: Sequence[torch.optim.Optimizer]) -> dict[Any, list[torch.nn.Parameter]]:
+def clip(options: Clip, ways: list[list[torch.nn.Parameter]], exchange: Callable[..., Any] | None) -> Any:
+    """Clip gradients; return the norm of all of them before, if it is to be logged.
+
+    Args:
+        options: the limits.
+        ways: parameters, those together whose gradients ranks share in one way.
+        exchange: makes the norm of this rank's gradients that of all ranks; None if they are all the same.
+    """
+    before = norm = norm_of_all(ways, options.norm_type, exchange) if options.log_norm else None
+    if options.max_value is not None or options.max_ratio is not None or options.per_parameter:
+        norm = None
+    for way in ways:
+        if options.max_value is not None:
+            torch.nn.utils.clip_grad_value_(way, options.max_value)
+        if options.max_ratio is not None:
+            clip_units(way, options.max_ratio)
+        for parameter in way if options.per_parameter else ():
+            own = total_norm([parameter.grad], options.norm_type)
+            torch.nn.utils.clip_grads_with_norm_([parameter], options.max_norm, own)  # type: ignore[arg-type]
+    if options.max_norm is not None and not options.per_parameter:
+        if norm is None:
+            norm = norm_of_all(ways, options.norm_type, exchange)
+        for way in ways:
+            torch.nn.utils.clip_grads_with_norm_(way, options.max_norm, norm)
+    return whole(before)
+
+
+def exchanged(trainer: Trainer) -> bool:
+    """Tell whether a plugin makes the norm of this rank's gradients that of all ranks."""
+    return trainer.world_size > 1 and trainer.plugins.heard["get_total_norm"]
+
+
+def by_sharing(optimizers: Sequence[torch.optim.Optimizer]) -> list[list[torch.nn.Parameter]]:
     """Return the parameters with gradients, by the way in which ranks share them: torch clips one way at a time."""
     ways: dict[Any, list[torch.nn.Parameter]] = {}
     for parameter in (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
         if parameter.grad is not None:
             mesh = getattr(parameter.grad, "device_mesh", None)
             ways.setdefault(mesh, []).append(rows_of(parameter) if parameter.grad.is_sparse else parameter)
-    return ways
+    return list(ways.values())
 
 
 def clip_units(parameters: list[torch.nn.Parameter], max_ratio: float) -> None:
@@ -110,7 +138,7 @@ def rows_of(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
     parameter.grad = parameter.grad.coalesce()  # sums up rows that come several times: no element is known before
     indices = tuple(parameter.grad.indices())
     rows = torch.nn.Parameter(parameter.detach()[indices], requires_grad=False)
-    rows.grad = parameter.grad.values()
+    rows.grad = parameter.grad.values().detach()  # their memory, but no view of what a compiler does not know
     return rows
 
 
@@ -119,13 +147,11 @@ def whole(norm: Any) -> Any:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def norm_of_all(trainer: Trainer, ways: dict[Any, list[torch.nn.Parameter]], norm_type: float) -> Any:
+def norm_of_all(ways: list[list[torch.nn.Parameter]], norm_type: float, exchange: Callable[..., Any] | None) -> Any:
     """Return the norm of all gradients together, in whatever ways ranks share them."""
-    norms = [total_norm([parameter.grad for parameter in way], norm_type) for way in ways.values()]
+    norms = [total_norm([parameter.grad for parameter in way], norm_type) for way in ways]
     norm = norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm([whole(norm) for norm in norms], norm_type)
-    if trainer.world_size > 1:
-        norm = trainer.hook.get_total_norm(trainer=trainer, norm=norm, norm_type=norm_type)
-    return norm
+    return norm if exchange is None else exchange(norm=norm, norm_type=norm_type)
 
 
 def total_norm(gradients: list[Any], norm_type: float) -> Any:

@@ -1,6 +1,8 @@
 """The whole window, compiled: what it trains, what it tells, and that it does not compile for ever."""
 
 import copy
+import logging
+import pickle
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from hookline import CallbackInterface, hookimpl
-from hookline.testing import ByClosure, Memory, TinyModule, digest, run_ranks, tiny_trainer
+from hookline.testing import ByClosure, Memory, TinyModule, digest, on_ranks, run_ranks, tiny_trainer
 from hookline_compile import Compile
 
 pytestmark = [  # torch's own
@@ -105,6 +107,33 @@ def test_nothing_is_compiled_anew_in_later_epochs_and_a_resume_has_the_same_bits
     assert digest(resumed.export_model()) == digest(trainer.export_model())
 
 
+class Sizes(Net):
+    """Batches of eleven sizes."""
+
+    def get_train_dataloader(self, sampler, batch_size):
+        ids = torch.arange(len(self.inputs))
+        return [(self.inputs[:size], self.targets[:size], ids[:size]) for size in (8, 5, 9, 2, 7, 12, 3, 11, 4, 10, 6)]
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return super().get_train_dataloader(sampler, batch_size)
+
+
+@pytest.mark.slow
+def test_batches_of_many_sizes_are_compiled_twice_or_torch_says_that_it_stops(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("torch._dynamo"), "propagate", True)
+    plain = train(module=Sizes)
+    assert result(train({"backend": "aot_eager"}, Sizes)) == result(plain)
+    assert graphs() <= 4  # of train_step and of the optimizer, each for the first size and for all
+    assert not [record for record in caplog.records if record.name.startswith("torch._dynamo")]
+    torch._dynamo.reset()
+    counters.clear()
+    assert result(train({"backend": "aot_eager", "dynamic": False}, Sizes)) == result(plain)
+    assert 8 <= graphs() <= 10
+    said = next(record.message for record in caplog.records if record.name.startswith("torch._dynamo"))
+    assert "hit config.recompile_limit (8)" in said
+    assert "function: 'Net.train_step'" in said
+
+
 class Counting(Net):
     """Its loss is by the number of the step."""
 
@@ -174,6 +203,101 @@ def test_every_step_of_a_plugin_that_skips_updates_is_skipped():
     compiled = train({}, others={"skips": Skips()})
     assert compiled.counters.skipped_steps == STEPS // 2
     assert result(compiled) == result(train(others={"skips": Skips()}))
+
+
+# What other plugins compute -------------------------------------------------------------
+
+
+@pytest.mark.plugins
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_norm": 0.1, "log_norm": True},
+        pytest.param({"max_norm": 0.1, "norm_type": float("inf")}, marks=pytest.mark.slow),
+        pytest.param({"max_norm": 0.1, "max_value": 0.05, "max_ratio": 0.02}, marks=pytest.mark.slow),
+        pytest.param({"max_norm": 0.1, "per_parameter": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_clip_is_compiled_and_has_the_same_bits(options):
+    plain = train(others={"clip": options})
+    assert digest(plain.export_model()) != digest(train().export_model())
+    torch._dynamo.reset()
+    counters.clear()
+    train({"backend": "aot_eager"})
+    without = graphs()
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = train({"backend": "aot_eager", "fullgraph": True}, others={"clip": options})
+    assert result(compiled) == result(plain)
+    assert graphs() == without + 1
+
+
+def halve(gradients, asked):
+    total = torch.stack([gradient.sum() for gradient in gradients]).sum()
+    if asked and total.item() > 1e9:  # breaks there
+        raise OverflowError
+    for gradient in gradients:
+        gradient.mul_(0.5)
+    return total
+
+
+class Halving(CallbackInterface):
+    """A stranger that computes at each step, and keeps what it has been given to call."""
+
+    def __init__(self, asked=False):
+        self.asked, self.totals = asked, []
+
+    @hookimpl
+    def on_begin_train(self, trainer):
+        self.halve = trainer.hook.compile_function(trainer=trainer, function=halve)
+
+    @hookimpl
+    def on_begin_optimizer_step(self, trainer):
+        self.totals.append(self.halve([weight.grad for weight in trainer.module.parameters()], self.asked).item())
+
+
+@pytest.mark.parametrize("options", [None, {"scope": "blocks", "blocks": ["Linear"]}])
+def test_without_a_compiled_window_a_function_stays_what_it_is(options):
+    stranger = Halving()
+    train(options, others={"stranger": stranger})
+    assert stranger.halve is halve
+
+
+def test_a_function_of_a_stranger_is_compiled_and_its_breaks_are_told(caplog):
+    plain, whole, broken = Halving(), Halving(), Halving(asked=True)
+    bits = result(train(others={"stranger": plain}))
+    assert result(train({"fullgraph": True}, others={"stranger": whole})) == bits
+    assert whole.totals == plain.totals
+    assert not [record for record in caplog.records if "breaks into pieces" in record.message]
+    assert result(train({"fullgraph": True}, others={"stranger": broken})) == bits
+    assert broken.totals == plain.totals
+    lines = Path(__file__).read_text().splitlines()
+    (line,) = [number for number, text in enumerate(lines, 1) if text.endswith("# breaks there")]
+    (said,) = [record.message for record in caplog.records if "breaks into pieces" in record.message]
+    assert f"{__name__}.halve breaks into pieces at {__file__}:{line} (" in said
+    assert pickle.loads(pickle.dumps(whole.halve)) is halve is copy.deepcopy(whole).halve
+
+
+class Rows(Net):
+    """An embedding with sparse gradients, of other rows in each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding.from_pretrained(torch.ones(50, 1), freeze=False, sparse=True)
+
+    def train_step(self, global_step, batch, device):
+        predictions = self.net(batch[0]) + self.table(batch[2])
+        return torch.nn.functional.mse_loss(predictions, batch[1]), predictions
+
+    def get_optimizers_schedulers(self, estimated_global_steps_per_epoch, epochs):
+        return torch.optim.SGD(self.parameters(), lr=2**-6), []
+
+
+@pytest.mark.plugins
+@pytest.mark.slow
+def test_sparse_gradients_are_clipped_as_without():
+    plain, compiled = (train(options, Rows, {"clip": {"max_norm": 0.1, "max_ratio": 0.05}}) for options in (None, {}))
+    assert result(compiled) == result(plain)
 
 
 # Optimizers -----------------------------------------------------------------------------
@@ -261,7 +385,7 @@ def test_another_option_that_changes_each_step_gives_the_right_numbers_without_e
 
 
 def train_on(options, others):
-    return result(train(options, others=others, train_batch_size=16))
+    return result(train(options, others=others, train_batch_size=20))
 
 
 @pytest.mark.plugins
@@ -270,7 +394,7 @@ def train_on(options, others):
 def test_on_two_ranks_and_what_is_refused():
     runs = []
     for options in (None, {}):
-        outcomes = run_ranks(train_on, 2, options, {"ddp": {}})
+        outcomes = run_ranks(train_on, 2, options, {"ddp": {}, "clip": {"max_norm": 0.1}})
         assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].output + outcomes[1].output
         runs.append([outcome.value for outcome in outcomes])
     assert runs[0] == runs[1]
@@ -312,11 +436,10 @@ SHORT = {"epochs": 1, "max_train_steps_per_epoch": 4, "evaluate_every": None, "e
 
 
 def by_inductor():
-    """Return the weights that inductor trains, and what it found in its cache."""
-    torch._dynamo.reset()
-    counters.clear()
-    weights = train({"backend": "inductor"}, Calm, **SHORT).export_model()
-    return weights, counters["aot_autograd"]["autograd_cache_hit"], counters["aot_autograd"]["autograd_cache_miss"]
+    """Return the weights that inductor trains in a process of its own, and what it found in its cache."""
+    torch.set_num_threads(1)
+    weights = train({"backend": "inductor"}, Calm, {"clip": {"max_norm": 0.1}}, **SHORT).export_model()
+    return weights, graphs(), counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"]
 
 
 class Calm(Net):
@@ -327,13 +450,17 @@ class Calm(Net):
                 layer.p = 0.0  # inductor draws other random numbers
 
 
+@pytest.mark.plugins
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_inductor_rounds_otherwise_and_a_second_run_finds_what_it_has_compiled(tmp_path, monkeypatch):
+def test_inductor_rounds_otherwise_and_a_second_process_finds_what_the_first_has_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    weights, hits, compiled = by_inductor()
-    torch.testing.assert_close(weights, train(module=Calm, **SHORT).export_model(), rtol=1e-4, atol=1e-5)
-    assert hits == 0 < compiled
-    again, hits, missed = by_inductor()
-    assert missed == 0 < hits
+    (first,) = on_ranks(by_inductor, 1, timeout=300)
+    (second,) = on_ranks(by_inductor, 1, timeout=300)
+    weights, compiled, *found = first
+    plain = train(module=Calm, others={"clip": {"max_norm": 0.1}}, **SHORT).export_model()
+    torch.testing.assert_close(weights, plain, rtol=1e-4, atol=1e-5)
+    assert found == [0, compiled + 1]  # train_step is two, forward and backward
+    again, *found = second
+    assert found == [compiled, compiled + 1, 0]
     assert digest(again) == digest(weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 
 from hookline import CallbackInterface, find_blocks, hookimpl, nearest
 from hookline_compile.compiled import Compiled, own_function
-from hookline_compile.window import CompiledStep, compile_optimizer
+from hookline_compile.window import CompiledStep, compile_function, compile_optimizer
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -40,7 +40,8 @@ class Compile(CallbackInterface):
     dynamic: bool | None = None
     """Whether to expect other shapes: null compiles for the first, and at the second for all."""
     scope: str = "blocks"
-    """blocks, or window: `train_step` with its loss and its backward, and the step of each optimizer."""
+    """blocks, or window: `train_step` with its loss and its backward, what other plugins compute on tensors in a step,
+    and the step of each optimizer."""
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.backend != "inductor":
@@ -55,7 +56,7 @@ class Compile(CallbackInterface):
                 "compiles train_step, whatever it calls"
             )
         if self.scope == "blocks":
-            self.on_begin_train = None  # type: ignore[method-assign,assignment]
+            self.on_begin_train = self.compile_function = None  # type: ignore[method-assign,assignment]
 
     def _options(self) -> dict[str, Any]:
         """Return the arguments of torch.compile."""
@@ -64,7 +65,7 @@ class Compile(CallbackInterface):
     @hookimpl
     def compile_model(self, trainer: Trainer, model: torch.nn.Module) -> torch.nn.Module:
         if self.scope == "window":
-            self._train_step = CompiledStep(trainer.module, self._options())
+            self._train_step = CompiledStep(trainer, self._options())
             trainer.module.train_step = self._train_step  # type: ignore[method-assign]
             return model
         codes: dict[str, Any] = {}
@@ -78,6 +79,10 @@ class Compile(CallbackInterface):
             )
         log.info("compile: %d blocks of %d kinds", len(blocks), len(codes))
         return model
+
+    @hookimpl
+    def compile_function(self, trainer: Trainer, function: Callable[..., Any]) -> Callable[..., Any]:
+        return compile_function(trainer, function, self._options())
 
     @hookimpl
     def on_begin_train(self, trainer: Trainer) -> None:

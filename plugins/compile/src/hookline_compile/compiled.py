@@ -36,15 +36,21 @@ def same(method: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name of a function, or that of the class of another object that is called like one."""
+    return str(getattr(function, "__qualname__", type(function).__name__))
+
+
 def own_function(method: Callable[..., Any], code: Any = None) -> Callable[..., Any]:
     """Return a function that calls a method, with a code object given or of its own.
 
-    torch counts recompilations by code object: without this, a model's Sequentials and checkpointed blocks would share
-    one, and all but the first few be left uncompiled; blocks that are alike do share, so that they are compiled once.
+    torch counts recompilations by code object, and names it where it compiles no further: without this, a model's
+    Sequentials and checkpointed blocks would share one, and all but the first few be left uncompiled; blocks that are
+    alike do share, so that they are compiled once.
     """
 
     def step(*args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
 
-    step.__code__ = code if code is not None else step.__code__.replace(co_consts=step.__code__.co_consts)
+    step.__code__ = code if code is not None else step.__code__.replace(co_name=name_of(method))
     return step

@@ -10,10 +10,10 @@ import torch
 from torch.optim import Optimizer
 
 from hookline_compile.breaks import Breaks
-from hookline_compile.compiled import Compiled, own_function
+from hookline_compile.compiled import Compiled, name_of, own_function
 
 if TYPE_CHECKING:
-    from hookline import ModuleInterface, Trainer
+    from hookline import Trainer
 
 GRAPHS = ("reduce-overhead", "max-autotune")
 """The modes that replay CUDA graphs, whose outputs the next replay overwrites."""
@@ -21,24 +21,44 @@ GRAPHS = ("reduce-overhead", "max-autotune")
 Options = dict[str, Any]
 
 
-class CompiledStep(Compiled):
-    """`train_step`, compiled with the backward of its loss; what it logs is logged when it has returned."""
+class CompiledFunction(Compiled):
+    """A part of the window, compiled: it says at which lines it breaks, and what it returns is the caller's own."""
 
-    def __init__(self, module: ModuleInterface, options: Options) -> None:
-        given = module.train_step
-        method = given.method if isinstance(given, Compiled) else given  # of an earlier trainer
-        advice = "this is train_step. `compile.scope: blocks` leaves it in Python and compiles the blocks of the model"
-        super().__init__(method, torch.compile(own_function(method), **options), advice)
-        self.module, self.overwritten = module, options["mode"] in GRAPHS
-        self.breaks, self.called = Breaks("train_step"), False
+    def __init__(
+        self, trainer: Trainer, function: Callable[..., Any], name: str, advice: str, options: Options
+    ) -> None:
+        super().__init__(function, torch.compile(own_function(function), **options), advice)
+        self.trainer, self.breaks, self.overwritten = trainer, Breaks(name), options["mode"] in GRAPHS
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        trainer, self.called = self.module.trainer, True
         self.breaks.begin()
-        with trainer.logs.later():
-            outputs = super().__call__(*args, **kwargs)
-        self.breaks.tell(trainer)
+        outputs = super().__call__(*args, **kwargs)
+        self.breaks.tell(self.trainer)
         return copied(outputs) if self.overwritten else outputs
+
+
+def compile_function(trainer: Trainer, function: Callable[..., Any], options: Options) -> CompiledFunction:
+    """Return a function of another plugin, compiled; what cannot be compiled in one piece is no error of the user's."""
+    name = f"{function.__module__}.{name_of(function)}"
+    advice = f"this is {name}, which a plugin calls at each step. `compile.scope: blocks` leaves it in Python"
+    return CompiledFunction(trainer, function, name, advice, options | {"fullgraph": False})
+
+
+class CompiledStep(CompiledFunction):
+    """`train_step`, compiled with the backward of its loss; what it logs is logged when it has returned."""
+
+    def __init__(self, trainer: Trainer, options: Options) -> None:
+        self.module = trainer.module
+        given = self.module.train_step
+        method = given.method if isinstance(given, Compiled) else given  # of an earlier trainer
+        advice = "this is train_step. `compile.scope: blocks` leaves it in Python and compiles the blocks of the model"
+        super().__init__(trainer, method, "train_step", advice, options)
+        self.called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.trainer, self.called = self.module.trainer, True  # a later trainer may have none to compile
+        with self.trainer.logs.later():
+            return super().__call__(*args, **kwargs)
 
 
 def copied(outputs: Any) -> Any:
