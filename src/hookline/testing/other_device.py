@@ -84,8 +84,8 @@ def _module() -> types.ModuleType:
     """Return what stands at `torch.other`: the functions that torch documents for such a module, and asks it for."""
     own: Any = torch.ops.hookline_other
 
-    def seed(number: int) -> None:
-        own.set_rng_state(torch.Generator().manual_seed(number).get_state())
+    def seed(number: int) -> None:  # to other numbers than the CPU's, as a real device draws
+        own.set_rng_state(torch.Generator().manual_seed((number + 1) % 2**63).get_state())
 
     answers: dict[str, Any] = {
         "is_available": True, "is_initialized": True, "_is_in_bad_fork": False, "device_count": 1, "current_device": 0,
