@@ -77,7 +77,7 @@ def faults(session: nox.Session) -> None:
 def kit(session: nox.Session) -> None:
     """Do every check of the conformance kit on every plugin, the long ones too, and on all broken ones."""
     session.install("-r", "requirements-dev.txt")
-    tests = ["tests/test_house.py", "tests/test_checks.py", "tests/test_works_with.py"]
+    tests = [f"tests/test_{name}.py" for name in ("house", "checks", "works_with", "other_device")]
     session.run("pytest", "-n", "auto", *tests, "-m", "slow or not slow", "--durations=20", *session.posargs)
 
 

@@ -521,6 +521,28 @@ class KeepsOnCpu(CallbackInterface):
             total += weight.detach()
 
 
+@broken("other_device")
+@dataclass(eq=False)
+class TakesAllElseForCpu(CallbackInterface):
+    """Copies to the host what is on CUDA, and takes what is not to be there."""
+
+    @hookimpl
+    def on_end_train_step(self, trainer):
+        weights = [weight.detach() for weight in trainer.module.parameters()]
+        self.sums = [float((one.cpu() if one.is_cuda else one).numpy().sum()) for one in weights]
+
+
+@broken("other_device")
+@dataclass(eq=False)
+class DrawsOnDevice(CallbackInterface):
+    """Adds noise whose random numbers are of the device."""
+
+    @hookimpl
+    def on_begin_optimizer_step(self, trainer):
+        for weight in trainer.module.parameters():
+            weight.grad += torch.randn_like(weight)
+
+
 # errors -------------------------------------------------------------------------------
 
 

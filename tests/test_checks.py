@@ -19,7 +19,7 @@ HANGS = {"ReducesAlone", "StateTalks"}
 
 
 def marked(name):
-    slow = name in HANGS or BROKEN[name]._caught_by in ("cost", "ranks")
+    slow = name in HANGS or BROKEN[name]._caught_by in ("cost", "ranks", "other_device")
     return pytest.param(BROKEN[name], marks=[pytest.mark.slow] * slow, id=name)
 
 
@@ -52,7 +52,7 @@ def test_there_is_a_broken_plugin_for_every_check_but_that_of_imports():
 
 
 def test_a_right_plugin_is_caught_by_none():
-    check_plugin(Counts, checks=sorted(CHECKS.keys() - {"cost", "ranks"}))
+    check_plugin(Counts, checks=sorted(CHECKS.keys() - {"cost", "ranks", "other_device"}))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_order_beside_plugins_that_commute_with_it_is_right():
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["-k", "contract or state"], 0, "2 passed, 13 deselected"),
+        (["-k", "contract or state"], 0, "2 passed, 14 deselected"),
         (["-k", "state", "--hookline-options", "{max_norm: -1}"], 1, "clip.max_norm=-1"),
         (["-k", "state", "--hookline-skip", "state=for a test"], 0, "1 skipped"),
         (["-k", "state", "--hookline-expect", "state=for a test"], 1, "[XPASS(strict)] for a test"),

@@ -12,10 +12,12 @@ from tests.test_pairs import OPTIONS
 from hookline import hookimpl
 from hookline.installed import load
 from hookline.testing import TinyModule, check_plugin, digest, fake_cuda, tiny_trainer
+from hookline.testing.fake_autocast import listed
 
 pytestmark = pytest.mark.plugins
 ACTIVE = {**NEEDED, **OPTIONS, "metrics": COUNTED["metrics"], "amp": {"precision": "fp16"}, "checkpoint": {}}
 ACTIVE |= {"finite": {}, "limits": {}, "sample": NEEDED["sample"], "freeze": {"patterns": "net.0"}}
+UNLISTED = {"binary_cross_entropy", "cudnn_convolution", "cudnn_convolution_transpose"}  # raises; of cuDNN's own
 WAITS = {  # plugins that wait for the device in ordinary steps, with the reason
     "amp": "with fp16 torch's GradScaler asks the device after each backward pass whether to step",
     "cudagraph": "the step that captures waits, and those that compare do; its own tests watch the others",
@@ -66,6 +68,60 @@ def test_a_run_resumed_on_it_ends_with_the_same_bits(tmp_path):
         torch.cuda.manual_seed(random.getrandbits(30))
         resumed = train(plugins, Quiet(), resume=str(cut.run_dir), **options)
         assert digest(resumed.export_model()) == digest(whole.export_model()) != digest(cut.export_model())
+
+
+class Precise(Quiet):
+    """Sees in which precision it computes."""
+
+    def train_step(self, global_step, batch, device):
+        loss, predictions, targets = super().train_step(global_step, batch, device)
+        self.saw = predictions.dtype, loss.dtype
+        return loss, predictions, targets
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_amp_computes_on_it_in_its_precision(precision, dtype):
+    module = Precise(dropout=0.0)
+    with fake_cuda():
+        trainer = train({"amp": {"precision": precision}}, module, device="cuda")
+        assert {weight.grad is None and weight.dtype for weight in trainer.module.parameters()} == {torch.float32}
+    assert module.saw == (dtype, torch.float32)
+    assert trainer.metrics["val_loss"] < 9
+
+
+def test_amp_in_bf16_waits_for_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_plugin(load("amp"), checks=["device"], precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("compute", "dtype"),
+    [
+        (lambda x: torch.nn.functional.linear(x, x), torch.bfloat16),
+        (lambda x: x @ x, torch.bfloat16),
+        (lambda x: torch.nn.functional.scaled_dot_product_attention(x[None], x[None], x[None]), torch.bfloat16),
+        (lambda x: (x @ x).softmax(0), torch.float32),
+        (lambda x: (x @ x).sum(), torch.float32),
+        (lambda x: (x @ x).softmax(0, dtype=torch.float16), torch.float16),
+        (lambda x: (x @ x).norm(), torch.float32),
+        (lambda x: torch.addcmul(x @ x, x @ x, x @ x), torch.bfloat16),
+        (lambda x: torch.addcmul(x @ x, x, x @ x), torch.float32),
+        (lambda x: (x @ x) + 1, torch.bfloat16),
+        (lambda x: x.double() @ x.double(), torch.float64),
+    ],
+)
+def test_autocast_casts_as_on_a_real_device(compute, dtype):
+    with fake_cuda(), torch.autocast("cuda", torch.bfloat16):
+        there = torch.ones(4, 4, device="cuda")
+        assert compute(there).dtype == dtype
+        with torch.autocast("cuda", enabled=False):
+            assert (there @ there).dtype == torch.float32
+
+
+def test_autocast_knows_every_operator_of_torchs_own():
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA")
+    names = {name.removeprefix("aten::") for name in registered if name.startswith("aten::")}
+    assert listed().keys() == names - UNLISTED
 
 
 @pytest.mark.parametrize(

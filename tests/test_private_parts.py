@@ -139,6 +139,23 @@ PARTS = [
     ),
     Part(
         "torch",
+        {"_destroy", "_ExcludeDispatchKeyGuard"},
+        {"src"},
+        "the kit's CUDA device casts in the place of torch's autocast, which takes its tensors for none of CUDA",
+        lambda torch: (
+            torch.library.Library._destroy,
+            torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)),
+        ),
+    ),
+    Part(
+        "torch",
+        {"_get_privateuse1_backend_name", "_register_device_module"},
+        {"src"},
+        "torch documents the second for a device of a vendor, and says nowhere else whether there is one",
+        lambda torch: (torch._C._get_privateuse1_backend_name, torch._register_device_module),
+    ),
+    Part(
+        "torch",
         {"_optimizer_step_pre_hooks"},
         {"plugins/optimizer_in_backward"},
         "hooks before a step would find no gradients, so an optimizer with some is refused; nothing else says it has",

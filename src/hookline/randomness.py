@@ -39,6 +39,13 @@ def generator(trainer: Run, name: str, *, of_rank: bool = False) -> torch.Genera
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+def _accelerator() -> torch.device | None:
+    """Return the accelerator that is there; `torch.accelerator` does not know the CUDA device of tests."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def get_rng_state() -> dict[str, Any]:
     """Return this process's RNG states as tensors and plain data."""
     version, words, gauss = random.getstate()
@@ -46,8 +53,9 @@ def get_rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+    if (device := _accelerator()) is not None:
+        module = torch.get_device_module(device)
+        state[device.type] = [module.get_rng_state(index) for index in range(module.device_count())]
     if "numpy" in sys.modules:
         kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
         state["numpy"] = {
@@ -65,20 +73,15 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if (device := _accelerator()) is not None:
+        for index, kept in enumerate(state.get(device.type, ())):
+            torch.get_device_module(device).set_rng_state(kept, index)
     if "numpy" in state:
         import numpy
 
-        numpy.random.set_state(
-            (
-                state["numpy"]["kind"],
-                state["numpy"]["words"].numpy().astype("uint32"),
-                state["numpy"]["position"],
-                state["numpy"]["has_gauss"],
-                state["numpy"]["cached"],
-            )
-        )
+        own = state["numpy"]
+        words = own["words"].numpy().astype("uint32")
+        numpy.random.set_state((own["kind"], words, own["position"], own["has_gauss"], own["cached"]))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,7 @@ class Amp(CallbackInterface):
 
     @hookimpl(tryfirst=True)
     def on_setup(self, trainer: Trainer) -> None:
-        self._autocast = torch.autocast(trainer.device.type, DTYPES[self.precision])
+        self._autocast = self._autocast_on(trainer.device)
         if self.precision == "fp16":
             self.scaler = torch.amp.GradScaler(
                 trainer.device.type,
@@ -72,6 +73,22 @@ class Amp(CallbackInterface):
                 backoff_factor=self.backoff_factor,
                 growth_interval=self.growth_interval,
             )
+
+    def _autocast_on(self, device: torch.device) -> torch.autocast:
+        """Return autocast on a device.
+
+        Raises:
+            ValueError: the device does not have it in this precision, where torch would warn and compute in float32.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", ".*but the target dtype is not supported")
+                return torch.autocast(device.type, DTYPES[self.precision])
+        except (RuntimeError, AssertionError, UserWarning) as error:
+            raise ValueError(
+                f"amp.precision={self.precision!r} cannot be had on {device}: take another precision or another "
+                f"trainer.device, or turn amp off (`plugins.amp: null`). torch says: {' '.join(str(error).split())}"
+            ) from None
 
     @hookimpl(wrapper=True)
     def call_model(self) -> Generator[None, Any, Any]:

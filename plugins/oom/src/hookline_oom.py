@@ -113,8 +113,8 @@ class Oom(CallbackInterface):
         self.limit = (max(sizes) + 1) // 2
         traceback.clear_frames(error.__traceback__)  # which hold the activations
         trainer.module.zero_grad()
-        if trainer.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if not trainer.on_cpu:
+            torch.get_device_module(trainer.device).empty_cache()
         log.warning("memory ran out: at most %d samples pass the model at once from now on", self.limit)
 
     def _samples(self, trainer: Trainer, batch: Any) -> int:

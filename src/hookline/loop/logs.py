@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hookline.interfaces import Stage
-from hookline.loop.reductions import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, to_floats, wide
+from hookline.loop.reductions import FOLD_AT, REDUCTIONS, LogBuffer, Reduction, as_number, stacked, to_floats, wide
 from hookline.loop.window import Window
 from hookline.outputs import Outputs, kept
 
@@ -279,7 +279,7 @@ class Logs:
         if not pairs:
             return
         losses, weights = zip(*pairs, strict=True)
-        values = wide(torch.stack([loss.reshape(()) for loss in losses]))
+        values = wide(stacked([loss.reshape(()) for loss in losses]))
         total, weight = (values * torch.tensor(weights, dtype=values.dtype, device=values.device)).sum(), sum(weights)
         if (Stage.TRAIN, self._train_loss) not in self._logged_by_user:
             interval = self._interval.reduction(self._train_loss)
@@ -293,7 +293,7 @@ class Logs:
     def get_state(self) -> dict[str, Any]:
         """Return the values of this rank that are not flushed yet."""
         return {
-            "losses": torch.stack([loss.reshape(()) for loss, _ in self._losses]) if self._losses else None,
+            "losses": stacked([loss.reshape(()) for loss, _ in self._losses]) if self._losses else None,
             "weights": torch.tensor([weight for _, weight in self._losses], dtype=torch.float64),
             "interval": self._interval.get_state(),
             "epoch": self._epoch.get_state(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,10 +62,8 @@ class Reduction:
             self._weights = [weight for weight in self._weights if weight]
         if not self._pending:
             return
-        tensors = [v if isinstance(v, torch.Tensor) else torch.tensor(v, dtype=torch.float64) for v in self._pending]
-        values = torch.stack(tensors)
-        weight = sum(self._weights)
-        if self.reduce == "mean" and weight != len(tensors):
+        values, weight = stacked(self._pending), sum(self._weights)
+        if self.reduce == "mean" and weight != len(values):
             values = wide(values)
             values = values * torch.tensor(self._weights, dtype=values.dtype, device=values.device)
         self._pending, self._weights = [], []
@@ -107,6 +105,13 @@ class Reduction:
         reduction._value, reduction._weight = state["value"], state["weight"]
         reduction._pending, reduction._weights = list(state["pending"]), list(state["weights"])
         return reduction
+
+
+def stacked(numbers: Sequence[Number]) -> torch.Tensor:
+    """Return numbers as one tensor, on their device; those of Python and those that were loaded are on the CPU."""
+    tensors = [one if isinstance(one, torch.Tensor) else torch.tensor(one, dtype=torch.float64) for one in numbers]
+    device = next((one.device for one in tensors if one.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([one.to(device, non_blocking=True) for one in tensors])
 
 
 def wide(values: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from hookline.testing.checks import CHECKS, check_plugin
 from hookline.testing.digest import digest
 from hookline.testing.fake_cuda import fake_cuda
 from hookline.testing.memory import Memory
+from hookline.testing.other_device import other_device
 from hookline.testing.ranks import on_ranks, run_ranks
 from hookline.testing.tiny import ByClosure, PlainModule, TinyModule, hand_written_loop, tiny_trainer
 from hookline.testing.trackers import Told, check_killed_tracker, check_quiet_tracker, check_tracker
@@ -30,6 +31,7 @@ __all__ = [
     "fake_cuda",
     "hand_written_loop",
     "on_ranks",
+    "other_device",
     "run_ranks",
     "tiny_trainer",
     "train_tiny",

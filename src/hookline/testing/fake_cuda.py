@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # sees every operati
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hookline.testing import fake_graphs
+from hookline.testing.fake_autocast import fake_autocast
 
 CUDA = torch.device("cuda", 0)
 BASE: Any = torch._C.TensorBase
@@ -265,10 +266,10 @@ def _indexed(value: Any) -> Any:
 
 
 def _refuse_mixed(values: Any, name: str) -> None:
-    """Raise where tensors are on two devices; a number on the CPU may go everywhere, as with a real device."""
-    found = {
-        tensor.device for tensor in values if isinstance(tensor, torch.Tensor) and (tensor.ndim or _on_cuda(tensor))
-    }
+    """Raise where tensors are on two devices; a number on the CPU may go everywhere but into one tensor with others."""
+    joins = name in ("aten::stack", "aten::cat")
+    tensors = [one for one in values if isinstance(one, torch.Tensor)]
+    found = {one.device for one in tensors if one.ndim or joins or _on_cuda(one)}
     if len(found) > 1:
         said = ", ".join(sorted(map(str, found)))
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {said} ({name}, {_place()})")
@@ -291,8 +292,8 @@ def fake_cuda() -> Iterator[FakeCuda]:
 
     Tensors on it refuse to meet those of the CPU, and what would make the host wait for a device is noted in `waits`
     while `watching` is true. CUDA graphs are captured and replayed, and refuse what those of a real device refuse. It
-    has random numbers of its own, no autocast and no kernels, and its streams do all at once: neither speed, nor
-    memory, nor what only CUDA's kernels compute shows.
+    has random numbers of its own, autocast and no kernels, and its streams do all at once: neither speed, nor memory,
+    nor what only CUDA's kernels compute shows.
     """
     device = FakeCuda()
     with contextlib.ExitStack() as stack:
@@ -302,6 +303,7 @@ def fake_cuda() -> Iterator[FakeCuda]:
             stack.enter_context(mock.patch.object(torch.Tensor, name, vars(Members)[name]))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
+        stack.enter_context(fake_autocast(_on_cuda))
         stack.enter_context(Asked(device))
         stack.enter_context(device)
         yield device

@@ -138,8 +138,8 @@ class BatchFind(CallbackInterface):
             fits = False
         trainer.window.end()
         trainer.module.zero_grad()
-        if trainer.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if not trainer.on_cpu:
+            torch.get_device_module(trainer.device).empty_cache()
         value = torch.tensor(float(fits))
         return bool(trainer.hook.all_reduce(trainer=trainer, value=value, op="min").item())
 

@@ -119,15 +119,16 @@ class Distributed(CallbackInterface):
     @hookimpl
     def get_device(self, trainer: Trainer) -> torch.device:
         device = hookspecs.get_device(trainer=trainer)
-        if device.type != "cuda" or device.index is not None:
+        if device.type in ("cpu", "mps") or device.index is not None:  # torch knows one device of mps
             return device
-        if self._place.local_rank >= torch.cuda.device_count():
+        devices: Any = torch.get_device_module(device)
+        if self._place.local_rank >= devices.device_count():
             raise ValueError(
                 f"rank {self._place.rank} is process {self._place.local_rank} of its machine, which has "
-                f"{torch.cuda.device_count()} CUDA device(s); start one process a device"
+                f"{devices.device_count()} {device.type.upper()} device(s); start one process a device"
             )
-        torch.cuda.set_device(self._place.local_rank)
-        return torch.device("cuda", self._place.local_rank)
+        devices.set_device(self._place.local_rank)
+        return torch.device(device.type, self._place.local_rank)
 
     # The process group ----------------------------------------------------------------
 
@@ -172,7 +173,8 @@ class Distributed(CallbackInterface):
         rank, world_size = trainer.rank, trainer.world_size
         backend = self.backend
         if backend == "auto":
-            backend = "cpu:gloo,cuda:nccl" if trainer.device.type == "cuda" else "gloo"
+            kind = trainer.device.type
+            backend = "gloo" if trainer.on_cpu else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
         if not dist.is_initialized():
             store = meeting(self._place, self.init_method, self._start, self.start_timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=self._wait)

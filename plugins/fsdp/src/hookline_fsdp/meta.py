@@ -8,6 +8,8 @@ import zlib
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hookline import kept_rng
+
 
 def refuse_values(module: torch.nn.Module) -> None:
     """Refuse a module that was not made on the meta device, or has made other things there than its weights.
@@ -49,7 +51,7 @@ def give_values(model: torch.nn.Module, block: torch.nn.Module, device: torch.de
             made[id(tensor)] = placed(tensor, device)
         setattr(module, name, made[id(tensor)])
     fresh = {id(made[id(tensor)]) for _, _, tensor in places if tensor.is_meta}
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.no_grad(), kept_rng():
         # torch counts here alone how often a tensor was written to
         versions = {name: weight._version for name, weight in inner.items()}
         for module in reversed(list(block.modules())):  # what is within before what it is in, as they are made

@@ -10,6 +10,7 @@ import yaml
 
 from hookline.installed import installed, load, nearest
 from hookline.testing.checks import CHECKS, as_subject
+from hookline.testing.other_device import why_not
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -22,6 +23,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_plugin(plugin: str, check: str, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     """Do one check, in a folder of its own."""
+    if check == "other_device" and (reason := why_not()) is not None:
+        pytest.skip(reason)
     options = yaml.safe_load(pytestconfig.getoption("hookline_options")) or {}
     CHECKS[check](as_subject(load(plugin), None, options, readme=_readme(plugin)))
 
