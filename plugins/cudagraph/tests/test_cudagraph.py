@@ -158,7 +158,7 @@ def test_a_replayed_step_waits_for_nothing():
     RAN.clear()
     with fake_cuda() as device:
         plugins = {"watched": Watched(device), "cudagraph": {}}
-        tiny_trainer(plugins, Net(), device="cuda", epochs=3, max_steps=20, log_every="1 epoch", **QUICK).train()
+        tiny_trainer(plugins, Rated(), device="cuda", epochs=3, max_steps=20, log_every="1 epoch", **QUICK).train()
         assert device.waits == []
         assert RAN[-1] == 14
 

@@ -69,7 +69,6 @@ class CudaGraph(CallbackInterface):
                 f"cudagraph: no step was captured: none of its kind came more than {self.warmup} times (shapes, values "
                 "in the batch that are no tensors), or nobody called train_step with gradients"
             )
-
         for of, name, value in reversed(self._put_back):
             delattr(of, name) if value is None else setattr(of, name, value)
         self._put_back.clear()
