@@ -334,9 +334,8 @@ def on_begin_train(trainer: Trainer, global_step: int) -> None:
 def compile_function(trainer: Trainer, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return what to call in place of a function on tensors that a plugin calls at each step: itself, or it compiled.
 
-    A plugin that computes at each step, such as a clip of gradients, asks in `on_begin_train`, and calls the answer
-    from then on. The function takes and returns tensors, numbers and lists of them, and may change tensors in place. It
-    calls no hook and logs nothing.
+    A plugin that computes at each step, such as a clip, asks in `on_begin_train` and calls the answer from then on. The
+    function may change tensors in place. It calls no hook and logs nothing.
     """
     return function
 

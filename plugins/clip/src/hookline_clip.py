@@ -86,7 +86,7 @@ def clip(options: Clip, ways: list[list[torch.nn.Parameter]], exchange: Callable
         ways: parameters, those together whose gradients ranks share in one way.
         exchange: makes the norm of this rank's gradients that of all ranks; None if they are all the same.
     """
-    before = norm = norm_of_all(ways, options.norm_type, exchange) if options.log_norm else None
+    before = norm = whole(norm_of_all(ways, options.norm_type, exchange)) if options.log_norm else None
     if options.max_value is not None or options.max_ratio is not None or options.per_parameter:
         norm = None
     for way in ways:
@@ -102,7 +102,7 @@ def clip(options: Clip, ways: list[list[torch.nn.Parameter]], exchange: Callable
             norm = norm_of_all(ways, options.norm_type, exchange)
         for way in ways:
             torch.nn.utils.clip_grads_with_norm_(way, options.max_norm, norm)
-    return whole(before)
+    return before
 
 
 def exchanged(trainer: Trainer) -> bool:
