@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests import budgets
 from tests.test_house import EACH, NEEDED
+from torch.utils.data import DataLoader, TensorDataset
 
 from hookline import CallbackInterface, ModuleInterface, Stage, Trainer, hookimpl
 from hookline.installed import installed
@@ -72,10 +73,66 @@ def test_a_step_of_the_loop_costs_exactly_what_is_written_down():
     budgets.compare(budgets.LOOP, of_the_loop())
 
 
-def test_an_unplugged_step_is_plain_python():
+class Stream:
+    """Gives batches by an iterator of its own.
+
+    Args:
+        batches: what it gives.
+        begin: makes the iterator.
+    """
+
+    def __init__(self, batches, begin):
+        self.batches, self.begin = batches, begin
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return self.begin(self.batches)
+
+
+def one_by_one(batches):
+    yield from batches
+
+
+def loaded(batches):
+    data = TensorDataset(*map(torch.cat, zip(*batches, strict=True)))
+    return DataLoader(data, 32)
+
+
+@pytest.mark.parametrize(
+    ("loader", "most"),
+    [
+        (list, 10),
+        (lambda batches: Stream(batches, iter), 12),  # of a list, in which nobody can draw
+        (lambda batches: Stream(batches, one_by_one), 14),
+        (loaded, 15),
+    ],
+)
+def test_an_unplugged_step_is_plain_python(loader, most, monkeypatch):
+    monkeypatch.setattr(Mlp, "get_train_dataloader", lambda self, sampler, batch_size: loader([BATCH] * self.batches))
     by_hand, ours = calls_per_step(hand_written), calls_per_step(hookline)
-    assert ours.calls - by_hand.calls <= 15
+    assert ours.calls - by_hand.calls <= most
     assert ours.syncs == by_hand.syncs == 0
+
+
+class Validated(Mlp):
+    val_step = Mlp.train_step
+
+    def get_val_dataloaders(self, sampler, batch_size):
+        return [BATCH] * self.batches
+
+
+def test_a_batch_of_an_evaluation_is_plain_python():
+    def by_hand(steps):
+        module = Validated(steps).eval()
+        with torch.no_grad():
+            for batch in module.get_val_dataloaders(None, 32):
+                module(stage=Stage.VAL, global_step=0, batch=batch, device="cpu")
+
+    ours = calls_per_step(lambda steps: Trainer(Validated(steps), val_batch_size=32, device="cpu").validate())
+    assert ours.calls - calls_per_step(by_hand).calls <= 11.5  # and what is done with each 256 losses
+    assert ours.syncs == 0
 
 
 @exactly

@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 ROOT = Path(__file__).parent.parent
 HOMES = [ROOT / "src", *sorted(ROOT.glob("plugins/*/src"))]
 PUBLIC = {"_asdict", "_current_frames", "_exit", "_fields", "_make", "_replace"}  # documented, of Python itself
+CALLING = ("_multicall", "_raise_wrapfail")
 ASKING = {"getattr", "hasattr", "setattr", "delattr"}
 SIMULATE = "plugins/simulate"
 
@@ -327,10 +328,10 @@ PARTS = [
     ),
     Part(
         "pluggy",
-        {"_callers", "_multicall"},
+        {"_callers", "_multicall", "_raise_wrapfail"},
         {"src"},
-        "hooks with wrappers are called by pluggy's own function, without the checks before it in each step",
-        lambda pluggy: importlib.import_module("pluggy._callers")._multicall,
+        "its function shows an error in a historic event; wrappers that do not yield once are refused in its words",
+        lambda pluggy: [getattr(importlib.import_module("pluggy._callers"), name) for name in CALLING],
     ),
     Part(
         "torchmetrics",

@@ -98,11 +98,6 @@ class Cursor:
         """Go to the beginning of an epoch."""
         self.epoch, self.position, self.consumed, self.loader_state = epoch, 0, 0, None
 
-    def advance(self, batches: int) -> None:
-        """Count trained batches."""
-        self.position += batches
-        self.consumed += batches * self.draw
-
     def move_to(self, position: int) -> None:
         """Go to a place in the epoch, in batches."""
         self.position, self.consumed = position, position * self.draw

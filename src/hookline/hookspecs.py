@@ -27,6 +27,7 @@ import torch
 from hookline import data
 from hookline.counters import Cursor, lesser
 from hookline.interfaces import Loader, Stage
+from hookline.loop.first import look_at_gradients
 from hookline.marks import event, verb
 from hookline.monitored import mode_of
 from hookline.optimizers import as_lists
@@ -411,7 +412,14 @@ def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
     `trainer.step` with the optimizers that step.
     """
     outputs = trainer.hook.run_window(trainer=trainer, window=window)
-    trainer.training.step()
+    training, optimizers = (
+        trainer.training,
+        trainer.built.optimizers,
+    )  # the rest is `trainer.step`, without its call
+    if training.first_step == "under way":
+        look_at_gradients(trainer, trainer.built, optimizers)
+    if not trainer.hook.step_optimizers(trainer=trainer, optimizers=optimizers, closure=None):
+        training.skip()
     return outputs  # type: ignore[no-any-return]
 
 

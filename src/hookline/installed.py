@@ -15,11 +15,14 @@ PLUGINS = "hookline.plugins"
 COMMANDS = "hookline.commands"
 
 
+entry_points = functools.cache(metadata.entry_points)  # it reads a file of each distribution that is installed
+
+
 @functools.cache
 def claims(group: str = PLUGINS) -> dict[str, list[metadata.EntryPoint]]:
     """Return the entry points of a group by name; two of one name are of two distributions, and clash."""
     found: dict[str, list[metadata.EntryPoint]] = {}
-    for point in metadata.entry_points(group=group):
+    for point in entry_points().select(group=group):
         found.setdefault(point.name, []).append(point)
     for name, points in found.items():
         if len(points) > 1:  # else nobody needs to know of whom it is, which takes long to read

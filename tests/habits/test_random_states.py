@@ -262,3 +262,34 @@ def test_a_loader_that_draws_each_epoch_is_told_that_it_is_one_draw(caplog):
     said = [record.getMessage() for record in caplog.records if "draws at random" in record.getMessage()]
     assert len(said) == 1
     assert "For another draw each epoch use a generator that is seeded by self.trainer.epoch" in said[0]
+
+
+class Gauss(Line):
+    """Draws pairs of numbers of Python's, of which the generator keeps the second, in training and in loading."""
+
+    def __init__(self, loading):
+        super().__init__()
+        self.loading, self.drawn, self.loaded = loading, [], []
+
+    def batches(self):
+        for batch in [(torch.ones(2, 3), torch.ones(2, 1))] * 4:
+            self.loaded += [random.gauss(0, 1) for _ in range(self.loading)]
+            yield batch
+
+    def get_train_dataloader(self, sampler, batch_size):
+        return self.batches()
+
+    def train_step(self, global_step, batch, device):
+        self.drawn.append(random.gauss(0, 1))
+        return self.net(batch[0]).sum()
+
+
+def test_what_loading_draws_of_pairs_changes_nothing_of_what_training_draws():
+    drawn = {}
+    for loading in range(3):
+        module = Gauss(loading)
+        train(module)
+        drawn[loading] = module.drawn
+        assert len({*module.loaded}) == 4 * loading  # each batch has a seed of its own
+    assert len({*drawn[0]}) == 4
+    assert drawn[0] == drawn[1] == drawn[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import operator
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+TRAINED = operator.attrgetter("requires_grad")
 COMPRESSIONS = ("none", "fp16", "bf16", "powersgd")
 
 log = logging.getLogger("hookline.ddp")
@@ -125,7 +127,7 @@ class Ddp(CallbackInterface):
         trainer.hook.broadcast(trainer=trainer, tensors=new)
         self._known = {id(tensor): tensor for tensor in named.values()}
         weights = list(self._model.parameters())
-        trained = [weight.requires_grad for weight in weights]
+        trained = list(map(TRAINED, weights))
         if list(map(id, weights)) == list(map(id, self._weights)) and trained == self._trained:
             return False
         self._weights, self._trained = weights, trained
@@ -164,8 +166,8 @@ class Ddp(CallbackInterface):
 
     @hookimpl(wrapper=True)
     def forward_backward(self, trainer: Trainer, index: int, size: int) -> Generator[None, Any, Any]:
-        if self._weights:
-            self._keep_up(trainer)
+        if list(map(TRAINED, self._weights)) != self._trained:  # by now frozen or unfrozen; 0.1 us a weight
+            self._look_again(trainer)
         keep_to_itself = self._wrapped is not None and index + 1 < size and not self._first
         self._first = False  # of a static graph, which torch has to see whole before it is left unaveraged
         if keep_to_itself:
@@ -184,16 +186,12 @@ class Ddp(CallbackInterface):
                 dist.all_reduce(gradient, group=mesh.get_group())
                 gradient /= mesh.size()
 
-    def _keep_up(self, trainer: Trainer) -> None:
-        """See whether a weight has been frozen or unfrozen since the last step, in 0.1 us a weight."""
-        if [weight.requires_grad for weight in self._weights] != self._trained:
-            self._look_again(trainer)
-
     @hookimpl(optionalhook=True)  # of distributed
     @contextlib.contextmanager
     def shadow(self, trainer: Trainer) -> Generator[None, None, None]:
         """Let the model stand still, while buckets of gradients and buffers go around as ever."""
-        self._keep_up(trainer)
+        if list(map(TRAINED, self._weights)) != self._trained:
+            self._look_again(trainer)
         if self._wrapped is None:
             yield
             return

@@ -54,8 +54,9 @@ def counted(batch: Any, given: Iterable[tuple[Any, int | None]] = ()) -> tuple[i
     if isinstance(batch, (list, tuple)) and batch and isinstance(batch[0], torch.Tensor) and batch[0].ndim:
         first = batch[0].shape[0]
         for other in batch[1:]:
-            if not isinstance(other, torch.Tensor) or other.shape[:1] != batch[0].shape[:1]:
+            if not isinstance(other, torch.Tensor) or not other.ndim or other.shape[0] != first:
                 first = None
+                break
     for other, samples in given:
         if other is batch and samples is not None:
             return samples if samples == first else left_of(batch, samples), ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,8 +41,7 @@ class ResumableSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         share = self.order()[self.cursor.consumed + self.share :: self.shares]
-        for chunk in torch.split(share, CHUNK):
-            yield from chunk.tolist()
+        return itertools.chain.from_iterable(map(torch.Tensor.tolist, torch.split(share, CHUNK)))
 
     def order(self) -> torch.Tensor:
         """Return what a whole epoch draws, over all ranks, `length` indices; it must depend only on (seed, epoch)."""

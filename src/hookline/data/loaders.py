@@ -29,6 +29,10 @@ STATEFUL = (
 )
 
 
+STILL = {type(iter([])), type(iter(())), type(iter({}.values())), itertools.repeat}
+"""Iterators of Python's own over what is there already: no code of anybody runs in them, so nothing is drawn."""
+
+
 class RunLoader:
     """A private loader for one stage of one run; the user's loader does not change.
 
@@ -86,14 +90,13 @@ class RunLoader:
 
     def _index(self, loader: DataLoader[Any], batches: Batches, patience: float) -> None:
         arguments = self._arguments(loader, patience)
-        view = self._view = SeededDataset(loader.dataset, loader.collate_fn, self.cursor.seed, arguments["timeout"])
+        batched, timeout = loader.batch_sampler is not None, arguments["timeout"]
+        view = self._view = SeededDataset(loader.dataset, loader.collate_fn, batched, self.cursor.seed, timeout)
         if loader.num_workers:
             view.epoch.share_memory_()  # type: ignore[no-untyped-call]
-        arguments |= {"collate_fn": as_it_is, "worker_init_fn": InitWorker(loader.worker_init_fn)}
-        if loader.batch_sampler is None:
-            arguments |= {"batch_size": None, "sampler": batches}
-        else:
-            arguments["batch_sampler"] = batches
+        arguments["collate_fn"] = tuple  # leaves the pair of a number and a collated batch as it is
+        arguments["worker_init_fn"] = InitWorker(loader.worker_init_fn)
+        arguments |= {"batch_sampler": batches} if batched else {"batch_size": None, "sampler": batches}
         self._private = DataLoader(view, **arguments)  # type: ignore[arg-type]
 
     def _stream(self, loader: DataLoader[Any], patience: float) -> None:
@@ -177,7 +180,7 @@ class RunLoader:
     def _stream_from(self, skipped: int) -> Iterator[tuple[Any, Any]]:
         """Yield each batch of a stream behind its number of samples and the state of the loader after it.
 
-        Seeds the RNG of this process for each batch.
+        Seeds the RNG of this process for each batch, unless nobody can draw.
         """
         cursor, place = self.cursor, 0
         load_state = getattr(self.loader, "load_state_dict", None)
@@ -189,14 +192,13 @@ class RunLoader:
             log.warning(SKIPPING, skipped)
         source: Any = self.loader if self._private is None else self._private
         seed = mix(cursor.seed, cursor.epoch, self.share)
-        with seeded(seed):
-            iterator = iter(source)
+        iterator = seeded(seed, iter, source)
+        still = type(iterator) in STILL
         while True:
-            with seeded(mix(seed, place)):
-                try:
-                    batch = next(iterator)
-                except StopIteration:
-                    break
+            try:
+                batch = next(iterator) if still else seeded(mix(seed, place), next, iterator)
+            except StopIteration:
+                break
             place += 1
             state = None if self.states is None else self.loader.state_dict()
             if place > skipped:
@@ -213,11 +215,6 @@ class Counted:
 
     def __call__(self, samples: Any) -> tuple[int | None, Any]:
         return len(samples) if self.batched else None, self.collate(samples)
-
-
-def as_it_is(batch: Any) -> Any:
-    """Return a batch that is already collated."""
-    return batch
 
 
 def is_indexed(loader: Any) -> bool:

@@ -215,9 +215,9 @@ class Batches:
             place += further
 
     def _of_the_run(self) -> Iterator[list[Any]]:
+        """Return the draws for each batch, empty ones behind the last; no generator, to save a call in each batch."""
         source = iter(self.source)
-        while drawn := list(itertools.islice(source, self.size)):
-            yield drawn
+        return map(list, map(itertools.islice, itertools.repeat(source), itertools.repeat(self.size)))
 
     def _of_the_user(self) -> Iterator[list[Any]]:
         """Yield the draws for each batch of this rank, from the cursor on; draw and skip earlier ones."""
@@ -244,10 +244,12 @@ class Draws:
         """Draw the next items."""
         if not number:
             return []
-        with self.states.under_way():
-            if self.items is None:
-                self.items = iter(self.source)
-            return list(itertools.islice(self.items, number))
+        return self.states.under_way(self._take, number)  # type: ignore[no-any-return]
+
+    def _take(self, number: int) -> list[Any]:
+        if self.items is None:
+            self.items = iter(self.source)
+        return list(itertools.islice(self.items, number))
 
 
 def is_exact(sampler: Any) -> bool:

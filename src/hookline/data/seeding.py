@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import functools
 import hashlib
@@ -10,7 +9,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,39 +17,32 @@ from torch.utils.data import get_worker_info
 
 from hookline.data.cursor import mix
 
+PYTHON: Any = random.seed.__self__  # type: ignore[attr-defined]  # the generator of the module's functions
+WORDS: Any = super(random.Random, PYTHON)  # the same, without the calls of Python that only keep `gauss_next`
 
-class seeded:  # a class and no generator, because each batch enters it
-    """Seed torch's CPU generator, Python and numpy within the block, and restore them afterwards.
 
-    About 20 us, mostly Python's own RNG. A loading worker has its own RNG and restores nothing.
+def seeded(seed: int, function: Callable[..., Any], *given: Any) -> Any:
+    """Return what a function answers under a seed of torch's CPU generator, Python and numpy; restore them afterwards.
+
+    About 20 us, mostly Python's own RNG. One call and no block, because each batch is loaded by it.
     """
-
-    __slots__ = ("kept", "numpy", "seed")
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        numpy = self.numpy = sys.modules.get("numpy")
-        self.kept: Any = None
-        if get_worker_info() is None:
-            bits = None
-            if numpy:  # swapping the generator is 15 times cheaper than saving and restoring its state
-                bits = numpy.random.get_bit_generator()
-                numpy.random.set_bit_generator(_bits_of_loading(numpy))
-            self.kept = torch.default_generator.get_state(), random.getstate(), bits
-        torch.default_generator.manual_seed(self.seed)
-        random.seed(self.seed)
+    numpy: Any = sys.modules.get("numpy")
+    kept = torch.default_generator.get_state(), WORDS.getstate(), PYTHON.gauss_next
+    if numpy:  # swapping the generator is 15 times cheaper than saving and restoring its state
+        bits = numpy.random.get_bit_generator()
+        numpy.random.set_bit_generator(_bits_of_loading(numpy))
+        numpy.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    WORDS.seed(seed)
+    PYTHON.gauss_next = None
+    try:
+        return function(*given)
+    finally:
+        torch.default_generator.set_state(kept[0])
+        WORDS.setstate(kept[1])
+        PYTHON.gauss_next = kept[2]
         if numpy:
-            numpy.random.seed(self.seed % 2**32)
-
-    def __exit__(self, *_: object) -> None:
-        if self.kept is None:
-            return
-        torch.default_generator.set_state(self.kept[0])
-        random.setstate(self.kept[1])
-        if self.numpy:
-            self.numpy.random.set_bit_generator(self.kept[2])
+            numpy.random.set_bit_generator(bits)
 
 
 @functools.cache
@@ -65,19 +57,21 @@ class States:
         self.seed = seed
         self._left: tuple[Any, Any, Any] | None = None
 
-    @contextlib.contextmanager
-    def under_way(self) -> Iterator[None]:
-        """Set torch's CPU generator, Python and numpy to these states within the block."""
-        with seeded(self.seed):
-            numpy = sys.modules.get("numpy")
-            if self._left is not None:
-                torch.default_generator.set_state(self._left[0])
-                random.setstate(self._left[1])
-                if numpy and self._left[2] is not None:
-                    numpy.random.set_state(self._left[2])
-            yield
-            bits = numpy.random.get_state() if numpy else None
-            self._left = torch.default_generator.get_state(), random.getstate(), bits
+    def under_way(self, function: Callable[..., Any], *given: Any) -> Any:
+        """Return what a function answers with torch's CPU generator, Python and numpy in these states."""
+        return seeded(self.seed, self._go_on, function, *given)
+
+    def _go_on(self, function: Callable[..., Any], *given: Any) -> Any:
+        numpy = sys.modules.get("numpy")
+        if self._left is not None:
+            torch.default_generator.set_state(self._left[0])
+            random.setstate(self._left[1])
+            if numpy and self._left[2] is not None:
+                numpy.random.set_state(self._left[2])
+        answer = function(*given)
+        bits = numpy.random.get_state() if numpy else None
+        self._left = torch.default_generator.get_state(), random.getstate(), bits
+        return answer
 
 
 class SeededDataset:
@@ -88,41 +82,30 @@ class SeededDataset:
     samples that were loading, and a late worker prints where it is.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int, patience: float) -> None:
+    def __init__(
+        self, dataset: Any, collate: Callable[[Any], Any] | None, batched: bool, seed: int, patience: float
+    ) -> None:
         self.dataset = dataset
         self.collate = collate
+        self.batched = batched  # whether an index is that of a batch to collate
         self.seed = seed
         self.epoch = torch.zeros(1, dtype=torch.int64)  # shared with workers, which may outlive an epoch
         self._patience = patience  # seconds that the main process waits for a worker's batch; 0 for ever
         self._under_way: Any = None  # in a watched worker: start time and indices of the current load, or ()
 
-    def __getitems__(self, placed: tuple[int, Sequence[Any]]) -> tuple[int | None, Any]:
-        return len(placed[1]), self._load(*placed, self._batch)
-
-    def __getitem__(self, placed: tuple[int, Any]) -> tuple[int | None, Any]:
-        index = placed[1]
-        return (len(index) if isinstance(index, list) else None), self._load(*placed, self._sample)
-
-    def _sample(self, index: Any) -> Any:
-        return self.dataset[index]
-
-    def _batch(self, indices: Sequence[Any]) -> Any:
-        load = getattr(self.dataset, "__getitems__", None)
-        loaded = load(indices) if load else [self.dataset[index] for index in indices]
-        return loaded if self.collate is None else self.collate(loaded)
-
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _load(self, place: int, index: Any, load: Callable[[Any], Any]) -> Any:
+    def __getitem__(self, placed: tuple[int, Any]) -> tuple[int | None, Any]:
+        place, index = placed
         indices = index if isinstance(index, (list, tuple)) and index else [index]
         if self._patience and get_worker_info() is not None:
             if self._under_way is None:
                 threading.Thread(target=_watch, args=[self], daemon=True).start()
             self._under_way = time.monotonic(), indices
         try:
-            with seeded(mix(self.seed, self.epoch.tolist()[0], place)):
-                return load(index)
+            batch = seeded(mix(self.seed, self.epoch.tolist()[0], place), self._load, index)
+            return (len(index) if isinstance(index, list) else None), batch
         except StopIteration as error:
             raise ValueError(  # a RuntimeError would look like Python's own
                 f"the data set raised StopIteration while loading {_name(indices)}; it would end the epoch in silence"
@@ -133,12 +116,20 @@ class SeededDataset:
         finally:
             self._under_way = self._under_way and ()  # None stays None: no watcher yet
 
+    __getitems__ = __getitem__  # by this name torch asks for a batch
+
+    def _load(self, index: Any) -> Any:
+        if not self.batched:
+            return self.dataset[index]
+        load = getattr(self.dataset, "__getitems__", None)
+        loaded = load(index) if load else [self.dataset[one] for one in index]
+        return loaded if self.collate is None else self.collate(loaded)
+
 
 def mark_of(dataset: Any, seed: int) -> str | None:
     """Return a hash of a data set's first and last sample; None if it has none or they are not plain data."""
     try:
-        with seeded(seed):
-            return _hash([dataset[0], dataset[len(dataset) - 1]])
+        return seeded(seed, lambda: _hash([dataset[0], dataset[len(dataset) - 1]]))  # type: ignore[no-any-return]
     except Exception:  # of any kind: it does not give samples by index
         return None
 

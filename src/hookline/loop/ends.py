@@ -74,15 +74,10 @@ class Ends:
 
     # Knowing --------------------------------------------------------------------------
 
-    def _vote(self) -> None:
+    def _agree(self) -> None:
         """Let all ranks know the requests that single ranks made alone."""
-        run = self.run
-        asked = not self._agreed or bool(self._alone)
-        some, run.counters.seconds = run.hook.vote(trainer=run, asked=asked, seconds=run.counters.seconds)
-        if not some:
-            return
         stop = self.reason, self._status, self.exit_code
-        ballots = run.hook.all_gather(trainer=run, value=(stop, self._alone))
+        ballots = self.run.hook.all_gather(trainer=self.run, value=(stop, self._alone))
         self._alone = []
         self.saves += [reason for _, saves in ballots for reason in saves]
         stops = [stop for stop, _ in ballots if stop[0] is not None]
@@ -95,11 +90,14 @@ class Ends:
         Args:
             agree: first read the clock and exchange the requests of ranks. All ranks do so at each boundary.
         """
-        counters = self.run.counters
+        run, counters = self.run, self.run.counters
         if agree:
             counters.seconds = time.monotonic() - self._began
-            if self.run.world_size > 1:
-                self._vote()
+            if run.world_size > 1:
+                asked = not self._agreed or bool(self._alone)
+                some, counters.seconds = run.hook.vote(trainer=run, asked=asked, seconds=counters.seconds)
+                if some:
+                    self._agree()
         if self.reason is not None and self._agreed:
             return True
         return (  # `over` inlined, to save a call in each step

@@ -160,14 +160,14 @@ class Evaluation:
 
     def take_batches(self, stage: Stage, key: str, batches: Iterable[Any]) -> None:
         """Run the model on the batches of one loader and call the hooks of each."""
-        run, hook, index = self.run, self.run.hook, -1
-        tell = getattr(hook, f"on_end_{stage.value}_step")
-        collector = Collector(run.plugins.rooms.get(f"on_end_{stage.value}_epoch", 0))
+        run, hook, heard, index, word = self.run, self.run.hook, self.run.plugins.heard, -1, stage.value
+        weigh = hook.get_weight if heard["get_weight"] else hook.count_samples
+        collector = Collector(run.plugins.rooms.get(f"on_end_{word}_epoch", 0))
         predictions, seen, whole = Predictions(), 0, self.built.loaders.deals_batches(stage, key)
         for index, batch in enumerate(batches):
-            weight = float(hook.get_weight(trainer=run, batch=batch, stage=stage))
+            weight = float(weigh(trainer=run, batch=batch, stage=stage))
             self.logs.weigh(weight)
-            more = {}
+            more: dict[str, Any] = {}
             if stage is Stage.PREDICT:
                 samples = hook.count_samples(trainer=run, batch=batch, stage=stage)
                 more["places"] = places_of(index if whole else seen, samples, whole, run.share, run.shares)
@@ -175,16 +175,18 @@ class Evaluation:
             batch = hook.prepare_batch(trainer=run, batch=batch, stage=stage)
             outputs = hook.call_model(trainer=run, batch=batch, stage=stage)
             if stage is not Stage.PREDICT:
-                outputs = as_outputs(outputs, f"{stage.value}_step")
+                outputs = (outputs,) if isinstance(outputs, torch.Tensor) else as_outputs(outputs, f"{word}_step")
                 self._take_loss(stage, outputs, weight)
                 if collector.room:
                     collector.add(outputs)
             elif self.collected is not None:
                 predictions.add(outputs, more["places"])
-            tell(trainer=run, outputs=outputs, batch=batch, key=key, index=index, **more)
+            if heard[f"on_end_{word}_step"]:
+                more |= {"outputs": outputs, "batch": batch, "key": key, "index": index}
+                getattr(hook, f"on_end_{word}_step")(trainer=run, **more)
         self.logs.weigh(None)
         if index < 0:
-            warnings.warn(f"the {stage.value} loader {key!r} gave no batch, so nothing is known of it", stacklevel=2)
+            warnings.warn(f"the {word} loader {key!r} gave no batch, so nothing is known of it", stacklevel=2)
         if stage is Stage.PREDICT:
             if self.collected is not None:
                 ranks = dict(reversed(hook.all_gather(trainer=run, value=(run.share, predictions.own()))))
@@ -192,8 +194,8 @@ class Evaluation:
             hook.on_end_predict_epoch(trainer=run, key=key)
         else:
             outputs = hook.gather_outputs(trainer=run, outputs=collector.collate(), stage=stage, key=key)
-            collated = {f"{stage.value}_step_collated_outputs": outputs}
-            ended = getattr(hook, f"on_end_{stage.value}_epoch")
+            collated = {f"{word}_step_collated_outputs": outputs}
+            ended = getattr(hook, f"on_end_{word}_epoch")
             ended(trainer=run, global_step=run.global_step, key=key, **collated)
 
     def _take_loss(self, stage: Stage, outputs: Outputs, weight: float) -> None:
@@ -202,13 +204,12 @@ class Evaluation:
         The mean so far covers only this rank, as others may have fewer batches. It is computed from a copy, because
         folding the values here would round them differently.
         """
-        first = outputs[0] if outputs else None
-        if not is_number(first) or (isinstance(first, torch.Tensor) and not first.is_floating_point()):
-            return
-        run = self.run
+        run, first = self.run, outputs[0] if outputs else None
         name = run.options.val_loss_metric_name if stage is Stage.VAL else f"{stage.value}_loss"
-        loss = as_number(name, outputs[0])
-        if getattr(outputs[0], "ndim", 0) and weight == 1:
+        if not is_number(first) if not isinstance(first, torch.Tensor) else not first.is_floating_point():
+            return
+        loss = as_number(name, first)
+        if getattr(first, "ndim", 0) and weight == 1:
             run.say_once(
                 f"{stage.value}_step returns a first output of one element for a batch of one sample: it is taken "
                 f"for the loss ({name}). Return the loss as a tensor of shape (), and what is no loss behind it"

@@ -175,7 +175,7 @@ class Logs:
     def add_evaluation_loss(self, name: str, loss: Any, weight: float) -> Reduction | None:
         """Take the loss of an evaluation batch; return its loader's mean so far, None if the user logs it."""
         assert self._evaluation is not None
-        if (self.run.stage, name) in self._logged_by_user:
+        if self._logged_by_user and (self.run.stage, name) in self._logged_by_user:
             return None
         for full_name in dict.fromkeys((name, name + self.suffix)):  # over all loaders, and of each
             reduction = self._evaluation.reduction(full_name)

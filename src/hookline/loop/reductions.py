@@ -183,8 +183,10 @@ def as_number(name: str, value: Any) -> Number:
     Raises:
         TypeError: the value is not one number.
     """
+    if isinstance(value, torch.Tensor) and value.numel() == 1:  # the common case, in one call
+        return kept(value).reshape(())
     if is_number(value):
-        return kept(value).reshape(()) if isinstance(value, torch.Tensor) else float(value)
+        return float(value)
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     raise TypeError(
         f"log({name}=…) takes one number, not a {type(value).__name__}{shape}; reduce it first, or "

@@ -42,7 +42,8 @@ class Training:
         """The seconds before the last boundary read the clock; a time crossed by it is due until the next boundary."""
         self._unsettled = False  # whether a step has not reached its boundary yet
         self._stepped = True
-        self._first = "ahead"  # or "under way", or "behind": the step that is looked at
+        self.first_step = "ahead"
+        """Whether the first step, which is looked at, is ahead, under way or behind."""
         self._first_loader: Loader | None = None
         self._epoch_outputs = Collector(0)
 
@@ -177,10 +178,10 @@ class Training:
 
     def take_step(self, window: Sequence[Any]) -> bool:
         """Take one step: update, count, tell; the step before is settled. Return False if the run was cut in it."""
-        run, counters, size = self.run, self.run.counters, len(window)
+        run, counters, cursor, size = self.run, self.run.counters, self.run.cursor, len(window)
         self._stepped, samples = True, self.window.begin(window)
         try:
-            if self._first == "behind":
+            if self.first_step == "behind":
                 outputs = run.hook.update(trainer=run, window=window)
             else:
                 outputs = self._update_first(window)
@@ -191,9 +192,10 @@ class Training:
             self.window.end()
         counters.global_step += 1
         counters.batches += size
-        run.cursor.advance(size)
+        cursor.position += size
+        cursor.consumed += size * cursor.draw
         if run.shares > 1:  # as if all were full: batches differ between ranks, but what is due must not
-            samples = size * run.micro_batch_size * run.shares
+            samples = size * run.options.train_batch_size // self.window.size
         counters.samples += samples
         counters.skipped_steps += not self._stepped
         self._unsettled = True
@@ -204,12 +206,9 @@ class Training:
             room = run.plugins.rooms["on_end_train_step"]
             if room or self._epoch_outputs.room:
                 collated = self._collect(outputs, room)
-        run.hook.on_end_train_step(
-            trainer=run,
-            global_step=counters.global_step,
-            train_step_collated_outputs=collated,
-            stepped=self._stepped,
-        )
+        if run.plugins.heard["on_end_train_step"]:
+            told = {"train_step_collated_outputs": collated, "stepped": self._stepped}
+            run.hook.on_end_train_step(trainer=run, global_step=counters.global_step, **told)
         if self.evaluation.by_counter and run.due(run.options.evaluate_every):
             self.evaluation.validate()
         if (run.plugins.logging or several) and run.due(run.options.log_every):
@@ -217,12 +216,12 @@ class Training:
         return True
 
     def _update_first(self, window: Sequence[Any]) -> list[Outputs]:
-        self._first = "under way"
+        self.first_step = "under way"
         try:
             with watched(self.run, self.built):
                 outputs = self.run.hook.update(trainer=self.run, window=window)
         finally:
-            self._first = "behind"
+            self.first_step = "behind"
         return outputs  # type: ignore[no-any-return]
 
     def _keep_cut(self, cut: WindowCut) -> None:
@@ -251,14 +250,18 @@ class Training:
         if isinstance(optimizers, torch.optim.Optimizer):
             raise TypeError(f"trainer.step takes a list of optimizers, not one {type(optimizers).__name__}; write [it]")
         chosen = self.built.optimizers if optimizers is None else optimizers
-        if self._first == "under way" and closure is None:
+        if self.first_step == "under way" and closure is None:
             look_at_gradients(run, self.built, chosen)
         if closure is not None:
             closure = self._completing(closure, chosen)
         stepped: bool = run.hook.step_optimizers(trainer=run, optimizers=chosen, closure=closure)
         if not stepped:
-            self._stepped = False
+            self.skip()
         return stepped
+
+    def skip(self) -> None:
+        """State that an optimizer has not stepped, so that the step under way is a skipped one."""
+        self._stepped = False
 
     def _completing(self, closure: Any, optimizers: Sequence[torch.optim.Optimizer]) -> Any:
         """Return a closure that calls `on_begin_optimizer_step` after each of its calls.
@@ -290,7 +293,8 @@ class Training:
         finished = ends.finished(agree=True)
         if finished and run.options.eval_when_finish and not ends.preempted():
             self.evaluation.validate()
-        run.hook.on_boundary(trainer=run, global_step=run.counters.global_step)
+        if run.plugins.heard["on_boundary"]:
+            run.hook.on_boundary(trainer=run, global_step=run.counters.global_step)
         if run.counters.evaluations != self.settled[EVALUATIONS]:
             require_metrics(run, self.evaluation.metrics, boundary=True)
         back = self.randomness.restored is not None  # a plugin loaded another state: the data continue from there

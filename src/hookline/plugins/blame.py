@@ -11,7 +11,7 @@ from typing import Any
 from pluggy._callers import _multicall
 
 from hookline.installed import distribution_of
-from hookline.plugins.routes import TELL
+from hookline.plugins.routes import ANSWER, TELL
 
 Blamed = tuple[str, str, Any]
 """A hook or a method, the name of a plugin, and the plugin."""
@@ -20,9 +20,9 @@ Blamed = tuple[str, str, Any]
 def blame(error: BaseException, specs: Mapping[str, Any], plugins: Mapping[int, tuple[str, Any]]) -> None:
     """Add a note to an exception, once: the hook or the method, the plugin, its distribution and the line.
 
-    Walks the traceback to the innermost implementation: a frame of `tell_all` holds it; after a frame of pluggy it is
-    the one whose code the next frame runs. A method that another plugin or the core calls, such as `get_state`, is
-    known by its `self`. Costs nothing until an exception is raised.
+    Walks the traceback to the innermost implementation: a frame of `tell_all` holds it; after a frame of `answered`, or
+    of pluggy in a historic event, it is the one whose code the next frame runs. A method that another plugin or the
+    core calls, such as `get_state`, is known by its `self`. Costs nothing until an exception is raised.
 
     Args:
         error: the exception.
@@ -34,7 +34,7 @@ def blame(error: BaseException, specs: Mapping[str, Any], plugins: Mapping[int, 
         code, names = frame.f_code, frame.f_code.co_varnames
         if code.co_qualname in TELL and (impl := _local(frame, "impl")) is not None:
             blamed = _local(frame, "hook"), impl.plugin_name, impl.plugin
-        elif code is _multicall.__code__ and below is not None:
+        elif (code.co_qualname == ANSWER or code is _multicall.__code__) and below is not None:
             hook = _local(frame, "hook_name")
             for impl in _local(frame, "hook_impls"):
                 function = inspect.unwrap(impl.function)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pluggy import HookImpl
-from pluggy._callers import _multicall
+from pluggy._callers import _raise_wrapfail
 
 from hookline.plugins.observers import Failures, is_observer
 
@@ -63,25 +63,63 @@ TELL = (tell_all.__qualname__ + ".<locals>.tell", "PluginManager.tell_each")
 
 
 def answered(
-    name: str, impls: Sequence[HookImpl], plugged: Sequence[HookImpl], blame: Callable[[BaseException], None]
+    hook_name: str, hook_impls: Sequence[HookImpl], plugged: Sequence[HookImpl], blame: Callable[[BaseException], None]
 ) -> Callable[..., Any]:
-    """Return a call of a verb that raises if the result is None.
+    """Return a call of a verb that does what pluggy's would, and raises if the result is None.
 
-    It hands its arguments to pluggy's execution: they are complete, since whoever calls a verb gives all of them.
+    It calls the implementations itself, which saves the calls of pluggy's own. Its arguments are complete, since
+    whoever calls a verb gives all of them.
     """
 
     def answer(**arguments: Any) -> Any:
+        given: Any = None
+        error: BaseException | None = None
+        wrappers: list[Any] = []
         try:
-            given = _multicall(name, impls, arguments, firstresult=True)
-        except BaseException as error:
+            for impl in reversed(hook_impls):
+                given = impl.function(*map(arguments.__getitem__, (*impl.argnames, *impl.kwargnames)))
+                if impl.wrapper:
+                    if next(given, given) is given:
+                        _raise_wrapfail(given, "did not yield")
+                    wrappers.append(given)
+                elif given is not None:
+                    break
+        except BaseException as raised:
+            error = raised
+        while wrappers:
+            wrapper = wrappers.pop()
+            try:
+                wrapper.send(given) if error is None else wrapper.throw(error)
+                wrapper.close()
+            except StopIteration as end:
+                given, error = end.value, None
+            except BaseException as raised:
+                if not _is_pythons(raised, error):
+                    error = raised
+            else:
+                _raise_wrapfail(wrapper, "has second yield")
+        if error is not None:
             blame(error)
-            raise
+            raise error
         if given is None:
-            chain = " around ".join(impl.plugin_name for impl in reversed(plugged))
-            raise TypeError(
-                f"the verb {name!r} got no answer from {chain}: an implementation forgot its `return`, or a "
-                "wrapper its `return (yield)`"
-            )
+            raise TypeError(_unanswered(hook_name, plugged))
         return given
 
     return answer
+
+
+ANSWER = answered.__qualname__ + ".<locals>.answer"
+"""The qualified name of the functions that call verbs; their variables that `blame` reads are named as pluggy's."""
+
+
+def _is_pythons(raised: BaseException, error: BaseException | None) -> bool:
+    """Tell whether an exception is what Python makes of a `StopIteration` that a wrapper lets through."""
+    return isinstance(error, StopIteration) and isinstance(raised, RuntimeError) and raised.__cause__ is error
+
+
+def _unanswered(hook: str, plugged: Sequence[HookImpl]) -> str:
+    chain = " around ".join(impl.plugin_name for impl in reversed(plugged))
+    return (
+        f"the verb {hook!r} got no answer from {chain}: an implementation forgot its `return`, or a wrapper its "
+        "`return (yield)`"
+    )

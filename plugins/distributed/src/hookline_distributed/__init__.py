@@ -41,7 +41,7 @@ from hookline_distributed.outputs import interleaved, to_host
 from hookline_distributed.stepping import Stepping
 from hookline_distributed.stores import leave, meeting
 from hookline_distributed.together import Together
-from hookline_distributed.uneven import Shortened, Uneven, lengths_of, listed
+from hookline_distributed.uneven import Agreed, Shortened, Uneven, lengths_of, listed
 
 if TYPE_CHECKING:
     from hookline import Trainer
@@ -93,10 +93,9 @@ class Distributed(CallbackInterface):
         self._speaks = True  # whether this is the first of the ranks with its share of the data
         self._mesh: Any = None
         self._alone = False  # whether it has been said that this is one process
-        self._unknown = False  # whether some rank does not know how many batches it has
         self._begin_voting(0.0)
         if self.uneven in ("pad", "join"):  # another plugin of ours does it
-            self.even_out = self.take_window = None  # type: ignore[assignment,method-assign]
+            self.even_out = None  # type: ignore[assignment,method-assign]
 
     # Ranks and devices ----------------------------------------------------------------
 
@@ -325,7 +324,12 @@ class Distributed(CallbackInterface):
         lengths = lengths_of(trainer, loader, given, key)
         cursor = trainer.cursor
         # Resumed between two batches, as they are now, ranks may have one more or less than their lengths say.
-        self._unknown = lengths[0] is None or bool(cursor.draw and cursor.consumed % cursor.draw)
+        unknown = lengths[0] is None or bool(cursor.draw and cursor.consumed % cursor.draw)
+        name = f"{trainer.plugins.get_name(self)}.agreed"
+        if trainer.plugins.has_plugin(name):
+            trainer.plugins.unregister(name=name)
+        if unknown:
+            trainer.plugins.register(Agreed(self.uneven == "error"), name)
         if len(set(lengths)) == 1:
             return loader
         if self.uneven == "error":
@@ -334,17 +338,3 @@ class Distributed(CallbackInterface):
                 "of the ranks, or let distributed.uneven=drop leave out what not all have"
             )
         return Shortened(loader, min(lengths), trainer)
-
-    @hookimpl(wrapper=True)
-    def take_window(self, trainer: Trainer) -> Generator[None, list[Any], list[Any]]:
-        """Where nobody knows how many batches there are, agree on each window; the one case in which a step waits."""
-        window = yield
-        if self._control is None or not self._unknown:
-            return window
-        sizes = trainer.hook.all_reduce(trainer=trainer, value=torch.tensor([len(window), -len(window)]), op="min")
-        least, most = int(sizes[0]), -int(sizes[1])
-        if least < most and self.uneven == "error":
-            raise ValueError(
-                f"a rank has a window of {least} micro-batches and another of {most}, and distributed.uneven=error"
-            )
-        return window[:least]

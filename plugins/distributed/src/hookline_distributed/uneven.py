@@ -127,6 +127,28 @@ class Uneven(CallbackInterface):
         trainer.counters.samples += self._correction
 
 
+class Agreed(CallbackInterface):
+    """Cuts each window to the shortest of all ranks, while nobody knows how many batches there are: each step waits.
+
+    Args:
+        refuses: raises instead.
+    """
+
+    def __init__(self, refuses: bool) -> None:
+        self.refuses = refuses
+
+    @hookimpl(wrapper=True)
+    def take_window(self, trainer: Trainer) -> Generator[None, list[Any], list[Any]]:
+        window = yield
+        sizes = trainer.hook.all_reduce(trainer=trainer, value=torch.tensor([len(window), -len(window)]), op="min")
+        least, most = int(sizes[0]), -int(sizes[1])
+        if least < most and self.refuses:
+            raise ValueError(
+                f"a rank has a window of {least} micro-batches and another of {most}, and distributed.uneven=error"
+            )
+        return window[:least]
+
+
 class Shortened:
     """A loader of which only the first batches are taken, so that every rank has as many."""
 
