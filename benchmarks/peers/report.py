@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _against_peers(row: str) -> Callable[[Any], float]:
             return float("inf") if found is None else float(found)
 
         peers = [cost(figures) for name, figures in rows[row].items() if name not in ("hookline", "contract")]
-        return cost(rows[row]["hookline"]) / min(peers)
+        return cost(rows[row]["hookline"]) / min(peers) if min(peers) > 0 else math.inf
 
     return share
 
