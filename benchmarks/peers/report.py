@@ -151,6 +151,11 @@ TARGETS: tuple[tuple[str, Callable[[Any], float], float], ...] = (
         lambda rows: rows["mlp"]["hookline"]["ratio"] / rows["mlp"]["contract"]["ratio"],
         1.05,
     ),
+    (
+        "instructions: those of a step beside the contract's loop, at most 1.05",
+        lambda rows: rows["instructions"]["hookline"]["instructions"] / rows["instructions"]["contract"]["instructions"],
+        1.05,
+    ),
     ("features: us a step beyond by hand, at most 10", lambda rows: rows["features"]["hookline"]["extra_us"], 10),
     (
         "features: Python calls a step beyond by hand, at most 45",
