@@ -39,11 +39,14 @@ def generator(trainer: Run, name: str, *, of_rank: bool = False) -> torch.Genera
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def _accelerator() -> torch.device | None:
-    """Return the accelerator that is there; `torch.accelerator` does not know the CUDA device of tests."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+def _accelerator() -> tuple[str, Any, list[tuple[int, ...]]]:
+    """Return the accelerator that is there: its type, its functions, and what says to them which of its devices."""
+    cuda = torch.cuda.is_available()  # `torch.accelerator` does not know the CUDA device of tests
+    if not cuda and not torch.accelerator.is_available():
+        return "", None, []
+    kind = "cuda" if cuda else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+    module = torch.get_device_module(kind)
+    return kind, module, [()] if kind == "mps" else [(index,) for index in range(module.device_count())]
 
 
 def get_rng_state() -> dict[str, Any]:
@@ -53,9 +56,9 @@ def get_rng_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
     }
-    if (device := _accelerator()) is not None:
-        module = torch.get_device_module(device)
-        state[device.type] = [module.get_rng_state(index) for index in range(module.device_count())]
+    kind, module, devices = _accelerator()
+    if devices:
+        state[kind] = [module.get_rng_state(*device) for device in devices]
     if "numpy" in sys.modules:
         kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
         state["numpy"] = {
@@ -73,9 +76,9 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     python = state["python"]
     random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-    if (device := _accelerator()) is not None:
-        for index, kept in enumerate(state.get(device.type, ())):
-            torch.get_device_module(device).set_rng_state(kept, index)
+    kind, module, devices = _accelerator()
+    for device, kept in zip(devices, state.get(kind, ()), strict=False):
+        module.set_rng_state(kept, *device)
     if "numpy" in state:
         import numpy
 

@@ -1,6 +1,7 @@
 """Random states and modes are the user's: what a run draws does not leak, and what is evaluated changes no training."""
 
 import random
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tests.habits.common import train, two
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from hookline import ModuleInterface, hookimpl
+from hookline import ModuleInterface, hookimpl, kept_rng
 from hookline.testing import digest
 
 
@@ -293,3 +294,15 @@ def test_what_loading_draws_of_pairs_changes_nothing_of_what_training_draws():
         assert len({*module.loaded}) == 4 * loading  # each batch has a seed of its own
     assert len({*drawn[0]}) == 4
     assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_the_random_numbers_of_an_apple_gpu_are_kept_too(monkeypatch):
+    """There is one, and the functions of older versions of torch take no device."""
+    drawn = [torch.tensor([3])]
+    functions = SimpleNamespace(get_rng_state=lambda: drawn[-1], set_rng_state=drawn.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: functions)
+    with kept_rng():
+        drawn.append(torch.tensor([4]))
+    assert [state.item() for state in drawn] == [3, 4, 3]

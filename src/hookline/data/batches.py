@@ -56,7 +56,6 @@ def counted(batch: Any, given: Iterable[tuple[Any, int | None]] = ()) -> tuple[i
         for other in batch[1:]:
             if not isinstance(other, torch.Tensor) or not other.ndim or other.shape[0] != first:
                 first = None
-                break
     for other, samples in given:
         if other is batch and samples is not None:
             return samples if samples == first else left_of(batch, samples), ""
