@@ -126,12 +126,16 @@ def test_figures_are_merged_and_written_between_the_marks(tmp_path):
 def test_targets_are_judged_by_the_figures():
     rows = {"mlp": {"hookline": figures(20), "contract": figures(5), "fabric": figures(66)}}
     rows["features"] = {"hookline": figures(50, extra_us=8.0), "keras": {"without": "it has none"}}
+    rows["instructions"] = {"hookline": {"instructions": 104}, "contract": {"instructions": 100}}
+    rows["start"] = {"hookline": {"extra_s": 0.01}, "accelerate": {"extra_s": -0.01}}
     lines = report.targets(rows).splitlines()
     assert "| 15 | yes |" in lines[2]
     assert "| not measured | |" in lines[3]
-    assert "| 8 | yes |" in lines[4]
-    assert "| 50 | **no** |" in lines[5]
-    assert "| 0.303 | yes |" in lines[8]
+    assert "| 1.04 | yes |" in lines[4]
+    assert "| 8 | yes |" in lines[5]
+    assert "| 50 | **no** |" in lines[6]
+    assert "| 0.303 | yes |" in lines[9]
+    assert "| the next peer costs nothing | **no** |" in lines[12]
 
 
 class Collecting(First):

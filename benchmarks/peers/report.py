@@ -113,7 +113,8 @@ def targets(rows: Mapping[str, Mapping[str, Figures]]) -> str:
         except (KeyError, ValueError):
             lines.append(f"| {said} | not measured | |")
         else:
-            lines.append(f"| {said} | {value:,.3g} | {'yes' if value <= most else '**no**'} |")
+            measured = "the next peer costs nothing" if math.isinf(value) else f"{value:,.3g}"
+            lines.append(f"| {said} | {measured} | {'yes' if value <= most else '**no**'} |")
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ autocast and `torch.accelerator` are torch's own, with `other_device.cpp` below 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import cpp_extension
 from torch.utils.backend_registration import rename_privateuse1_backend
 
 from hookline.files import replacing
@@ -57,6 +55,10 @@ def why_not() -> str | None:
 
 def library() -> Path:
     """Return the compiled device; of several processes that want it, one compiles it."""
+    import fcntl  # which Windows does not have
+
+    from torch.utils import cpp_extension  # setuptools and 70 modules more, which others of this package do without
+
     made_of = SOURCE.read_bytes() + torch.__version__.encode()
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / "hookline_other"
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,14 +69,14 @@ def library() -> Path:
             if (reason := why_not()) is not None:
                 raise RuntimeError(reason)
             with replacing(library) as new:
-                _compile(new)
+                _compile(new, cpp_extension.include_paths(), cpp_extension.library_paths())
     return library
 
 
-def _compile(library: Path) -> None:
+def _compile(library: Path, headers: list[str], libraries: list[str]) -> None:
     command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O0", "-w", "-fPIC", "-shared", "-o", str(library)]
-    command += [f"-I{path}" for path in cpp_extension.include_paths()]
-    command += [str(SOURCE), *(f"-L{path}" for path in cpp_extension.library_paths())]
+    command += [f"-I{path}" for path in headers]
+    command += [str(SOURCE), *(f"-L{path}" for path in libraries)]
     done = subprocess.run([*command, "-ltorch_cpu", "-lc10"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{SOURCE.name} cannot be compiled with torch {torch.__version__}:\n{done.stderr[-2000:]}")
