@@ -642,3 +642,26 @@ def test_a_module_with_a_forward_is_copied_and_pickled():
     module, x = Own().eval(), torch.ones(2, 8)
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        (torch.zeros(2), set()),
+        (torch.tensor(3), set()),
+        (None, set()),
+        ("a text", set()),
+        (torch.tensor(3.0), {"val_loss"}),
+        (torch.tensor([3.0]), {"val_loss"}),
+        (3, {"val_loss"}),
+        (3.0, {"val_loss"}),
+    ],
+)
+def test_a_first_output_of_val_step_that_is_one_number_and_no_count_is_the_loss(first, expected):
+    class Gives(TinyModule):
+        def val_step(self, global_step, batch, device):
+            return first, batch[0]
+
+    trainer = tiny_trainer(module=Gives(samples=16), epochs=1)
+    trainer.train()
+    assert trainer.metrics.keys() & {"val_loss"} == expected

@@ -206,15 +206,15 @@ class Evaluation:
         """
         run, first = self.run, outputs[0] if outputs else None
         name = run.options.val_loss_metric_name if stage is Stage.VAL else f"{stage.value}_loss"
-        if not is_number(first) if not isinstance(first, torch.Tensor) else not first.is_floating_point():
+        one = first.numel() == 1 and first.is_floating_point() if isinstance(first, torch.Tensor) else is_number(first)
+        if not one:
             return
-        loss = as_number(name, first)
         if getattr(first, "ndim", 0) and weight == 1:
             run.say_once(
                 f"{stage.value}_step returns a first output of one element for a batch of one sample: it is taken "
                 f"for the loss ({name}). Return the loss as a tensor of shape (), and what is no loss behind it"
             )
-        so_far = self.logs.add_evaluation_loss(name, loss, weight)
+        so_far = self.logs.add_evaluation_loss(name, as_number(name, first), weight)
         if self._reports_so_far and so_far is not None:
             run.counters.evaluation_batches += 1
             batch = run.counters.evaluation_batches
