@@ -127,6 +127,7 @@ SLOW = ("aim", "clearml", "comet", "dvclive", "mlflow", "wandb")  # to start the
 ELSEWHERE = {  # methods that this run does not come to: they want other ranks, Ray, a module of a certain kind, or a
     # plugin that asks
     "accmt": {"get_mode", "on_checkpoint"},
+    "compile": {"compile_function"},
     "ddp": {"average_gradients"},
     "distributed": {"get_mesh"},
     "ema": {"convert_model"},
