@@ -412,10 +412,8 @@ def update(trainer: Trainer, window: Sequence[Any]) -> list[Outputs]:
     `trainer.step` with the optimizers that step.
     """
     outputs = trainer.hook.run_window(trainer=trainer, window=window)
-    training, optimizers = (
-        trainer.training,
-        trainer.built.optimizers,
-    )  # the rest is `trainer.step`, without its call
+    # The rest is `trainer.step`, without its call.
+    training, optimizers = trainer.training, trainer.built.optimizers
     if training.first_step == "under way":
         look_at_gradients(trainer, trainer.built, optimizers)
     if not trainer.hook.step_optimizers(trainer=trainer, optimizers=optimizers, closure=None):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.told import Told
 from torch._dynamo.utils import counters
 
 from hookline import CallbackInterface, hookimpl
@@ -25,20 +26,6 @@ def _afresh():
     torch.set_num_threads(1)
     torch._dynamo.reset()
     counters.clear()
-
-
-class Told(CallbackInterface):
-    """Keeps all that is told, and what the outputs of each step are."""
-
-    def __init__(self):
-        self.all = []
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        self.all.append((global_step, dict(metrics)))
-
-    def on_end_train_step(self, global_step, loss, predictions):
-        self.all.append((global_step, digest([loss, predictions])))
 
 
 class Net(TinyModule):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.told import Told
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from hookline import CallbackInterface, hookimpl
@@ -44,23 +45,6 @@ class Rated(Net):
         rate = torch.tensor(0.01, device=self.trainer.device)
         optimizer = torch.optim.AdamW(self.parameters(), lr=rate, capturable=True)
         return [optimizer], [CosineAnnealingLR(optimizer, STEPS)]
-
-
-class Told(CallbackInterface):
-    """Keeps all that is told, and what the outputs of each step are."""
-
-    def __init__(self):
-        self.all = []
-
-    @hookimpl
-    def on_log(self, metrics, global_step):
-        self.all.append((global_step, dict(metrics)))
-
-    def on_end_train_step(self, global_step, loss, predictions, targets):
-        self.all.append((global_step, digest([loss, predictions, targets])))
-
-    def on_end_train_epoch(self, global_step, *outputs):
-        self.all.append((global_step, digest([one for one in outputs if isinstance(one, torch.Tensor)])))
 
 
 class Replays(CallbackInterface):
